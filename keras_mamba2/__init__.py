@@ -1,0 +1,2 @@
+from keras_mamba2.models.mamba2_backbone import Mamba2Backbone as Mamba2Backbone
+from keras_mamba2.tasks.mamba2_causal_lm import Mamba2CausalLM as Mamba2CausalLM

@@ -1,0 +1,8 @@
+"""Keras layers: the mixer and its parts. Notation and shapes: `ops/ssd.py`."""
+
+from keras_mamba2.layers.gated_rms_normalization import (
+    GatedRMSNormalization as GatedRMSNormalization,
+)
+from keras_mamba2.layers.mamba2_block import Mamba2Block as Mamba2Block
+from keras_mamba2.layers.mamba2_mixer import Mamba2Mixer as Mamba2Mixer
+from keras_mamba2.layers.mamba2_mixer import MixerState as MixerState

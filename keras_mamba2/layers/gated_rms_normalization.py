@@ -1,0 +1,58 @@
+import keras
+from keras import ops
+
+from keras_mamba2.ops.checks import float32_at_least
+
+
+@keras.saving.register_keras_serializable(package="keras_mamba2")
+class GatedRMSNormalization(keras.layers.Layer):
+    """Root mean square normalization of a gated input, `norm(x * silu(gate)) * scale`.
+
+    Computed in float32 whatever the dtype policy. The input is not cast to the compute dtype
+    first, so that a float32 residual stream is normalised at full precision.
+
+    Args:
+        num_groups: int, the last axis is normalised in so many equal parts, each on its own.
+        epsilon: float, added to the mean square.
+        **kwargs: see `keras.layers.Layer`.
+
+    Call arguments:
+        x: tensor `(... e)`.
+        gate: optional tensor of the shape of `x`. Without it this is plain RMS normalization.
+
+    Reference:
+        - [Dao and Gu, 2024](https://arxiv.org/abs/2405.21060), section 7.1
+        - [Zhang and Sennrich, 2019](https://arxiv.org/abs/1910.07467)
+    """
+
+    def __init__(self, num_groups: int = 1, epsilon: float = 1e-5, **kwargs):
+        super().__init__(autocast=False, **kwargs)
+        self.num_groups = num_groups
+        self.epsilon = epsilon
+
+    def build(self, x_shape, gate_shape=None):
+        if x_shape[-1] % self.num_groups:
+            raise ValueError(
+                "`num_groups` must divide the size of the last axis. Received: "
+                f"num_groups={self.num_groups}, input shape={tuple(x_shape)}"
+            )
+        self.scale = self.add_weight(name="scale", shape=(x_shape[-1],), initializer="ones")
+
+    def call(self, x, gate=None):
+        dtype = float32_at_least(self.compute_dtype)
+        x = ops.cast(x, dtype)
+        if gate is not None:
+            x = x * ops.silu(ops.cast(gate, dtype))
+        shape = ops.shape(x)
+        groups = ops.reshape(x, (*shape[:-1], self.num_groups, -1))
+        mean_square = ops.mean(ops.square(groups), axis=-1, keepdims=True)
+        x = ops.reshape(groups * ops.rsqrt(mean_square + self.epsilon), shape)
+        return ops.cast(x * ops.cast(self.scale, dtype), self.compute_dtype)
+
+    def compute_output_spec(self, x, gate=None):
+        return keras.KerasTensor(x.shape, dtype=self.compute_dtype)
+
+    def get_config(self):
+        config = super().get_config()
+        config.update({"num_groups": self.num_groups, "epsilon": self.epsilon})
+        return config

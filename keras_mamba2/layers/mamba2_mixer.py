@@ -1,0 +1,304 @@
+import math
+from typing import NamedTuple
+
+import keras
+from keras import initializers
+from keras import ops
+from keras import random
+
+from keras_mamba2.layers.gated_rms_normalization import GatedRMSNormalization
+from keras_mamba2.ops import causal_conv1d
+from keras_mamba2.ops import causal_conv1d_step
+from keras_mamba2.ops import ssd
+from keras_mamba2.ops import ssd_step
+from keras_mamba2.ops.chunk_size import default_chunk_size
+
+
+class MixerState(NamedTuple):
+    """What a mixer remembers of the tokens before."""
+
+    conv: keras.KerasTensor  # (b k-1 e+2gn), compute dtype
+    ssm: keras.KerasTensor  # (b h p n), float32
+
+
+@keras.saving.register_keras_serializable(package="keras_mamba2")
+class Mamba2Mixer(keras.layers.Layer):
+    """The Mamba-2 sequence mixer: in_proj, causal convolution, SSD, gated norm, out_proj.
+
+    `call` maps a sequence to a sequence. `call_with_state` does the same from a state, and
+    returns the state after the last real token; `step` advances it by one token. The three
+    agree: see `tests/layers/test_mamba2_mixer.py`.
+
+    The parameters of the recurrence (`A_log`, `dt_bias`, `D`) are float32 variables, and step
+    sizes, decays and the SSM state are computed in float32, whatever the dtype policy.
+
+    Args:
+        hidden_dim: int, d, the size of inputs and outputs.
+        state_dim: int, n, the size of the state of each channel.
+        head_dim: int, p, channels a head; divides e.
+        num_groups: int, g, heads of one group share B and C; divides h = e / p.
+        expansion: float, the inner size e is `expansion * hidden_dim`.
+        conv_kernel_size: int, k.
+        chunk_size: int, q, positions computed at once. `None` takes the value that is fast on
+            the platform. The result does not depend on it beyond rounding.
+        use_bias: bool, whether in_proj and out_proj have a bias.
+        use_conv_bias: bool, whether the convolution has a bias.
+        layer_norm_epsilon: float, of the gated norm.
+        time_step_limit: pair of floats, step sizes are clipped to it. `None` for no limit.
+        time_step_min: float, the least step size at initialisation.
+        time_step_max: float, the largest step size at initialisation.
+        time_step_floor: float, initial step sizes are at least this.
+        a_initializer_range: pair of floats, `-A` is drawn from it at initialisation.
+        num_residual_layers: int, the number of layers that add to the residual stream; out_proj
+            is scaled by its inverse square root at initialisation.
+        **kwargs: see `keras.layers.Layer`.
+
+    Call arguments:
+        x: tensor `(b t d)`.
+        mask: optional boolean tensor `(b t)`, true at real tokens, which are contiguous in
+            each row. A padded position changes neither the state nor other outputs.
+
+    Reference:
+        - [Dao and Gu, 2024](https://arxiv.org/abs/2405.21060), section 7
+    """
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        state_dim: int = 128,
+        head_dim: int = 64,
+        num_groups: int = 1,
+        expansion: float = 2,
+        conv_kernel_size: int = 4,
+        chunk_size: int | None = None,
+        use_bias: bool = False,
+        use_conv_bias: bool = True,
+        layer_norm_epsilon: float = 1e-5,
+        time_step_limit: tuple[float, float | None] | None = None,
+        time_step_min: float = 0.001,
+        time_step_max: float = 0.1,
+        time_step_floor: float = 1e-4,
+        a_initializer_range: tuple[float, float] = (1, 16),
+        num_residual_layers: int = 1,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        self.hidden_dim = hidden_dim
+        self.state_dim = state_dim
+        self.head_dim = head_dim
+        self.num_groups = num_groups
+        self.expansion = expansion
+        self.conv_kernel_size = conv_kernel_size
+        self.chunk_size = chunk_size
+        self.use_bias = use_bias
+        self.use_conv_bias = use_conv_bias
+        self.layer_norm_epsilon = layer_norm_epsilon
+        self.time_step_limit = _finite_limits(time_step_limit)
+        self.time_step_min = time_step_min
+        self.time_step_max = time_step_max
+        self.time_step_floor = time_step_floor
+        self.a_initializer_range = tuple(a_initializer_range)
+        self.num_residual_layers = num_residual_layers
+
+        self.inner_dim = round(expansion * hidden_dim)
+        self._check_config()
+        self.num_heads = self.inner_dim // head_dim
+        self.group_dim = num_groups * state_dim
+        self.conv_dim = self.inner_dim + 2 * self.group_dim
+
+        self.in_proj = keras.layers.Dense(
+            self.inner_dim + self.conv_dim + self.num_heads,
+            use_bias=use_bias,
+            kernel_initializer=_uniform(),
+            dtype=self.dtype_policy,
+            name="in_proj",
+        )
+        self.norm = GatedRMSNormalization(
+            num_groups=num_groups,
+            epsilon=layer_norm_epsilon,
+            dtype=self.dtype_policy,
+            name="norm",
+        )
+        self.out_proj = keras.layers.Dense(
+            hidden_dim,
+            use_bias=use_bias,
+            kernel_initializer=_uniform(1 / num_residual_layers),
+            dtype=self.dtype_policy,
+            name="out_proj",
+        )
+
+    def _check_config(self):
+        for name in ("hidden_dim", "state_dim", "head_dim", "num_groups", "conv_kernel_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be positive. Received: {getattr(self, name)}")
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise ValueError(
+                "`chunk_size` must be at least 1, or None for the platform's default. "
+                f"Received: chunk_size={self.chunk_size}"
+            )
+        if self.inner_dim % self.head_dim or not self.inner_dim:
+            raise ValueError(
+                "`head_dim` must divide the inner size, expansion * hidden_dim. Received: "
+                f"head_dim={self.head_dim}, expansion={self.expansion}, "
+                f"hidden_dim={self.hidden_dim}, so inner size {self.inner_dim}"
+            )
+        num_heads = self.inner_dim // self.head_dim
+        if num_heads % self.num_groups:
+            raise ValueError(
+                "`num_groups` must divide the number of heads, expansion * hidden_dim / "
+                f"head_dim. Received: num_groups={self.num_groups}, number of heads {num_heads}"
+            )
+
+    def build(self, x_shape, mask_shape=None):
+        if x_shape[-1] != self.hidden_dim:
+            raise ValueError(
+                f"The input's last axis must be hidden_dim={self.hidden_dim}. "
+                f"Received: shape={tuple(x_shape)}"
+            )
+        self.in_proj.build((None, self.hidden_dim))
+        self.norm.build((None, self.inner_dim))
+        self.out_proj.build((None, self.inner_dim))
+        bound = self.conv_kernel_size**-0.5
+        self.conv_kernel = self.add_weight(
+            name="conv_kernel",
+            shape=(self.conv_kernel_size, self.conv_dim),
+            initializer=initializers.RandomUniform(-bound, bound),
+        )
+        self.conv_bias = None
+        if self.use_conv_bias:
+            self.conv_bias = self.add_weight(
+                name="conv_bias",
+                shape=(self.conv_dim,),
+                initializer=initializers.RandomUniform(-bound, bound),
+            )
+        float32 = {"shape": (self.num_heads,), "dtype": "float32", "autocast": False}
+        self.A_log = self.add_weight(name="A_log", initializer=self._initial_A_log, **float32)
+        self.dt_bias = self.add_weight(name="dt_bias", initializer=self._initial_dt_bias, **float32)
+        self.D = self.add_weight(name="D", initializer="ones", **float32)
+
+    def _initial_A_log(self, shape, dtype):
+        low, high = self.a_initializer_range
+        return ops.log(random.uniform(shape, low, high, dtype=dtype))
+
+    def _initial_dt_bias(self, shape, dtype):
+        """The inverse softplus of step sizes that are uniform in their logarithm."""
+        low, high = math.log(self.time_step_min), math.log(self.time_step_max)
+        dt = ops.exp(random.uniform(shape, low, high, dtype=dtype))
+        dt = ops.maximum(dt, self.time_step_floor)
+        return dt + ops.log(-ops.expm1(-dt))
+
+    def call(self, x, mask=None):
+        return self.call_with_state(x, mask=mask)[0]
+
+    def call_with_state(self, x, state: MixerState | None = None, mask=None):
+        """Returns the output for `x` `(b t d)` after `state`, and the state after `x`."""
+        b, t = ops.shape(x)[:2]
+        gate, xBC, dt = self._project(x)
+        xBC, conv_state = causal_conv1d(
+            xBC,
+            self.conv_kernel,
+            self.conv_bias,
+            conv_state=None if state is None else state.conv,
+            mask=mask,
+        )
+        x, B, C = self._split_conv_output(ops.silu(xBC))
+        dt = self._step_sizes(dt)  # (b t h)
+        if mask is not None:
+            dt = dt * ops.cast(mask, dt.dtype)[..., None]  # a pad leaves the state as it was
+        y, ssm_state = ssd(
+            ops.reshape(x, (b, t, self.num_heads, self.head_dim)),
+            dt,
+            self._A(),
+            ops.reshape(B, (b, t, self.num_groups, self.state_dim)),
+            ops.reshape(C, (b, t, self.num_groups, self.state_dim)),
+            self.D,
+            initial_state=None if state is None else state.ssm,
+            chunk_size=self.chunk_size or default_chunk_size(),
+        )
+        y = self.norm(ops.reshape(y, (b, t, self.inner_dim)), gate)
+        return self.out_proj(y), MixerState(conv_state, ssm_state)
+
+    def step(self, x, state: MixerState):
+        """Returns the output for one token `x` `(b d)` after `state`, and the state after it."""
+        b = ops.shape(x)[0]
+        gate, xBC, dt = self._project(x)
+        xBC, conv_state = causal_conv1d_step(
+            xBC, self.conv_kernel, self.conv_bias, conv_state=state.conv
+        )
+        x, B, C = self._split_conv_output(ops.silu(xBC))
+        y, ssm_state = ssd_step(
+            ops.reshape(x, (b, self.num_heads, self.head_dim)),
+            self._step_sizes(dt),
+            self._A(),
+            ops.reshape(B, (b, self.num_groups, self.state_dim)),
+            ops.reshape(C, (b, self.num_groups, self.state_dim)),
+            self.D,
+            state=state.ssm,
+        )
+        y = self.norm(ops.reshape(y, (b, self.inner_dim)), gate)
+        return self.out_proj(y), MixerState(conv_state, ssm_state)
+
+    def initial_state(self, batch_size: int) -> MixerState:
+        """The state before the first token: zeros."""
+        return MixerState(
+            conv=ops.zeros(
+                (batch_size, self.conv_kernel_size - 1, self.conv_dim), self.compute_dtype
+            ),
+            ssm=ops.zeros((batch_size, self.num_heads, self.head_dim, self.state_dim), "float32"),
+        )
+
+    def _project(self, x):
+        """The gate `(... e)`, the convolution's input `(... e+2gn)`, and dt `(... h)`."""
+        cuts = [self.inner_dim, self.inner_dim + self.conv_dim]
+        return ops.split(self.in_proj(x), cuts, axis=-1)
+
+    def _split_conv_output(self, xBC):
+        return ops.split(xBC, [self.inner_dim, self.inner_dim + self.group_dim], axis=-1)
+
+    def _step_sizes(self, dt):
+        dt = ops.softplus(ops.cast(dt, self.dt_bias.dtype) + self.dt_bias)
+        low, high = self.time_step_limit
+        dt = ops.maximum(dt, low) if low > 0 else dt
+        return dt if high is None else ops.minimum(dt, high)
+
+    def _A(self):
+        return -ops.exp(ops.convert_to_tensor(self.A_log))
+
+    def compute_output_spec(self, x, mask=None):
+        return keras.KerasTensor(x.shape, dtype=self.compute_dtype)
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(
+            {
+                "hidden_dim": self.hidden_dim,
+                "state_dim": self.state_dim,
+                "head_dim": self.head_dim,
+                "num_groups": self.num_groups,
+                "expansion": self.expansion,
+                "conv_kernel_size": self.conv_kernel_size,
+                "chunk_size": self.chunk_size,
+                "use_bias": self.use_bias,
+                "use_conv_bias": self.use_conv_bias,
+                "layer_norm_epsilon": self.layer_norm_epsilon,
+                "time_step_limit": self.time_step_limit,
+                "time_step_min": self.time_step_min,
+                "time_step_max": self.time_step_max,
+                "time_step_floor": self.time_step_floor,
+                "a_initializer_range": self.a_initializer_range,
+                "num_residual_layers": self.num_residual_layers,
+            }
+        )
+        return config
+
+
+def _finite_limits(limit):
+    """`(low, high)` with None for infinity, which JSON has no word for."""
+    low, high = limit or (0.0, None)
+    return (float(low), None if high is None or math.isinf(high) else float(high))
+
+
+def _uniform(scale=1.0):
+    """Uniform in +-sqrt(scale / fan_in), as the reference's linear layers."""
+    return initializers.VarianceScaling(scale / 3, mode="fan_in", distribution="uniform")

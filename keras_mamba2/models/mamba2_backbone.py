@@ -1,0 +1,220 @@
+import keras
+import keras_hub
+
+from keras_mamba2.layers.gated_rms_normalization import GatedRMSNormalization
+from keras_mamba2.layers.mamba2_block import Mamba2Block
+from keras_mamba2.models.mamba2_state import Mamba2State
+
+
+@keras.saving.register_keras_serializable(package="keras_mamba2")
+class Mamba2Backbone(keras_hub.models.Backbone):
+    """The Mamba-2 language model without its head: token ids in, hidden states out.
+
+    Args:
+        vocabulary_size: int, v.
+        num_layers: int.
+        hidden_dim: int, d.
+        state_dim: int, n, the size of the state of each channel.
+        head_dim: int, p, channels a head; divides expansion * hidden_dim.
+        num_groups: int, g, groups of heads that share B and C; divides the number of heads.
+        expansion: float, the inner size is expansion * hidden_dim.
+        conv_kernel_size: int, k.
+        chunk_size: int, positions computed at once. `None` takes the value that is fast on the
+            platform. The result does not depend on it beyond rounding.
+        use_bias: bool, whether the projections have a bias.
+        use_conv_bias: bool, whether the convolutions have a bias.
+        layer_norm_epsilon: float.
+        time_step_limit: pair of floats, step sizes are clipped to it. `None` for no limit.
+        time_step_min: float, the least step size at initialisation.
+        time_step_max: float, the largest step size at initialisation.
+        time_step_floor: float, initial step sizes are at least this.
+        a_initializer_range: pair of floats, `-A` is drawn from it at initialisation.
+        residual_in_fp32: bool, whether the residual stream is float32 whatever the dtype policy.
+        tie_word_embeddings: bool, whether the head is the transposed embedding.
+        dropout: float, the rate at which the output of a mixer is dropped in training.
+        dtype: string or `keras.DTypePolicy`. The parameters of the recurrence, its state and
+            the norms are float32 whatever the policy.
+        **kwargs: `name` and `trainable`.
+
+    Call arguments:
+        token_ids: int tensor `(b t)`.
+        padding_mask: int tensor `(b t)`, non-zero at real tokens, which are contiguous in each
+            row; padding on either side leaves the outputs of real tokens as they were.
+
+    Example:
+    ```python
+    backbone = keras_mamba2.Mamba2Backbone(vocabulary_size=256, num_layers=2, hidden_dim=64)
+    backbone({"token_ids": np.ones((1, 12)), "padding_mask": np.ones((1, 12))})  # (1 12 64)
+    ```
+
+    Reference:
+        - [Dao and Gu, 2024](https://arxiv.org/abs/2405.21060)
+    """
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        num_layers: int,
+        hidden_dim: int,
+        state_dim: int = 128,
+        head_dim: int = 64,
+        num_groups: int = 1,
+        expansion: float = 2,
+        conv_kernel_size: int = 4,
+        chunk_size: int | None = None,
+        use_bias: bool = False,
+        use_conv_bias: bool = True,
+        layer_norm_epsilon: float = 1e-5,
+        time_step_limit: tuple[float, float | None] | None = None,
+        time_step_min: float = 0.001,
+        time_step_max: float = 0.1,
+        time_step_floor: float = 1e-4,
+        a_initializer_range: tuple[float, float] = (1, 16),
+        residual_in_fp32: bool = True,
+        tie_word_embeddings: bool = True,
+        dropout: float = 0.0,
+        dtype=None,
+        **kwargs,
+    ):
+        _check_dtype(dtype)
+        for name, value in (("vocabulary_size", vocabulary_size), ("num_layers", num_layers)):
+            if value < 1:
+                raise ValueError(f"`{name}` must be positive. Received: {name}={value}")
+
+        # === Layers ===
+        self.token_embedding = keras.layers.ReversibleEmbedding(
+            input_dim=vocabulary_size,
+            output_dim=hidden_dim,
+            tie_weights=tie_word_embeddings,
+            embeddings_initializer=keras.initializers.RandomNormal(stddev=0.02),
+            dtype=dtype,
+            name="token_embedding",
+        )
+        self.blocks = [
+            Mamba2Block(
+                hidden_dim=hidden_dim,
+                state_dim=state_dim,
+                head_dim=head_dim,
+                num_groups=num_groups,
+                expansion=expansion,
+                conv_kernel_size=conv_kernel_size,
+                chunk_size=chunk_size,
+                use_bias=use_bias,
+                use_conv_bias=use_conv_bias,
+                layer_norm_epsilon=layer_norm_epsilon,
+                time_step_limit=time_step_limit,
+                time_step_min=time_step_min,
+                time_step_max=time_step_max,
+                time_step_floor=time_step_floor,
+                a_initializer_range=a_initializer_range,
+                num_residual_layers=num_layers,
+                residual_in_fp32=residual_in_fp32,
+                dropout=dropout,
+                dtype=dtype,
+                name=f"block_{i}",
+            )
+            for i in range(num_layers)
+        ]
+        self.norm = GatedRMSNormalization(
+            epsilon=layer_norm_epsilon, dtype=dtype, name="final_norm"
+        )
+
+        # === Functional Model ===
+        token_id_input = keras.Input(shape=(None,), dtype="int32", name="token_ids")
+        padding_mask_input = keras.Input(shape=(None,), dtype="int32", name="padding_mask")
+        x = self.token_embedding(token_id_input)
+        for block in self.blocks:
+            x = block(x, padding_mask=padding_mask_input)
+        super().__init__(
+            inputs={"token_ids": token_id_input, "padding_mask": padding_mask_input},
+            outputs=self.norm(x),
+            dtype=dtype,
+            **kwargs,
+        )
+
+        # === Config ===
+        self.vocabulary_size = vocabulary_size
+        self.num_layers = num_layers
+        self.hidden_dim = hidden_dim
+        self.state_dim = state_dim
+        self.head_dim = head_dim
+        self.num_groups = num_groups
+        self.expansion = expansion
+        self.conv_kernel_size = conv_kernel_size
+        self.chunk_size = chunk_size
+        self.use_bias = use_bias
+        self.use_conv_bias = use_conv_bias
+        self.layer_norm_epsilon = layer_norm_epsilon
+        self.time_step_limit = self.blocks[0].mixer.time_step_limit
+        self.time_step_min = time_step_min
+        self.time_step_max = time_step_max
+        self.time_step_floor = time_step_floor
+        self.a_initializer_range = tuple(a_initializer_range)
+        self.residual_in_fp32 = residual_in_fp32
+        self.tie_word_embeddings = tie_word_embeddings
+        self.dropout = dropout
+
+    def call_with_state(self, token_ids, state: Mamba2State | None = None, padding_mask=None):
+        """Runs the model on `(b t)` token ids after `state`.
+
+        Returns:
+            Tuple `(hidden_states, state)`: `(b t d)`, and the `Mamba2State` after each row's
+            last real token.
+        """
+        layers = [None] * self.num_layers if state is None else state.layers
+        x, states = self.token_embedding(token_ids), []
+        for block, layer in zip(self.blocks, layers, strict=True):
+            x, layer = block.call_with_state(x, layer, padding_mask)
+            states.append(layer)
+        return self.norm(x), Mamba2State(states)
+
+    def step(self, token_ids, state: Mamba2State):
+        """Runs the model on one token a row, `(b)`: `(hidden_states (b d), state)`."""
+        x, states = self.token_embedding(token_ids), []
+        for block, layer in zip(self.blocks, state.layers, strict=True):
+            x, layer = block.step(x, layer)
+            states.append(layer)
+        return self.norm(x), Mamba2State(states)
+
+    def initial_state(self, batch_size: int) -> Mamba2State:
+        """The state before the first token of `batch_size` rows."""
+        return Mamba2State([block.mixer.initial_state(batch_size) for block in self.blocks])
+
+    def default_lora_layer_names(self) -> list[str]:
+        return ["in_proj", "out_proj"]
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(
+            {
+                "vocabulary_size": self.vocabulary_size,
+                "num_layers": self.num_layers,
+                "hidden_dim": self.hidden_dim,
+                "state_dim": self.state_dim,
+                "head_dim": self.head_dim,
+                "num_groups": self.num_groups,
+                "expansion": self.expansion,
+                "conv_kernel_size": self.conv_kernel_size,
+                "chunk_size": self.chunk_size,
+                "use_bias": self.use_bias,
+                "use_conv_bias": self.use_conv_bias,
+                "layer_norm_epsilon": self.layer_norm_epsilon,
+                "time_step_limit": self.time_step_limit,
+                "time_step_min": self.time_step_min,
+                "time_step_max": self.time_step_max,
+                "time_step_floor": self.time_step_floor,
+                "a_initializer_range": self.a_initializer_range,
+                "residual_in_fp32": self.residual_in_fp32,
+                "tie_word_embeddings": self.tie_word_embeddings,
+                "dropout": self.dropout,
+            }
+        )
+        return config
+
+
+def _check_dtype(dtype):
+    policy = keras.dtype_policies.get(dtype)
+    if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+        policy = policy.default_policy
+    if "float" not in str(policy.compute_dtype):
+        raise ValueError(f"`dtype` must be a floating point dtype or policy. Received: {dtype}")

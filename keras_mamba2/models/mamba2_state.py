@@ -1,0 +1,56 @@
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from keras_mamba2.layers.mamba2_mixer import MixerState
+
+
+class Mamba2State:
+    """All that a Mamba-2 model remembers of the tokens before: of fixed size, whatever their number.
+
+    A pytree with batch-first leaves, so it can be passed through `jax.jit`, gathered by rows in
+    beam search and donated.
+
+    Args:
+        layers: sequence of `MixerState`, one a layer: conv `(b k-1 e+2gn)`, ssm `(b h p n)`.
+    """
+
+    def __init__(self, layers: Sequence[MixerState]):
+        self.layers = tuple(layers)
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], None]:
+        return self.layers, None
+
+    @classmethod
+    def tree_unflatten(cls, metadata: None, layers: Sequence[MixerState]) -> "Mamba2State":
+        return cls(layers)
+
+    # The names under which `keras.tree` finds the two methods on the torch backend.
+    torchtree_flatten, torchtree_unflatten = tree_flatten, tree_unflatten
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows together."""
+        return sum(leaf.nbytes for layer in self.layers for leaf in layer)
+
+    def __repr__(self) -> str:
+        conv, ssm = self.layers[0]
+        return (
+            f"Mamba2State({len(self.layers)} layers, batch size {ssm.shape[0]}, "
+            f"conv {tuple(conv.shape)}, ssm {tuple(ssm.shape)})"
+        )
+
+
+def _register_as_pytree() -> None:
+    # The registry behind `keras.tree`, which differs by backend; Keras has no public name for it.
+    from keras.src.tree.tree_api import register_tree_node_class
+
+    register_tree_node_class(Mamba2State)
+    if keras.config.backend() == "jax":
+        import jax
+
+        jax.tree_util.register_pytree_node_class(Mamba2State)
+
+
+_register_as_pytree()

@@ -1,0 +1,88 @@
+"""Causal depthwise convolution with its state, in `keras.ops`. Notation: `ops/ssd.py`."""
+
+from keras import ops
+
+from keras_mamba2.ops.checks import check_shapes
+
+
+def causal_conv1d(x, kernel, bias=None, conv_state=None, mask=None):
+    """Convolves each channel of `x` with its own `k` taps, looking back only.
+
+    A padded position is passed over: it gives nothing to later positions, and the returned
+    state holds the last `k-1` real inputs of each row.
+
+    Args:
+        x: tensor `(b t e)`, here with `e` any number of channels.
+        kernel: tensor `(k e)`; the last tap meets the current position.
+        bias: optional tensor `(e)`.
+        conv_state: optional tensor `(b k-1 e)`, the inputs before the first one, zeros if
+            absent.
+        mask: optional boolean tensor `(b t)`, true at real positions. The real positions of
+            a row must be contiguous: padding on the left, on the right, or on both sides.
+
+    Returns:
+        Tuple `(y, conv_state)`: `y` `(b t e)`, arbitrary at padded positions, and
+        `conv_state` `(b k-1 e)`, both in the dtype of `x`.
+    """
+    check_shapes(
+        {
+            "x": (x, "b t e"),
+            "kernel": (kernel, "k e"),
+            "bias": (bias, "e"),
+            "conv_state": (conv_state, "b k-1 e"),
+            "mask": (mask, "b t"),
+        }
+    )
+    k = kernel.shape[0]
+    if conv_state is not None and conv_state.shape[1] != k - 1:
+        raise ValueError(
+            f"`conv_state` must hold the last k-1={k - 1} inputs. "
+            f"Received: conv_state.shape={tuple(conv_state.shape)}, kernel.shape={kernel.shape}"
+        )
+    x = ops.convert_to_tensor(x)
+    t = ops.shape(x)[1]
+    window = ops.pad(x, [(0, 0), (k - 1, 0), (0, 0)])  # (b t+k-1 e)
+    if conv_state is not None:
+        conv_state = ops.cast(conv_state, x.dtype)
+    if mask is None:
+        if conv_state is not None:
+            window = ops.concatenate([conv_state, x], axis=1)
+        new_state = window[:, t:]
+    else:
+        mask = ops.cast(mask, "bool")
+        first = ops.argmax(ops.cast(mask, "int32"), axis=1)[:, None]  # (b 1)
+        count = ops.sum(ops.cast(mask, first.dtype), axis=1, keepdims=True)  # (b 1)
+        real = ops.pad(mask, [(0, 0), (k - 1, 0)])[..., None]  # (b t+k-1 1)
+        window = ops.where(real, window, ops.zeros((), x.dtype))
+        if conv_state is not None:  # it goes right before the first real input
+            position = ops.arange(t + k - 1, dtype=first.dtype)
+            for i in range(k - 1):
+                here = (position == first + i)[..., None]  # (b t+k-1 1)
+                window = ops.where(here, conv_state[:, i : i + 1], window)
+        tail = first + count + ops.arange(k - 1, dtype=first.dtype)  # (b k-1)
+        new_state = ops.take_along_axis(window, tail[..., None], axis=1)
+
+    kernel = ops.cast(kernel, x.dtype)
+    y = sum(window[:, i : i + t] * kernel[i] for i in range(k))
+    return (y if bias is None else y + ops.cast(bias, x.dtype)), new_state
+
+
+def causal_conv1d_step(x, kernel, bias=None, *, conv_state):
+    """Runs `causal_conv1d` for one token.
+
+    Args:
+        x: tensor `(b e)`.
+        kernel: tensor `(k e)`.
+        bias: optional tensor `(e)`.
+        conv_state: tensor `(b k-1 e)`, the last `k-1` inputs.
+
+    Returns:
+        Tuple `(y, conv_state)` of shapes `(b e)` and `(b k-1 e)`, in the dtype of `x`.
+    """
+    check_shapes(
+        {"x": (x, "b e"), "kernel": (kernel, "k e"), "bias": (bias, "e")}
+        | {"conv_state": (conv_state, "b k-1 e")}
+    )
+    window = ops.concatenate([ops.cast(conv_state, x.dtype), x[:, None]], axis=1)  # (b k e)
+    y = ops.sum(window * ops.cast(kernel, x.dtype), axis=1)
+    return (y if bias is None else y + ops.cast(bias, x.dtype)), window[:, 1:]
