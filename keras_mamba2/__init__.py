@@ -1,2 +1,9 @@
-from keras_mamba2.models.mamba2_backbone import Mamba2Backbone as Mamba2Backbone
-from keras_mamba2.tasks.mamba2_causal_lm import Mamba2CausalLM as Mamba2CausalLM
+"""Mamba-2 language models for Keras 3. Start at `Mamba2CausalLM.from_preset`."""
+
+from keras_mamba2.models import Mamba2Backbone as Mamba2Backbone
+from keras_mamba2.models import Mamba2State as Mamba2State
+from keras_mamba2.models import Mamba2Tokenizer as Mamba2Tokenizer
+from keras_mamba2.tasks import Mamba2CausalLM as Mamba2CausalLM
+from keras_mamba2.tasks import Mamba2CausalLMPreprocessor as Mamba2CausalLMPreprocessor
+
+__version__ = "0.1.0"

@@ -71,9 +71,12 @@ class Mamba2Block(keras.layers.Layer):
         y, state = self.mixer.call_with_state(self.norm(x), state, mask)
         return self._add(x, y), state
 
-    def step(self, x, state: MixerState):
-        """Returns the output for one token `x` `(b d)` after `state`, and the state after it."""
-        y, state = self.mixer.step(self.norm(x), state)
+    def step(self, x, state: MixerState, mask=None):
+        """Returns the output for one token `x` `(b d)` after `state`, and the state after it.
+
+        Where the boolean `mask` `(b)` is false, the state stays as it was.
+        """
+        y, state = self.mixer.step(self.norm(x), state, mask)
         return self._add(x, y), state
 
     def _add(self, x, y):

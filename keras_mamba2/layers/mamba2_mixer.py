@@ -219,17 +219,24 @@ class Mamba2Mixer(keras.layers.Layer):
         y = self.norm(ops.reshape(y, (b, t, self.inner_dim)), gate)
         return self.out_proj(y), MixerState(conv_state, ssm_state)
 
-    def step(self, x, state: MixerState):
-        """Returns the output for one token `x` `(b d)` after `state`, and the state after it."""
+    def step(self, x, state: MixerState, mask=None):
+        """Returns the output for one token `x` `(b d)` after `state`, and the state after it.
+
+        Where the boolean `mask` `(b)` is false, the state stays as it was.
+        """
         b = ops.shape(x)[0]
         gate, xBC, dt = self._project(x)
         xBC, conv_state = causal_conv1d_step(
             xBC, self.conv_kernel, self.conv_bias, conv_state=state.conv
         )
+        dt = self._step_sizes(dt)  # (b h)
+        if mask is not None:
+            conv_state = ops.where(mask[:, None, None], conv_state, state.conv)
+            dt = dt * ops.cast(mask, dt.dtype)[:, None]
         x, B, C = self._split_conv_output(ops.silu(xBC))
         y, ssm_state = ssd_step(
             ops.reshape(x, (b, self.num_heads, self.head_dim)),
-            self._step_sizes(dt),
+            dt,
             self._A(),
             ops.reshape(B, (b, self.num_groups, self.state_dim)),
             ops.reshape(C, (b, self.num_groups, self.state_dim)),

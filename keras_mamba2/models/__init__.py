@@ -1,0 +1,23 @@
+"""Backbone, its state, and the tokenizer, which is a leaf that knows no model."""
+
+from keras_hub.src.utils.preset_utils import register_presets
+
+from keras_mamba2 import preset_files
+from keras_mamba2.models.mamba2_backbone import Mamba2Backbone as Mamba2Backbone
+from keras_mamba2.models.mamba2_state import Mamba2State as Mamba2State
+from keras_mamba2.models.mamba2_tokenizer import Mamba2Tokenizer as Mamba2Tokenizer
+
+# KerasHub finds the tokenizer of a model by its backbone.
+Mamba2Tokenizer.backbone_cls = Mamba2Backbone
+
+# `Mamba2Backbone.presets` lists them, and `keras_hub.models.CausalLM.from_preset` knows them.
+register_presets(
+    {
+        name: {
+            "metadata": preset_files.read_json(folder / "metadata.json"),
+            "kaggle_handle": str(folder),
+        }
+        for name, folder in preset_files.embedded_presets().items()
+    },
+    Mamba2Backbone,
+)

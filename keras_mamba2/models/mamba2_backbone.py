@@ -4,6 +4,7 @@ import keras_hub
 from keras_mamba2.layers.gated_rms_normalization import GatedRMSNormalization
 from keras_mamba2.layers.mamba2_block import Mamba2Block
 from keras_mamba2.models.mamba2_state import Mamba2State
+from keras_mamba2.preset_files import find_preset
 
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
@@ -168,17 +169,29 @@ class Mamba2Backbone(keras_hub.models.Backbone):
             states.append(layer)
         return self.norm(x), Mamba2State(states)
 
-    def step(self, token_ids, state: Mamba2State):
-        """Runs the model on one token a row, `(b)`: `(hidden_states (b d), state)`."""
+    def step(self, token_ids, state: Mamba2State, mask=None):
+        """Runs the model on one token a row, `(b)`, after `state`.
+
+        Where the boolean `mask` `(b)` is false, the state stays as it was.
+
+        Returns:
+            Tuple `(hidden_states, state)`: `(b d)`, and the `Mamba2State` after the token.
+        """
         x, states = self.token_embedding(token_ids), []
         for block, layer in zip(self.blocks, state.layers, strict=True):
-            x, layer = block.step(x, layer)
+            x, layer = block.step(x, layer, mask)
             states.append(layer)
         return self.norm(x), Mamba2State(states)
 
     def initial_state(self, batch_size: int) -> Mamba2State:
         """The state before the first token of `batch_size` rows."""
         return Mamba2State([block.mixer.initial_state(batch_size) for block in self.blocks])
+
+    @classmethod
+    def from_preset(cls, preset: str, load_weights: bool = True, **kwargs) -> "Mamba2Backbone":
+        """Loads a backbone by name or folder. See `keras_hub.models.Backbone.from_preset`."""
+        folder = find_preset(preset, weights=load_weights, tokenizer=False)
+        return super().from_preset(folder, load_weights=load_weights, **kwargs)
 
     def default_lora_layer_names(self) -> list[str]:
         return ["in_proj", "out_proj"]

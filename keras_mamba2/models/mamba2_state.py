@@ -26,8 +26,13 @@ class Mamba2State:
     def tree_unflatten(cls, metadata: None, layers: Sequence[MixerState]) -> "Mamba2State":
         return cls(layers)
 
-    # The names under which `keras.tree` finds the two methods on the torch backend.
-    torchtree_flatten, torchtree_unflatten = tree_flatten, tree_unflatten
+    # On the torch backend `keras.tree` wants them under these names, in this order.
+    def torchtree_flatten(self) -> tuple[list[Any], None]:
+        return list(self.layers), None
+
+    @classmethod
+    def torchtree_unflatten(cls, layers: Sequence[MixerState], metadata: None) -> "Mamba2State":
+        return cls(layers)
 
     @property
     def nbytes(self) -> int:

@@ -33,13 +33,9 @@ def causal_conv1d(x, kernel, bias=None, conv_state=None, mask=None):
             "mask": (mask, "b t"),
         }
     )
-    k = kernel.shape[0]
-    if conv_state is not None and conv_state.shape[1] != k - 1:
-        raise ValueError(
-            f"`conv_state` must hold the last k-1={k - 1} inputs. "
-            f"Received: conv_state.shape={tuple(conv_state.shape)}, kernel.shape={kernel.shape}"
-        )
+    _check_conv_state(conv_state, kernel)
     x = ops.convert_to_tensor(x)
+    k = kernel.shape[0]
     t = ops.shape(x)[1]
     window = ops.pad(x, [(0, 0), (k - 1, 0), (0, 0)])  # (b t+k-1 e)
     if conv_state is not None:
@@ -83,6 +79,16 @@ def causal_conv1d_step(x, kernel, bias=None, *, conv_state):
         {"x": (x, "b e"), "kernel": (kernel, "k e"), "bias": (bias, "e")}
         | {"conv_state": (conv_state, "b k-1 e")}
     )
+    _check_conv_state(conv_state, kernel)
     window = ops.concatenate([ops.cast(conv_state, x.dtype), x[:, None]], axis=1)  # (b k e)
     y = ops.sum(window * ops.cast(kernel, x.dtype), axis=1)
     return (y if bias is None else y + ops.cast(bias, x.dtype)), window[:, 1:]
+
+
+def _check_conv_state(conv_state, kernel):
+    k = kernel.shape[0]
+    if conv_state is not None and conv_state.shape[1] != k - 1:
+        raise ValueError(
+            f"`conv_state` must hold the last k-1={k - 1} inputs. Received: "
+            f"conv_state.shape={tuple(conv_state.shape)}, kernel.shape={tuple(kernel.shape)}"
+        )

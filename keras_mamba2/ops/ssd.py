@@ -81,7 +81,7 @@ def ssd(
     check_ssd_arguments(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size)
     b, t, h, p = ops.shape(x)
     g, n = B.shape[2:]
-    q = chunk_size if t is None else min(chunk_size, t)
+    q = min(chunk_size, t) if isinstance(t, int) else chunk_size  # a tensor in a TensorFlow graph
     dtype, state_dtype = x.dtype, float32_at_least(x.dtype)
 
     dt = ops.cast(dt, state_dtype)
@@ -174,11 +174,13 @@ def pass_states(states, decay, initial_state):
     """Carries the state from chunk to chunk: the states each starts with, and the last one."""
 
     def step(state, chunk):
-        decay, new = chunk
-        return state * decay[..., None, None] + new, state
+        decay, new = chunk[..., :1], chunk[..., 1:]
+        return state * decay + new, state
 
-    chunks = (ops.moveaxis(decay, 1, 0), ops.moveaxis(states, 1, 0))
-    final_state, starts = ops.scan(step, initial_state, chunks)
+    # As one tensor: TensorFlow's `ops.scan` cannot take two of unknown length.
+    decay = decay[..., None, None] * ops.ones_like(states[..., :1])  # (b c g r p 1)
+    chunks = ops.concatenate([decay, states], axis=-1)
+    final_state, starts = ops.scan(step, initial_state, ops.moveaxis(chunks, 1, 0))
     return ops.moveaxis(starts, 0, 1), final_state
 
 

@@ -1,0 +1,35 @@
+"""Prefill: the state after all tokens of the prompts but the last."""
+
+import numpy as np
+
+# A prompt is cut into blocks of these lengths, each one compiled program, so that the number of
+# programs does not depend on the prompts. The last block is padded by less than its half.
+BLOCK_SIZES = (512, 64, 8)
+
+
+def block_sizes(length: int) -> list[int]:
+    """The blocks that a prompt of `length` tokens is cut into."""
+    blocks: list[int] = []
+    for size, smaller in zip(BLOCK_SIZES, (*BLOCK_SIZES[1:], 0), strict=True):
+        while length > 0 and (length > size // 2 or smaller == 0):
+            blocks.append(size)
+            length -= size
+    return blocks
+
+
+def blocks(prompts: list[np.ndarray]):
+    """Yields `(token_ids, padding_mask)` `(b block)` over prompts of any lengths, in order."""
+    lengths = np.array([len(prompt) for prompt in prompts])
+    start = 0
+    for size in block_sizes(int(lengths.max())):
+        token_ids = np.zeros((len(prompts), size), "int32")
+        for row, prompt in zip(token_ids, prompts, strict=True):
+            piece = prompt[start : start + size]
+            row[: len(piece)] = piece
+        yield token_ids, np.arange(start, start + size) < lengths[:, None]
+        start += size
+
+
+def prefill_block(model, state, token_ids, padding_mask):
+    """The state after one block."""
+    return model.backbone.call_with_state(token_ids, state, padding_mask)[1]

@@ -1,0 +1,83 @@
+"""Turns a function that reads a model's variables into a compiled program, on every backend."""
+
+import functools
+
+import keras
+from keras import tree
+
+from keras_mamba2.generation.decode import model_variables
+
+
+def compiled(model, function, donate: bool = False, static: tuple[str, ...] = ()):
+    """Compiles `function(first, *args, **static)`, which may call `model` and its sampler.
+
+    On JAX variables are arguments of the program, so that a change of weights is seen and no
+    weight is copied into it; those of the sampler are assigned what the program leaves in them.
+    A model with `run_eagerly=True` gets the function itself.
+
+    Args:
+        model: a `Mamba2CausalLM`.
+        function: what to compile.
+        donate: bool, whether the first argument's memory may be reused for the result.
+        static: names of keyword arguments that the program is compiled for.
+    """
+    backend = keras.config.backend()
+    if backend == "torch":
+        return _without_gradients(function)
+    if model.run_eagerly:
+        return function
+    if backend == "tensorflow":
+        return _tensorflow_function(function)
+    return _jitted(model, function, donate, static)
+
+
+def _tensorflow_function(function):
+    """A `tf.function` that takes and returns any pytree; TensorFlow knows only its own."""
+    import tensorflow as tf
+
+    structure = {}
+
+    @tf.function(autograph=False)
+    def program(leaves, **kwargs):
+        result = function(*tree.pack_sequence_as(structure["arguments"], leaves), **kwargs)
+        structure["result"] = tree.map_structure(lambda _: None, result)
+        return tree.flatten(result)
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        structure["arguments"] = tree.map_structure(lambda _: None, args)
+        leaves = program(tree.flatten(args), **kwargs)
+        return tree.pack_sequence_as(structure["result"], leaves)
+
+    return call
+
+
+def _without_gradients(function):
+    import torch
+
+    return torch.no_grad()(function)
+
+
+def _jitted(model, function, donate, static):
+    import jax
+
+    def variables():
+        return [*model_variables(model), *model.sampler.variables]
+
+    @functools.partial(jax.jit, donate_argnums=(1,) if donate else (), static_argnames=static)
+    def program(values, first, args, **kwargs):
+        mapping = list(zip(variables(), values, strict=True))
+        with keras.StatelessScope(state_mapping=mapping) as scope:
+            result = function(first, *args, **kwargs)
+        return result, [scope.get_current_value(v) for v in model.sampler.variables]
+
+    @functools.wraps(function)
+    def call(first, *args, **kwargs):
+        values = [v.value for v in variables()]
+        result, sampler_values = program(values, first, args, **kwargs)
+        for variable, value in zip(model.sampler.variables, sampler_values, strict=True):
+            variable.assign(value)
+        return result
+
+    call.program = program
+    return call

@@ -1,0 +1,274 @@
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from collections.abc import Sequence
+
+import keras
+import keras_hub
+import numpy as np
+import tokenizers
+from keras_hub.src.utils.tensor_utils import canonicalize_python_string_inputs
+from keras_hub.src.utils.tensor_utils import canonicalize_python_token_inputs
+from keras_hub.src.utils.tensor_utils import is_int_dtype
+from keras_hub.src.utils.tensor_utils import preprocessing_function
+from keras_hub.src.utils.tensor_utils import restore_outer_shape
+
+from keras_mamba2.preset_files import find_preset
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+@keras.saving.register_keras_serializable(package="keras_mamba2")
+class Mamba2Tokenizer(keras_hub.tokenizers.Tokenizer):
+    """Byte-pair tokenizer of Mamba-2 models, run by the Rust `tokenizers` library.
+
+    Text becomes the same ids eagerly, inside `tf.data` and inside grain, because the same engine
+    runs in all three. A saved tokenizer is one file in the format of that library.
+
+    Args:
+        vocabulary: dict from token to id, or the path of a JSON file with one. With `merges`,
+            the pipeline is that of GPT-NeoX: NFC, byte-level byte-pair encoding, no prefix space.
+        merges: list of merge rules `"a b"`, or the path of a file with one a line.
+        tokenizer: instead of the two, a `tokenizers.Tokenizer` or the path of a `tokenizer.json`.
+        start_token: string, or `None` if there is none.
+        end_token: string, or `None` if there is none.
+        pad_token: string; `None` for the end token. Padding is known by its mask and never by
+            its id, so any token serves.
+        **kwargs: see `keras.layers.Layer`. `dtype` is that of the ids.
+
+    Call arguments:
+        inputs: a string, or a list, array or tensor of strings.
+
+    Returns:
+        For one string an int array `(t)`, for a batch a list of lists (in `tf.data` a ragged
+        tensor).
+
+    Example:
+    ```python
+    tokenizer = keras_mamba2.Mamba2Tokenizer(tokenizer="tokenizer.json")
+    tokenizer.detokenize(tokenizer(["To be, or not to be"]))  # ["To be, or not to be"]
+    ```
+    """
+
+    def __init__(
+        self,
+        vocabulary: Mapping[str, int] | str | None = None,
+        merges: Sequence[str] | str | None = None,
+        tokenizer: tokenizers.Tokenizer | str | None = None,
+        start_token: str | None = "<|endoftext|>",
+        end_token: str | None = "<|endoftext|>",
+        pad_token: str | None = None,
+        dtype="int32",
+        **kwargs,
+    ):
+        if not is_int_dtype(dtype):
+            raise ValueError(f"`dtype` must be an integer dtype. Received: dtype={dtype}")
+        super().__init__(dtype=dtype, **kwargs)
+        self.file_assets = [TOKENIZER_FILE]
+        pad_token = end_token if pad_token is None else pad_token
+        specials = {"start_token": start_token, "end_token": end_token, "pad_token": pad_token}
+        for name, token in specials.items():
+            if token is None:
+                setattr(self, name, None)
+                setattr(self, f"{name}_id", None)
+            else:
+                self._add_special_token(token, name)
+        if (vocabulary is None) != (merges is None):
+            raise ValueError(
+                "`vocabulary` and `merges` must be passed together. Received: "
+                f"{'merges' if vocabulary is None else 'vocabulary'} alone"
+            )
+        if vocabulary is not None and tokenizer is not None:
+            raise ValueError("Pass either `vocabulary` and `merges`, or `tokenizer`, not both.")
+        if vocabulary is not None:
+            self.set_vocabulary_and_merges(vocabulary, merges)
+        else:
+            self._set_engine(_load(tokenizer) if _is_path(tokenizer) else tokenizer)
+
+    @classmethod
+    def from_preset(cls, preset: str, **kwargs) -> "Mamba2Tokenizer":
+        """Loads a tokenizer by name or folder. See `keras_hub.tokenizers.Tokenizer`."""
+        return super().from_preset(find_preset(preset, weights=False), **kwargs)
+
+    def set_vocabulary_and_merges(
+        self, vocabulary: Mapping[str, int] | str, merges: Sequence[str] | str
+    ) -> None:
+        """Sets vocabulary and merge rules, given as data or as the paths of two files."""
+        if _is_path(vocabulary):
+            vocabulary = json.loads(pathlib.Path(vocabulary).read_text("utf-8"))
+        if _is_path(merges):
+            merges = pathlib.Path(merges).read_text("utf-8").splitlines()
+        self._set_engine(gpt_neox_engine(vocabulary, merges, self.special_tokens))
+
+    def _set_engine(self, engine: tokenizers.Tokenizer | None) -> None:
+        self._engine = engine
+        if engine is not None:
+            engine.no_padding()
+            engine.no_truncation()
+            self._update_special_token_ids()
+
+    @property
+    def engine(self) -> tokenizers.Tokenizer:
+        """The `tokenizers.Tokenizer` that does the work."""
+        if self._engine is None:
+            raise ValueError(
+                "No vocabulary has been set for this Mamba2Tokenizer. Pass `vocabulary` and "
+                "`merges`, or `tokenizer`, when creating it."
+            )
+        return self._engine
+
+    def save_assets(self, dir_path: str) -> None:
+        self.engine.save(os.path.join(dir_path, TOKENIZER_FILE))
+
+    def load_assets(self, dir_path: str) -> None:
+        self._set_engine(_load(os.path.join(dir_path, TOKENIZER_FILE)))
+
+    def get_vocabulary(self) -> dict[str, int]:
+        return self.engine.get_vocab(with_added_tokens=True)
+
+    def vocabulary_size(self) -> int:
+        return self.engine.get_vocab_size(with_added_tokens=True)
+
+    def id_to_token(self, id: int) -> str:
+        token = self.engine.id_to_token(int(id)) if id >= 0 else None
+        if token is None:
+            raise ValueError(
+                f"`id` is out of the vocabulary of {self.vocabulary_size()} tokens. "
+                f"Received: id={id}"
+            )
+        return token
+
+    def token_to_id(self, token: str) -> int:
+        id = self.engine.token_to_id(token)
+        if id is None:
+            raise ValueError(f"`token` is not in the vocabulary. Received: token={token!r}")
+        return id
+
+    def call(self, inputs, *args, training=None, **kwargs):
+        return self.tokenize(inputs)
+
+    def tokenize(self, inputs):
+        self.engine  # noqa: B018  raises before a graph is traced
+        if self._use_tf_workflow():
+            return self._tokenize_tf(inputs)
+        texts, batched, outer_shape = canonicalize_python_string_inputs(inputs)
+        rows = self._encode(texts)
+        if not batched:
+            return np.array(rows[0], self.compute_dtype)
+        return rows if outer_shape is None else restore_outer_shape(rows, outer_shape)
+
+    def detokenize(self, inputs):
+        self.engine  # noqa: B018
+        if self._use_tf_workflow():
+            return self._detokenize_tf(inputs)
+        rows, batched = canonicalize_python_token_inputs(inputs)
+        texts = self._decode(rows)
+        return texts if batched else texts[0]
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self.engine.encode_batch_fast(list(texts))]
+
+    def _decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        return self.engine.decode_batch([list(row) for row in rows], skip_special_tokens=False)
+
+    @preprocessing_function
+    def _tokenize_tf(self, inputs):
+        import tensorflow as tf
+
+        def encode(texts):
+            rows = self._encode([text.decode("utf-8") for text in texts])
+            ids = np.array([id for row in rows for id in row], self.compute_dtype)
+            return ids, np.array([len(row) for row in rows], "int64")
+
+        texts = tf.reshape(inputs, [-1])
+        ids, lengths = tf.numpy_function(
+            encode, [texts], (tf.as_dtype(self.compute_dtype), tf.int64)
+        )
+        ids.set_shape([None])
+        lengths.set_shape([None])
+        if inputs.shape.rank == 0:
+            return ids
+        return tf.RaggedTensor.from_row_lengths(ids, lengths)
+
+    @preprocessing_function
+    def _detokenize_tf(self, inputs):
+        import tensorflow as tf
+
+        def decode(ids, lengths):
+            rows = np.split(ids, np.cumsum(lengths)[:-1])
+            return np.array([text.encode("utf-8") for text in self._decode(rows)], dtype=object)
+
+        if not isinstance(inputs, tf.RaggedTensor):
+            unbatched = inputs.shape.rank == 1
+            inputs = tf.RaggedTensor.from_tensor(inputs[tf.newaxis] if unbatched else inputs)
+        else:
+            unbatched = False
+        texts = tf.numpy_function(decode, [inputs.flat_values, inputs.row_lengths()], tf.string)
+        texts.set_shape([None])
+        return texts[0] if unbatched else texts
+
+    def compute_output_spec(self, inputs):
+        return keras.KerasTensor((*inputs.shape, None), dtype=self.compute_dtype)
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(
+            {
+                "start_token": self.start_token,
+                "end_token": self.end_token,
+                "pad_token": self.pad_token,
+            }
+        )
+        return config
+
+
+def gpt_neox_engine(
+    vocabulary: Mapping[str, int], merges: Sequence[str], special_tokens: Sequence[str] = ()
+) -> tokenizers.Tokenizer:
+    """The pipeline of GPT-NeoX over a byte-level vocabulary and its merge rules.
+
+    A vocabulary may hold tokens that byte-pair encoding cannot make: special ones like
+    `<|padding|>`, and ones written with real blanks, which stand for runs of blanks in the text.
+    Both are matched in the text as they are.
+    """
+    vocabulary = dict(vocabulary)
+    rules = [tuple(rule.split(" ")) for rule in merges if rule and not rule.startswith("#version")]
+    for rule in rules:
+        if len(rule) != 2 or any(part not in vocabulary for part in (*rule, "".join(rule))):
+            raise ValueError(
+                "A merge rule must be two tokens of the vocabulary that make a third. "
+                f"Received: {' '.join(rule)!r}"
+            )
+    engine = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, rules))
+    engine.normalizer = tokenizers.normalizers.NFC()
+    engine.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    engine.decoder = tokenizers.decoders.ByteLevel()
+    in_order = sorted(vocabulary, key=vocabulary.__getitem__)
+    marked = [t for t in in_order if t.startswith("<|") and t.endswith("|>")]
+    engine.add_special_tokens([*marked, *(t for t in special_tokens if t in vocabulary)])
+    engine.add_tokens([t for t in in_order if " " in t])
+    return engine
+
+
+def byte_vocabulary(*special_tokens: str) -> dict[str, int]:
+    """A vocabulary of the 256 bytes, each with its value as id, then special tokens."""
+    # Byte-level tokenizers write a byte as the character of its code where that one is visible,
+    # and as one above 255 where it is not.
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
+    visible += range(ord("®"), ord("ÿ") + 1)
+    hidden = iter(range(256, 512))
+    characters = [chr(byte if byte in visible else next(hidden)) for byte in range(256)]
+    return {token: id for id, token in enumerate([*characters, *special_tokens])}
+
+
+def _is_path(value) -> bool:
+    return isinstance(value, (str, os.PathLike))
+
+
+def _load(path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare exceptions
+        reason = "there is no such file" if not os.path.exists(path) else error
+        raise ValueError(f"{path} could not be read as a tokenizer: {reason}") from error

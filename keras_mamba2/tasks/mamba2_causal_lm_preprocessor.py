@@ -1,0 +1,91 @@
+import keras
+import keras_hub
+from keras import ops
+
+from keras_mamba2.models import Mamba2Backbone
+from keras_mamba2.models import Mamba2Tokenizer
+from keras_mamba2.preset_files import find_preset
+
+
+@keras.saving.register_keras_serializable(package="keras_mamba2")
+class Mamba2CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
+    """Turns text into what `Mamba2CausalLM` is trained on, and generates from.
+
+    For training, texts are tokenized, an end token is added, and all are cut or padded on the
+    right to `sequence_length`; the targets are the next tokens, and padding has no weight.
+
+    Args:
+        tokenizer: a `keras_mamba2.Mamba2Tokenizer`.
+        sequence_length: int, the length of training rows, and the default total length of
+            generated ones.
+        add_start_token: bool. Mamba-2 checkpoints were trained without a start token.
+        add_end_token: bool, whether texts end with the end token in training.
+        **kwargs: see `keras.layers.Layer`.
+
+    Call arguments:
+        x: a string or a batch of strings.
+        y: ignored, targets come from `x`.
+        sample_weight: ignored, it comes from the padding.
+        sequence_length: overrides that of the layer.
+
+    Example:
+    ```python
+    preprocessor = keras_mamba2.Mamba2CausalLMPreprocessor.from_preset("mamba2_tiny_shakespeare")
+    x, y, sample_weight = preprocessor(["To be, or not to be"])
+    ```
+    """
+
+    backbone_cls = Mamba2Backbone
+    tokenizer_cls = Mamba2Tokenizer
+
+    def __init__(
+        self,
+        tokenizer: Mamba2Tokenizer,
+        sequence_length: int = 1024,
+        add_start_token: bool = False,
+        add_end_token: bool = True,
+        **kwargs,
+    ):
+        super().__init__(
+            tokenizer=tokenizer,
+            sequence_length=sequence_length,
+            add_start_token=add_start_token,
+            add_end_token=add_end_token,
+            **kwargs,
+        )
+
+    @classmethod
+    def from_preset(cls, preset: str, **kwargs) -> "Mamba2CausalLMPreprocessor":
+        """Loads a preprocessor by name or folder. See `keras_hub.models.Preprocessor`."""
+        return super().from_preset(find_preset(preset, weights=False), **kwargs)
+
+    def _generate_preprocess_python(self, x, sequence_length=None):
+        # Not the inherited one, which adds a start token whatever `add_start_token` says, and
+        # cuts a prompt that is too long without a word.
+        if not self.built:
+            self.build(None)
+        sequence_length = sequence_length or self.sequence_length
+        token_ids = self.tokenizer(x)
+        if not self._use_tf_workflow():
+            self._check_lengths(token_ids, sequence_length)
+        token_ids, padding_mask = self.packer(
+            token_ids,
+            sequence_length=sequence_length,
+            add_start_value=self.add_start_token,
+            add_end_value=False,
+        )
+        return {"token_ids": token_ids, "padding_mask": padding_mask}
+
+    def _check_lengths(self, token_ids, sequence_length):
+        for i, row in enumerate(token_ids if isinstance(token_ids, list) else [token_ids]):
+            length = len(row) + (1 if self.add_start_token else 0)
+            if length > sequence_length:
+                raise ValueError(
+                    f"Prompt {i} has {length} tokens, more than the total length of "
+                    f"{sequence_length}. Pass a larger `max_length`, or `max_new_tokens` instead."
+                )
+
+    def generate_postprocess(self, x):
+        # Padding may hold any id, so it is cut by the mask alone; ids come from any backend.
+        x = {key: ops.convert_to_numpy(value) for key, value in x.items()}
+        return super().generate_postprocess(x)
