@@ -74,8 +74,9 @@ def check_weights(folder: pathlib.Path) -> None:
         raise ValueError(f"{folder / WEIGHTS_FILES[0]} is missing.")
     if present[0].suffix == ".json":
         shards = read_json(present[0]).get("weight_map", {}).values()
-        names = {name for shard in shards for name in ([shard] if isinstance(shard, str) else shard)}
-        files = [folder / name for name in sorted(names)]
+        # The shards of a variable: one name, or a list where it is cut over several.
+        names = sorted({n for s in shards for n in ([s] if isinstance(s, str) else s)})
+        files = [folder / name for name in names]
     else:
         files = present[:1]
     for file in files:
@@ -107,4 +108,3 @@ def read_json(file: pathlib.Path) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{file} must hold a JSON object. Received: {type(value).__name__}")
     return value
-

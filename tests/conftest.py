@@ -6,3 +6,60 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # The tests compare with float64. GPUs and TPUs would round float32 factors to fewer bits.
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+
+import pathlib
+
+import pytest
+
+SHARED_DATA = pathlib.Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer():
+    """The tokenizer of the embedded preset: ids are bytes, 256 is the end."""
+    from keras_mamba2 import Mamba2Tokenizer
+    from keras_mamba2.models.mamba2_tokenizer import byte_vocabulary
+
+    return Mamba2Tokenizer(byte_vocabulary("<|endoftext|>"), [])
+
+
+@pytest.fixture(scope="session")
+def small_backbone_arguments():
+    return {
+        "vocabulary_size": 257,
+        "num_layers": 2,
+        "hidden_dim": 32,
+        "state_dim": 8,
+        "head_dim": 8,
+        "num_groups": 2,
+        "chunk_size": 16,
+    }
+
+
+@pytest.fixture(scope="session")
+def preset_folder(tmp_path_factory, byte_tokenizer, small_backbone_arguments):
+    """A preset with random weights, whose texts differ from prompt to prompt."""
+    import keras
+
+    import keras_mamba2
+
+    keras.utils.set_random_seed(0)
+    lm = keras_mamba2.Mamba2CausalLM(
+        keras_mamba2.Mamba2Backbone(**small_backbone_arguments),
+        keras_mamba2.Mamba2CausalLMPreprocessor(byte_tokenizer, sequence_length=32),
+    )
+    folder = tmp_path_factory.mktemp("presets") / "small"
+    lm.save_to_preset(folder)
+    return folder
+
+
+def pytest_collection_modifyitems(items):
+    # Every subclass of TensorFlow's TestCase inherits a context manager named like a test.
+    items[:] = [item for item in items if item.name != "test_session"]
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """Where everything must run, as in CI, a skipped test is a failed run."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("KERAS_MAMBA2_NO_SKIPS") and reporter.stats.get("skipped"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

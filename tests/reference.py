@@ -147,3 +147,30 @@ def below(prefix, weights):
         for path, value in weights.items()
         if path.startswith(f"{prefix}/")
     }
+
+
+def weights_of(layer):
+    """The weights of a Keras layer or model in float64, by path below it."""
+    own = f"{layer.name}/"
+    return {
+        weight.path.removeprefix(own): np.asarray(weight.numpy(), np.float64)
+        for weight in layer.weights
+    }
+
+
+def randomize(layer, seed=0):
+    """Gives all weights random values of a trained model's size, so that none is 0 or 1 by luck."""
+    rng = np.random.default_rng(seed)
+    for weight in layer.weights:
+        shape = tuple(weight.shape)
+        if weight.path.endswith("/kernel"):
+            value = rng.normal(size=shape) * shape[0] ** -0.5
+        elif weight.path.endswith("A_log"):
+            value = np.log(rng.uniform(1, 16, size=shape))
+        elif weight.path.endswith("dt_bias"):
+            value = rng.uniform(-4, 0, size=shape)
+        elif weight.path.endswith("scale"):
+            value = rng.uniform(0.5, 1.5, size=shape)
+        else:  # embeddings, convolution, D, biases
+            value = rng.normal(size=shape) * 0.5
+        weight.assign(value)

@@ -36,7 +36,9 @@ class GatedRMSNormalization(keras.layers.Layer):
                 "`num_groups` must divide the size of the last axis. Received: "
                 f"num_groups={self.num_groups}, input shape={tuple(x_shape)}"
             )
-        self.scale = self.add_weight(name="scale", shape=(x_shape[-1],), initializer="ones")
+        self.scale = self.add_weight(
+            name="scale", shape=(x_shape[-1],), initializer="ones", autocast=False
+        )
 
     def call(self, x, gate=None):
         dtype = float32_at_least(self.compute_dtype)

@@ -7,7 +7,7 @@ from keras_mamba2.layers.mamba2_mixer import MixerState
 
 
 class Mamba2State:
-    """All that a Mamba-2 model remembers of the tokens before: of fixed size, whatever their number.
+    """What a Mamba-2 model remembers of the tokens before, of one size whatever their number.
 
     A pytree with batch-first leaves, so it can be passed through `jax.jit`, gathered by rows in
     beam search and donated.

@@ -95,7 +95,7 @@ def ssd_chunk_backward(saved, gradients):
     d_state, d_y = gradients
     xdt, B, C = chunk.xdt, chunk.B, chunk.C
     to_end, from_start, across, within, scores = decays_and_scores(chunk)
-    b, q, g, r, p = xdt.shape
+    q = xdt.shape[1]
 
     # The inner product: weights = scores * within, y = weights x.
     d_y_heads = jnp.moveaxis(d_y, 1, 3).astype(xdt.dtype)  # (b g r l p)

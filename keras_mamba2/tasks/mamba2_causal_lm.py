@@ -153,9 +153,7 @@ class Mamba2CausalLM(keras_hub.models.CausalLM):
                     f"Received: max_length={max_length}, max_new_tokens={max_new_tokens}"
                 )
             if max_new_tokens < 1:
-                raise ValueError(
-                    f"`max_new_tokens` must be positive. Received: {max_new_tokens}"
-                )
+                raise ValueError(f"`max_new_tokens` must be positive. Received: {max_new_tokens}")
         stop_token_ids = self._stop_token_ids(stop_token_ids)
         batches, is_scalar = self._normalize_generate_inputs(inputs)
         outputs = [

@@ -86,6 +86,6 @@ class Mamba2CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
                 )
 
     def generate_postprocess(self, x):
-        # Padding may hold any id, so it is cut by the mask alone; ids come from any backend.
-        x = {key: ops.convert_to_numpy(value) for key, value in x.items()}
-        return super().generate_postprocess(x)
+        # The inherited one takes a mask of integers, from numpy, for indices.
+        padding_mask = ops.convert_to_numpy(x["padding_mask"]).astype(bool)
+        return super().generate_postprocess({**x, "padding_mask": padding_mask})

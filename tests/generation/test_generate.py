@@ -1,0 +1,285 @@
+"""Laws of generation, on a model with random weights. Token ids in, token ids out."""
+
+import re
+from unittest import mock
+
+import jax
+import keras_hub
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_mamba2
+from keras_mamba2.generation import Generator
+
+MAX_LENGTH = 24
+SAMPLERS = ["greedy", "top_k", "top_p", "random", "beam", "contrastive"]
+
+
+@pytest.fixture(scope="module")
+def lm(preset_folder):
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder, preprocessor=None)
+    lm.compile(sampler="greedy")
+    return lm
+
+
+@pytest.fixture(scope="module")
+def forward(lm):
+    """Logits of one sequence, by the whole forward pass, padded to one shape."""
+
+    @jax.jit
+    def call(weights, inputs):
+        return lm.stateless_call(*weights, inputs)[0]
+
+    weights = [
+        [v.value for v in variables]
+        for variables in (lm.trainable_variables, lm.non_trainable_variables)
+    ]
+
+    def logits(sequence):
+        token_ids = np.zeros((1, 2 * MAX_LENGTH), "int32")
+        token_ids[0, : len(sequence)] = sequence
+        padding_mask = np.arange(2 * MAX_LENGTH)[None] < len(sequence)
+        inputs = {"token_ids": token_ids, "padding_mask": padding_mask.astype("int32")}
+        return np.array(call(weights, inputs))[0, : len(sequence)]
+
+    return logits
+
+
+def continue_greedily(forward, prompt, count, stop=()):
+    sequence = list(prompt)
+    for _ in range(count):
+        sequence.append(int(forward(sequence)[-1].argmax()))
+        if sequence[-1] in stop:
+            break
+    return sequence
+
+
+def batch(prompts, length=MAX_LENGTH, side="right"):
+    token_ids = np.full((len(prompts), length), 7, "int32")  # padding of a real id
+    padding_mask = np.zeros((len(prompts), length), "int32")
+    for ids, mask, prompt in zip(token_ids, padding_mask, prompts, strict=True):
+        where = slice(0, len(prompt)) if side == "right" else slice(length - len(prompt), length)
+        ids[where], mask[where] = prompt, 1
+    return {"token_ids": token_ids, "padding_mask": padding_mask}
+
+
+def rows(outputs):
+    token_ids, mask = (ops.convert_to_numpy(outputs[k]) for k in ("token_ids", "padding_mask"))
+    return [ids[real.astype(bool)].tolist() for ids, real in zip(token_ids, mask, strict=True)]
+
+
+def prompts_of(*lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 256, length).tolist() for length in lengths]
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [(9, 9, 9), (1, 13, 2), (3, MAX_LENGTH, 20)],
+    ids=["equal", "ragged, shorter than the convolution", "a full row"],
+)
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_greedy_is_the_argmax_of_repeated_forward_passes(lm, forward, lengths, side):
+    prompts = prompts_of(*lengths)
+    found = rows(lm.generate(batch(prompts, side=side), stop_token_ids=None))
+    for prompt, row in zip(prompts, found, strict=True):
+        assert row == continue_greedily(forward, prompt, MAX_LENGTH - len(prompt))
+
+
+def test_rows_stop_each_at_its_own_stop_token(lm, forward):
+    prompts = prompts_of(4, 9, 6)
+    free = rows(lm.generate(batch(prompts), stop_token_ids=None))
+    stop = (free[0][6], free[1][12])
+    found = rows(lm.generate(batch(prompts), stop_token_ids=stop))
+    for prompt, row in zip(prompts, found, strict=True):
+        assert row == continue_greedily(forward, prompt, MAX_LENGTH - len(prompt), stop)
+
+
+def test_max_new_tokens_counts_for_each_row(lm, forward):
+    prompts = prompts_of(4, 9, 22)
+    found = rows(lm.generate(batch(prompts), stop_token_ids=None, max_new_tokens=5))
+    for prompt, row in zip(prompts, found, strict=True):
+        assert row == continue_greedily(forward, prompt, 5)
+
+
+def test_strip_prompt_returns_what_is_new(lm):
+    prompts = prompts_of(4, 9)
+    whole = rows(lm.generate(batch(prompts), stop_token_ids=None))
+    new = rows(lm.generate(batch(prompts), stop_token_ids=None, strip_prompt=True))
+    assert [p + n for p, n in zip(prompts, new, strict=True)] == whole
+
+
+def test_the_loop_leaves_each_row_the_state_of_its_own_text(lm):
+    """Every token but the last touched the state once, also in rows that stopped early."""
+    generator = Generator(lm)
+    seen = {}
+
+    def keep(rows, *args):
+        seen["rows"], tokens = decode(rows, *args)
+        return seen["rows"], tokens
+
+    decode = generator._decode
+    generator._decode = keep
+    prompts = [np.array(prompt) for prompt in prompts_of(3, 10, 1)]
+    room = np.array([2, 7, 5])
+    new = generator.generate(prompts, room, ())
+    texts = [np.concatenate(pair) for pair in zip(prompts, new, strict=True)]
+    expected = generator.prefill([text[:-1] for text in texts])
+    for found, truth in zip(
+        jax.tree.leaves(seen["rows"].state), jax.tree.leaves(expected), strict=True
+    ):
+        scale = np.abs(truth).max()
+        np.testing.assert_allclose(found, truth, atol=2e-6 * scale, rtol=0)
+    np.testing.assert_array_equal(seen["rows"].token, [text[-1] for text in texts])
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_continues_every_prompt(preset_folder, sampler):
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder, preprocessor=None)
+    lm.compile(sampler=sampler)
+    prompts = prompts_of(3, 8)
+    found = rows(lm.generate(batch(prompts, 12), stop_token_ids=None))
+    for prompt, row in zip(prompts, found, strict=True):
+        assert row[: len(prompt)] == prompt
+        assert len(row) == 12
+        assert all(0 <= id < 257 for id in row)
+
+
+def test_one_beam_is_greedy(lm, preset_folder):
+    prompts = prompts_of(3, 8)
+    expected = rows(lm.generate(batch(prompts, 12), stop_token_ids=None))
+    beam = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder, preprocessor=None)
+    beam.compile(sampler=keras_hub.samplers.BeamSampler(num_beams=1))
+    assert rows(beam.generate(batch(prompts, 12), stop_token_ids=None)) == expected
+
+
+def test_a_seed_makes_text_reproducible(preset_folder):
+    def text(seed):
+        lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder, preprocessor=None)
+        lm.compile(sampler=keras_hub.samplers.RandomSampler(seed=seed))
+        first, second = (
+            rows(lm.generate(batch(prompts_of(3)), stop_token_ids=None)) for _ in range(2)
+        )
+        assert first != second, "the seed must advance from call to call"
+        return first
+
+    assert text(1) == text(1)
+    assert text(1) != text(2)
+
+
+def test_eager_is_compiled(lm, preset_folder):
+    eager = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder, preprocessor=None)
+    eager.compile(sampler="greedy", run_eagerly=True)
+    inputs = batch(prompts_of(2, 9), 12)
+    assert rows(eager.generate(inputs, stop_token_ids=None)) == rows(
+        lm.generate(inputs, stop_token_ids=None)
+    )
+
+
+def test_low_precision_keeps_the_state_in_float32(preset_folder):
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder, preprocessor=None, dtype="bfloat16")
+    lm.compile(sampler="greedy")
+    [row] = rows(lm.generate(batch(prompts_of(9)), stop_token_ids=None))
+    assert len(row) == MAX_LENGTH
+    state = Generator(lm).prefill([np.arange(9)])
+    assert {str(layer.ssm.dtype) for layer in state.layers} == {"float32"}
+    assert {str(layer.conv.dtype) for layer in state.layers} == {"bfloat16"}
+
+
+def test_prompts_and_lengths_share_programs(preset_folder):
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder, preprocessor=None)
+    lm.compile(sampler="greedy")
+    rng = np.random.default_rng(0)
+    for length in [1, 2, 5, *rng.integers(1, 1500, 8)]:
+        prompt = rng.integers(0, 256, length)[None]
+        inputs = {"token_ids": prompt, "padding_mask": np.ones_like(prompt)}
+        new = int(rng.integers(1, 300))
+        found = lm.generate(inputs, stop_token_ids=(3, 5)[: new % 3], max_new_tokens=new)
+        assert ops.shape(found["token_ids"]) == (1, length + new)
+    generator = lm.generate_function
+    assert generator._prefill_block.program._cache_size() <= 3
+    assert generator._decode.program._cache_size() == 1
+
+
+def test_decoding_is_one_loop_without_the_host(lm):
+    """One `while` and no callback in the compiled program, and weights are not copied into it."""
+    generator = Generator(lm)
+    program = generator._decode.program
+    with mock.patch.object(generator, "_decode", side_effect=StopIteration) as decode:
+        with pytest.raises(StopIteration):
+            generator.generate([np.arange(3), np.arange(5)], np.array([3, 3]), ())
+    rows, *rest = decode.call_args.args
+    variables = [*lm.trainable_variables, *lm.non_trainable_variables, *lm.sampler.variables]
+    lowered = program.lower([v.value for v in variables], rows, tuple(rest))
+    text = lowered.compile().as_text()
+    loops = [line for line in text.splitlines() if re.search(r" while\(", line)]
+    # Inner loops carry no vocabulary or state: the sort of a sampler, say. Greedy has none.
+    assert len(loops) == 1, loops
+    for word in ("callback", "infeed", "outfeed", "send(", "recv("):
+        assert word not in text
+    embedding = lm.backbone.token_embedding.embeddings.value
+    assert f"f32[{embedding.shape[0]},{embedding.shape[1]}]{{1,0}} constant" not in text
+
+
+def test_a_new_weight_is_seen_without_recompiling(preset_folder):
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder, preprocessor=None)
+    lm.compile(sampler="greedy")
+    inputs = batch(prompts_of(5))
+    before = rows(lm.generate(inputs, stop_token_ids=None))
+    embeddings = lm.backbone.token_embedding.embeddings
+    embeddings.assign(embeddings.value[::-1])
+    assert rows(lm.generate(inputs, stop_token_ids=None)) != before
+    assert lm.generate_function._decode.program._cache_size() == 1
+
+
+def test_generate_function_lives_until_compile(preset_folder):
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder)
+    lm.compile(sampler="greedy")
+    lm.generate("a", max_new_tokens=2)
+    first = lm.generate_function
+    lm.generate("b", max_new_tokens=2)
+    assert lm.generate_function is first
+    lm.compile(sampler="greedy")
+    assert lm.generate_function is None
+
+
+def test_call_with_cache_decides_the_logits(preset_folder):
+    """KerasHub's own test of early stopping: overriding `call_with_cache` changes generation."""
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder)
+    lm.compile(sampler="greedy")
+    call_with_cache = lm.call_with_cache
+    end = lm.preprocessor.tokenizer.end_token_id
+
+    def always_end(*args, **kwargs):
+        logits, hidden_states, cache = call_with_cache(*args, **kwargs)
+        update = ops.ones_like(logits)[:, :, end] * 1e9
+        return ops.slice_update(logits, (0, 0, end), update[..., None]), hidden_states, cache
+
+    with mock.patch.object(lm, "call_with_cache", wraps=always_end):
+        prompts = ["airplane at airport", "airplane"]
+        assert lm.generate(prompts) == prompts
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens.*0"),
+        ({"max_new_tokens": 3, "max_length": 9}, "max_length=9, max_new_tokens=3"),
+        ({"stop_token_ids": "newline"}, "newline"),
+    ],
+)
+def test_bad_arguments_are_named(lm, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        lm.generate(batch(prompts_of(3)), **{"stop_token_ids": None, **arguments})
+
+
+def test_bad_prompts_are_named(lm):
+    with pytest.raises(ValueError, match="preprocessor"):
+        lm.generate(batch(prompts_of(3)))
+    with pytest.raises(ValueError, match="Prompt 1 has no tokens"):
+        lm.generate(batch([[1, 2], []]), stop_token_ids=None)
+    with pytest.raises(ValueError, match="Prompt 1 has token id 257.*257"):
+        lm.generate(batch([[1, 2], [3, 257]]), stop_token_ids=None)
+    with pytest.raises(ValueError, match="batch of prompts is empty"):
+        lm.generate(batch([]), stop_token_ids=None)

@@ -1,0 +1,117 @@
+import keras
+import keras_hub
+import numpy as np
+import pytest
+from keras import ops
+from keras_hub.src.tests.test_case import TestCase
+
+import keras_mamba2
+from keras_mamba2.models.mamba2_tokenizer import byte_vocabulary
+
+
+class Mamba2CausalLMTest(TestCase):
+    def setUp(self):
+        tokenizer = keras_mamba2.Mamba2Tokenizer(byte_vocabulary("<|endoftext|>"), [])
+        self.preprocessor = keras_mamba2.Mamba2CausalLMPreprocessor(tokenizer, sequence_length=8)
+        backbone = keras_mamba2.Mamba2Backbone(257, 2, 16, state_dim=4, head_dim=8, chunk_size=4)
+        self.init_kwargs = {"preprocessor": self.preprocessor, "backbone": backbone}
+        self.train_data = (["airplane at airport", "airplane"],)
+        self.input_data = self.preprocessor(*self.train_data)[0]
+
+    def test_causal_lm_basics(self):
+        self.run_task_test(
+            cls=keras_mamba2.Mamba2CausalLM,
+            init_kwargs=self.init_kwargs,
+            train_data=self.train_data,
+            expected_output_shape=(2, 8, 257),
+        )
+
+    def test_saved_model(self):
+        self.run_model_saving_test(
+            cls=keras_mamba2.Mamba2CausalLM,
+            init_kwargs=self.init_kwargs,
+            input_data=self.input_data,
+        )
+
+    def test_an_untied_head_has_its_own_weights(self):
+        backbone = keras_mamba2.Mamba2Backbone(
+            257, 1, 16, state_dim=4, head_dim=8, tie_word_embeddings=False
+        )
+        lm = keras_mamba2.Mamba2CausalLM(backbone)
+        self.assertEqual(lm(self.input_data).shape, (2, 8, 257))
+        self.assertEqual(backbone.token_embedding.reverse_embeddings.shape, (16, 257))
+
+
+def test_fit_lowers_the_loss(preset_folder):
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder)
+    lm.compile(optimizer=keras.optimizers.AdamW(1e-2))
+    texts = ["to be, or not to be"] * 8
+    losses = lm.fit(texts, batch_size=8, epochs=8, verbose=0).history["loss"]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_padding_takes_no_part_in_the_loss(preset_folder):
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder)
+    texts = ["to be", "or not to be"]
+    losses = []
+    for length in (16, 31):
+        x, y, weight = lm.preprocessor(texts, sequence_length=length)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)(
+            y, lm(x), sample_weight=weight
+        )
+        losses.append(float(loss) * y.shape[1])  # Keras divides by all positions
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_text_in_text_out(preset_folder):
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder)
+    lm.compile(sampler="greedy")
+    one = lm.generate("hello", max_new_tokens=6)
+    assert one.startswith("hello")
+    both = lm.generate(["hello", "a longer prompt"], max_new_tokens=6)
+    assert both[0] == one
+    assert both[1].startswith("a longer prompt")
+    new = lm.generate(["hello", "a longer prompt"], max_new_tokens=6, strip_prompt=True)
+    assert ["hello" + new[0], "a longer prompt" + new[1]] == both
+    import tensorflow as tf
+
+    dataset = tf.data.Dataset.from_tensor_slices(["hello", "a longer prompt"]).batch(1)
+    assert lm.generate(dataset, max_new_tokens=6) == both
+
+
+def test_prompts_that_do_not_fit_are_named(preset_folder):
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder)
+    with pytest.raises(ValueError, match="Prompt 1 has 40 tokens.*32"):
+        lm.generate(["short", "x" * 40])
+    with pytest.raises(ValueError, match="Prompt 0 has no tokens.*add_start_token"):
+        lm.generate("")
+    lm.preprocessor.add_start_token = True
+    lm.generate("", max_new_tokens=2)
+
+
+@pytest.mark.parametrize("task", [keras_mamba2.Mamba2CausalLM, keras_hub.models.CausalLM])
+def test_a_saved_preset_is_the_same_model(preset_folder, tmp_path, task):
+    lm = task.from_preset(str(preset_folder))
+    lm.save_to_preset(tmp_path / "again")
+    again = task.from_preset(str(tmp_path / "again"))
+    inputs = {"token_ids": np.arange(9)[None], "padding_mask": np.ones((1, 9))}
+    np.testing.assert_array_equal(ops.convert_to_numpy(lm(inputs)), again(inputs))
+    assert again.preprocessor.sequence_length == lm.preprocessor.sequence_length
+
+
+class PresetTest(TestCase):
+    @pytest.fixture(autouse=True)
+    def _folder(self, preset_folder):
+        self.folder = str(preset_folder)
+
+    def test_presets_of_all_classes(self):
+        ids = {"token_ids": np.ones((1, 5), "int32"), "padding_mask": np.ones((1, 5), "int32")}
+        text = (["airplane"],)
+        for cls, data in (
+            (keras_mamba2.Mamba2Backbone, ids),
+            (keras_mamba2.Mamba2CausalLM, ids),
+            (keras_mamba2.Mamba2Tokenizer, text),
+            (keras_mamba2.Mamba2CausalLMPreprocessor, text),
+        ):
+            init_kwargs = {"preprocessor": None} if cls is keras_mamba2.Mamba2CausalLM else {}
+            self.run_preset_test(cls, self.folder, data, init_kwargs=init_kwargs)

@@ -1,0 +1,66 @@
+"""Presets by name and folder: what is missing, truncated or foreign is named before loading."""
+
+import json
+import shutil
+
+import pytest
+
+import keras_mamba2
+from keras_mamba2.preset_files import embedded_presets
+from keras_mamba2.preset_files import find_preset
+
+
+@pytest.fixture
+def copy(preset_folder, tmp_path):
+    return shutil.copytree(preset_folder, tmp_path / "copy")
+
+
+def load(folder):
+    return keras_mamba2.Mamba2CausalLM.from_preset(folder)
+
+
+@pytest.mark.parametrize(
+    "file", ["config.json", "model.weights.h5", "tokenizer.json", "assets/tokenizer/tokenizer.json"]
+)
+def test_a_missing_file_is_named(copy, file):
+    (copy / file).unlink()
+    with pytest.raises(ValueError, match=f"{copy / file} is missing"):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    "file", ["config.json", "model.weights.h5", "tokenizer.json", "assets/tokenizer/tokenizer.json"]
+)
+def test_a_truncated_file_is_named(copy, file):
+    content = (copy / file).read_bytes()
+    (copy / file).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=f"{copy / file} is truncated"):
+        load(copy)
+
+
+def test_a_foreign_configuration_is_named(copy):
+    (copy / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ValueError, match=r"config.json is not the configuration of a Mamba2"):
+        load(copy)
+
+
+def test_a_foreign_weights_file_is_named(copy):
+    (copy / "model.weights.h5").write_bytes(b"PK\x03\x04 not weights")
+    with pytest.raises(ValueError, match=r"model.weights.h5 is not a weights file"):
+        load(copy)
+
+
+def test_what_is_not_read_may_be_missing(copy):
+    (copy / "model.weights.h5").unlink()
+    keras_mamba2.Mamba2Backbone.from_preset(copy, load_weights=False)
+    keras_mamba2.Mamba2Tokenizer.from_preset(copy)
+
+
+def test_an_unknown_name_suggests_the_nearest():
+    with pytest.raises(ValueError, match=r"Known names: .*Did you mean 'mamba2_tiny_shakespeare'"):
+        find_preset("mamba2_tiny_shakespear")
+
+
+def test_embedded_presets_are_listed():
+    assert "mamba2_tiny_shakespeare" in embedded_presets()
+    assert set(embedded_presets()) <= set(keras_mamba2.Mamba2Backbone.presets)

@@ -1,0 +1,37 @@
+"""The preset that ships with the package."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_mamba2
+from tests.conftest import SHARED_DATA
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return keras_mamba2.Mamba2CausalLM.from_preset("mamba2_tiny_shakespeare")
+
+
+def test_it_is_small_and_knows_its_plays(lm):
+    assert lm.count_params() <= 4e6
+    lm.compile(sampler="greedy")
+    text = lm.generate("ROMEO:\n", max_new_tokens=200)
+    words = set(["the", "and", "to", "of", "you", "my", "that", "is", "with", "not", "be", "your"])
+    assert len(words & set(text.lower().split())) >= 4
+
+
+def test_its_loss_is_what_its_card_says(lm):
+    """On the whole validation text, the last tenth, with the state carried from end to end."""
+    path = SHARED_DATA / "tinyshakespeare" / "input.txt"
+    if not path.exists():
+        pytest.skip("the tiny Shakespeare text of the shared data is absent")
+    text = np.frombuffer(path.read_bytes(), "uint8").astype("int32")
+    text = text[int(0.9 * len(text)) :]
+    state, total = None, 0.0
+    for start in range(0, len(text) - 1, 4096):
+        piece = text[start : start + 4097]
+        logits, _, state = lm.call_with_cache(piece[None, :-1], state)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="sum")
+        total += float(loss(piece[None, 1:], logits))
+    assert total / (len(text) - 1) <= 1.40
