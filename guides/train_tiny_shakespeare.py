@@ -153,7 +153,7 @@ def validation_loss(lm: keras_mamba2.Mamba2CausalLM, text_ids: np.ndarray) -> fl
 def plot(history: list[dict[str, str]], path: pathlib.Path) -> None:
     steps = STEPS_PER_EPOCH * (1 + np.arange(len(history)))
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    axes.plot(steps, [float(row["loss"]) for row in history], label="training, with dropout")
+    axes.plot(steps, [float(row["loss"]) for row in history], label="training")
     axes.plot(
         steps, [float(row["val_loss"]) for row in history], label="validation, averaged weights"
     )

@@ -1,5 +1,7 @@
 """Mamba-2 language models for Keras 3. Start at `Mamba2CausalLM.from_preset`."""
 
+from keras_mamba2 import layers as layers
+from keras_mamba2 import ops as ops
 from keras_mamba2.models import Mamba2Backbone as Mamba2Backbone
 from keras_mamba2.models import Mamba2State as Mamba2State
 from keras_mamba2.models import Mamba2Tokenizer as Mamba2Tokenizer

@@ -1,7 +1,9 @@
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_mamba2.layers.mamba2_mixer import MixerState
 
@@ -37,7 +39,11 @@ class Mamba2State:
     @property
     def nbytes(self) -> int:
         """Bytes of all rows together."""
-        return sum(leaf.nbytes for layer in self.layers for leaf in layer)
+        return sum(
+            math.prod(leaf.shape) * np.dtype(keras.backend.standardize_dtype(leaf.dtype)).itemsize
+            for layer in self.layers
+            for leaf in layer
+        )
 
     def __repr__(self) -> str:
         conv, ssm = self.layers[0]
