@@ -24,14 +24,13 @@ class Adapter(Protocol):
 
 
 class KerasMamba2:
-    """`keras_mamba2` on JAX: prefill in blocks, then one compiled loop."""
+    """`keras_mamba2` on JAX: the programs of `Mamba2CausalLM.generate`, prefill and one loop."""
 
     packages = ("jax", "keras", "keras_mamba2")
-    block = 512
 
     def __init__(self, workload: Workload):
-        self.jax, self.keras, keras_mamba2 = map(import_module, self.packages)
-        self.backbone = keras_mamba2.Mamba2Backbone(
+        self.jax, _, keras_mamba2 = map(import_module, self.packages)
+        backbone = keras_mamba2.Mamba2Backbone(
             vocabulary_size=workload.vocabulary_size,
             num_layers=workload.num_layers,
             hidden_dim=workload.hidden_dim,
@@ -40,42 +39,18 @@ class KerasMamba2:
             conv_kernel_size=workload.conv_kernel_size,
             dtype="float32",
         )
-        self.weights = [variable.value for variable in self.backbone.variables]
-        self.run_block = self._compiled(self._prefill_block)
-        self.run_loop = self._compiled(self._decode_loop)
+        lm = keras_mamba2.Mamba2CausalLM(backbone)
+        lm.compile(sampler="greedy")
+        self.generator = lm.make_generate_function()
 
     def prefill(self, token_ids: np.ndarray) -> None:
-        state = self.backbone.initial_state(token_ids.shape[0])
-        for start in range(0, token_ids.shape[1], self.block):
-            block = token_ids[:, start : start + self.block]
-            token, state = self.run_block(self.weights, block, state)
-        self.token, self.state = self.jax.block_until_ready((token, state))
+        room = np.full(len(token_ids), 2**30)
+        self.rows = self.generator.start(list(token_ids), room)
+        self.decode(1)
 
     def decode(self, num_tokens: int) -> None:
-        carry = self.run_loop(self.weights, num_tokens, self.token, self.state)
-        self.token, self.state = self.jax.block_until_ready(carry)
-
-    def _compiled(self, function):
-        def with_weights(weights, *arguments):
-            with self.keras.StatelessScope(zip(self.backbone.variables, weights, strict=True)):
-                return function(*arguments)
-
-        return self.jax.jit(with_weights)
-
-    def _prefill_block(self, token_ids, state):
-        hidden_states, state = self.backbone.call_with_state(token_ids, state)
-        return self._next_token(hidden_states[:, -1]), state
-
-    def _decode_loop(self, num_tokens, token, state):
-        def body(_, carry):
-            hidden_states, state = self.backbone.step(*carry)
-            return self._next_token(hidden_states), state
-
-        return self.jax.lax.fori_loop(0, num_tokens, body, (token, state))
-
-    def _next_token(self, hidden_states):  # (b d) -> (b)
-        logits = self.backbone.token_embedding(hidden_states, reverse=True)
-        return self.jax.numpy.argmax(logits, axis=-1).astype("int32")
+        self.rows, _ = self.generator.advance(self.rows, num_tokens)
+        self.jax.block_until_ready(self.rows.token)
 
 
 class Transformers:

@@ -85,21 +85,34 @@ class Generator:
             )
         return state
 
-    def generate(
-        self, prompts: list[np.ndarray], room: np.ndarray, stop_token_ids: Sequence[int]
-    ) -> list[np.ndarray]:
-        """The tokens that follow each prompt, at most `room[i]` of them."""
-        rows = Rows(
+    def start(self, prompts: list[np.ndarray], room: np.ndarray) -> Rows:
+        """Where the rows stand before their first new token, of which `room[i]` may come."""
+        return Rows(
             state=self.prefill([prompt[:-1] for prompt in prompts]),
             token=ops.convert_to_tensor([int(prompt[-1]) for prompt in prompts], "int32"),
             remaining=ops.convert_to_tensor(room, "int32"),
         )
+
+    def advance(self, rows: Rows, num_steps: int, stop_token_ids: Sequence[int] = ()):
+        """Runs the loop for at most `num_steps <= DECODE_CAPACITY` tokens a row.
+
+        The memory of `rows` is given up. Returns the new rows, and the tokens
+        `(b DECODE_CAPACITY)` with -1 where a row had stopped.
+        """
+        size = -(-max(len(stop_token_ids), 1) // STOP_TOKEN_CAPACITY) * STOP_TOKEN_CAPACITY
+        stops = [*stop_token_ids] + [NO_TOKEN] * (size - len(stop_token_ids))
+        num_steps = ops.convert_to_tensor(num_steps, "int32")
+        return self._decode(rows, num_steps, ops.convert_to_tensor(stops, "int32"))
+
+    def generate(
+        self, prompts: list[np.ndarray], room: np.ndarray, stop_token_ids: Sequence[int]
+    ) -> list[np.ndarray]:
+        """The tokens that follow each prompt, at most `room[i]` of them."""
+        rows = self.start(prompts, room)
         pieces = [np.zeros((len(prompts), 0), "int32")]
         missing, going = int(room.max()), True
-        stop_token_ids = _filled_up(stop_token_ids)
         while missing > 0 and going:
-            num_steps = ops.convert_to_tensor(min(missing, DECODE_CAPACITY), "int32")
-            rows, tokens = self._decode(rows, num_steps, stop_token_ids)
+            rows, tokens = self.advance(rows, min(missing, DECODE_CAPACITY), stop_token_ids)
             pieces.append(ops.convert_to_numpy(tokens))
             going = bool(np.any(ops.convert_to_numpy(rows.remaining) > 0))
             missing -= DECODE_CAPACITY
@@ -146,9 +159,3 @@ class Generator:
 def picks_tokens(sampler: keras_hub.samplers.Sampler) -> bool:
     """Whether `sampler` only picks tokens, by `get_next_token`, and has no loop of its own."""
     return type(sampler).__call__ is keras_hub.samplers.Sampler.__call__
-
-
-def _filled_up(stop_token_ids: Sequence[int]):
-    size = -(-max(len(stop_token_ids), 1) // STOP_TOKEN_CAPACITY) * STOP_TOKEN_CAPACITY
-    padded = [*stop_token_ids] + [NO_TOKEN] * (size - len(stop_token_ids))
-    return ops.convert_to_tensor(padded, "int32")

@@ -1,0 +1,8 @@
+"""Checkpoints of transformers and of state-spaces: read, and written back. No torch in it."""
+
+from keras_mamba2.conversion.config import constructor_arguments as constructor_arguments
+from keras_mamba2.conversion.config import format_of as format_of
+from keras_mamba2.conversion.config import transformers_config as transformers_config
+from keras_mamba2.conversion.config import unpadded_vocabulary_size as unpadded_vocabulary_size
+from keras_mamba2.conversion.export import export_to_transformers as export_to_transformers
+from keras_mamba2.conversion.load import load_weights as load_weights

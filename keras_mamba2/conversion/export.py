@@ -1,0 +1,179 @@
+"""From a backbone to a folder that transformers loads."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import keras
+import numpy as np
+
+from keras_mamba2.conversion.config import transformers_config
+from keras_mamba2.conversion.names import Layout
+from keras_mamba2.conversion.names import weight_name
+from keras_mamba2.conversion.readers import SAFETENSORS_DTYPES
+from keras_mamba2.conversion.stored_tensor import numpy_dtype
+
+SHARD_BYTES = 5 * 10**9
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+# Float32 whatever the dtype of the model, also in a file.
+RECURRENCE = ("A_log", "dt_bias", "D")
+
+
+class Weight(NamedTuple):
+    """A variable, and what it is in the file."""
+
+    name: str
+    variable: keras.Variable
+    layout: Layout
+    dtype: np.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.layout.file_shape(self.variable.shape)
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    def bytes(self) -> np.ndarray:
+        value = self.layout.to_file(keras.ops.convert_to_numpy(self.variable))
+        return np.ascontiguousarray(value, self.dtype).reshape(-1).view(np.uint8)
+
+
+def export_to_transformers(
+    backbone, tokenizer, folder, dtype: str | None = None, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Writes a folder for `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer`.
+
+    The folder appears when it is complete: an interruption leaves nothing under its name.
+
+    Args:
+        backbone: a `Mamba2Backbone`.
+        tokenizer: a `Mamba2Tokenizer`, or `None` to write no tokenizer and no token ids.
+        folder: the path of a folder that does not exist yet, or is empty.
+        dtype: string, the dtype of the weights in the files, `None` for that of the variables.
+            `A_log`, `dt_bias` and `D` are float32 whatever it is, unless it is float64.
+        shard_bytes: int, weights above this many bytes are cut into files of at most that size
+            (a larger tensor has a file of its own), with an index.
+
+    Raises:
+        ValueError: for a folder with files in it, an unknown dtype, and a model with LoRA
+            adapters or quantized weights.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"`dtype` must be None or one of {DTYPES}. Received: dtype={dtype}")
+    weights = [_weight(variable, dtype) for variable in backbone.weights]
+    ids = _special_ids(tokenizer)
+    config = transformers_config(
+        backbone.get_config(), dtype or backbone.token_embedding.variable_dtype, **ids
+    )
+    with _complete_or_nothing(folder) as temporary:
+        _write_json(temporary / "config.json", config)
+        _write_weights(temporary, weights, shard_bytes)
+        if tokenizer is not None:
+            _write_json(temporary / "generation_config.json", ids)
+            _write_tokenizer(temporary, tokenizer)
+
+
+def _weight(variable: keras.Variable, dtype: str | None) -> Weight:
+    name, layout = weight_name(variable.path)
+    kept = dtype is None or (dtype != "float64" and name.endswith(RECURRENCE))
+    return Weight(name, variable, layout, numpy_dtype(variable.dtype if kept else dtype))
+
+
+@contextlib.contextmanager
+def _complete_or_nothing(folder) -> Iterator[pathlib.Path]:
+    """A temporary folder beside `folder`, which becomes it if nothing is raised."""
+    folder = pathlib.Path(os.path.abspath(folder))
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ValueError(f"{folder} exists already and is not an empty folder.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    holder = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        # Inside, so that it has usual permissions: those of `mkdtemp` are for the owner alone.
+        temporary = holder / folder.name
+        temporary.mkdir()
+        yield temporary
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)
+
+
+def _write_weights(folder: pathlib.Path, weights: Sequence[Weight], shard_bytes: int) -> None:
+    shards = _shards(weights, shard_bytes)
+    if len(shards) == 1:
+        write_safetensors(folder / "model.safetensors", weights)
+        return
+    weight_map = {}
+    for i, shard in enumerate(shards, start=1):
+        file = folder / f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(file, shard)
+        weight_map.update({weight.name: file.name for weight in shard})
+    metadata = {"total_size": sum(weight.size for weight in weights)}
+    index = {"metadata": metadata, "weight_map": weight_map}
+    _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _shards(weights: Sequence[Weight], shard_bytes: int) -> list[list[Weight]]:
+    shards, size = [[]], 0
+    for weight in weights:
+        if shards[-1] and size + weight.size > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(weight)
+        size += weight.size
+    return shards
+
+
+def write_safetensors(file: pathlib.Path, weights: Sequence[Weight]) -> None:
+    """Writes one safetensors file, one tensor in memory at a time."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for weight in weights:
+        start, end = end, end + weight.size
+        header[weight.name] = {
+            "dtype": SAFETENSORS_NAMES[weight.dtype],
+            "shape": list(weight.shape),
+            "data_offsets": [start, end],
+        }
+    content = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    content += b" " * (-len(content) % 8)  # the data start at a multiple of 8
+    with file.open("xb") as stream:
+        stream.write(len(content).to_bytes(8, "little"))
+        stream.write(content)
+        for weight in weights:
+            stream.write(weight.bytes().data)
+
+
+def _special_ids(tokenizer) -> dict[str, int | None]:
+    if tokenizer is None:
+        return {}
+    return {
+        "bos_token_id": tokenizer.start_token_id,
+        "eos_token_id": tokenizer.end_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def _write_tokenizer(folder: pathlib.Path, tokenizer) -> None:
+    tokenizer.engine.save(str(folder / "tokenizer.json"))
+    config = {
+        # Takes tokenizer.json as it is; a model's own class would rebuild the pipeline.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "bos_token": tokenizer.start_token,
+        "eos_token": tokenizer.end_token,
+        "pad_token": tokenizer.pad_token,
+    }
+    _write_json(folder / "tokenizer_config.json", config)
+
+
+def _write_json(file: pathlib.Path, value: dict) -> None:
+    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", "utf-8")

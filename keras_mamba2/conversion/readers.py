@@ -1,0 +1,132 @@
+"""Reads the tensors of checkpoint files, one at a time: safetensors, and `.bin` without torch.
+
+Both formats hold raw arrays behind an index. The index is read and checked as a whole, the
+arrays are memory-mapped when asked for.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from keras_mamba2.conversion.pickles import read_bin
+from keras_mamba2.conversion.stored_tensor import StoredTensor
+from keras_mamba2.conversion.stored_tensor import check_not_pointer
+from keras_mamba2.preset_files import read_json
+
+WEIGHTS_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+LONGEST_HEADER = 100_000_000  # the limit of the safetensors library
+SAFETENSORS_DTYPES = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+
+
+class _Span(NamedTuple):
+    start: int
+    end: int
+
+
+def read_tensors(folder) -> dict[str, StoredTensor]:
+    """The tensors of the checkpoint in `folder` by name; `.read()` gives the array of one.
+
+    safetensors are taken before `.bin`, one file before shards.
+
+    Raises:
+        ValueError: that names the file, if there is none, a shard is missing, or one is
+            truncated, damaged, foreign or unsafe.
+    """
+    folder = pathlib.Path(folder)
+    found = [folder / name for name in WEIGHTS_FILES if (folder / name).is_file()]
+    if not found:
+        raise ValueError(f"{folder} holds no weights. Expected one of: {', '.join(WEIGHTS_FILES)}")
+    if found[0].suffix != ".json":
+        return _read_file(found[0])
+    return _read_shards(found[0])
+
+
+def _read_shards(index: pathlib.Path) -> dict[str, StoredTensor]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, Mapping) or not weight_map:
+        raise ValueError(f"{index} has no `weight_map`.")
+    tensors = {}
+    for name in sorted(set(weight_map.values())):
+        if pathlib.Path(name).name != name:
+            raise ValueError(f"{index} names a shard outside its folder: {name!r}")
+        shard = index.with_name(name)
+        if not shard.is_file():
+            raise ValueError(f"{shard} is missing, a shard that {index.name} names.")
+        tensors.update(_read_file(shard))
+    missing = sorted(set(weight_map) - set(tensors))
+    if missing:
+        raise ValueError(f"{index} names tensors that no shard holds: {', '.join(missing)}")
+    return tensors
+
+
+def _read_file(file: pathlib.Path) -> dict[str, StoredTensor]:
+    check_not_pointer(file)
+    return read_safetensors(file) if file.suffix == ".safetensors" else read_bin(file)
+
+
+def read_safetensors(file: pathlib.Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file by name."""
+    header, start = _read_header(file)
+    tensors = {name: _entry(file, name, header[name], start) for name in header}
+    size = file.stat().st_size
+    end = max((tensor.end for tensor in tensors.values()), default=start)
+    if end != size:
+        state = "truncated" if size < end else "damaged"
+        raise ValueError(f"{file} is {state}: its header tells {end} bytes, it has {size}.")
+    return tensors
+
+
+def _read_header(file: pathlib.Path) -> tuple[dict, int]:
+    """The header without its metadata, and where the data start."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > LONGEST_HEADER or stream.read(1) not in (b"{", b""):
+            raise ValueError(f"{file} is not a safetensors file.")
+        if 8 + length > size:
+            raise ValueError(f"{file} is truncated: the header alone is {length} bytes.")
+        stream.seek(8)
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged: its header is not JSON: {error}") from error
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}, 8 + length
+
+
+def _entry(file: pathlib.Path, name: str, entry: Mapping, start: int) -> StoredTensor:
+    try:
+        dtype, shape, span = entry["dtype"], tuple(entry["shape"]), _Span(*entry["data_offsets"])
+        sound = all(isinstance(i, int) and i >= 0 for i in (*shape, *span))
+    except (KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise ValueError(f"{file} is damaged: its header says of {name!r}: {entry}")
+    if dtype not in SAFETENSORS_DTYPES:
+        raise ValueError(f"{file} holds {name!r} in a dtype that is not supported: {dtype}")
+    tensor = StoredTensor.contiguous(file, SAFETENSORS_DTYPES[dtype], shape, start + span.start)
+    if tensor.end != start + span.end:
+        raise ValueError(
+            f"{file} is damaged: {name!r} of shape {shape} and dtype {dtype} cannot have "
+            f"{span.end - span.start} bytes."
+        )
+    return tensor

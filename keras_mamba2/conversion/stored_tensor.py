@@ -1,0 +1,58 @@
+import pathlib
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+LFS_POINTER = b"version https://git-lfs"
+
+
+class StoredTensor(NamedTuple):
+    """Where a tensor lies in a file. Strides are in elements, `offset` is in bytes."""
+
+    # A tuple, and not a class with a `__dict__`: a pickle can set attributes.
+    file: pathlib.Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+    @classmethod
+    def contiguous(cls, file, dtype, shape, offset) -> "StoredTensor":
+        strides = [1]
+        for size in shape[:0:-1]:
+            strides.insert(0, strides[0] * size)
+        return cls(file, dtype, shape, tuple(strides[: len(shape)]), offset)
+
+    @property
+    def extent(self) -> int:
+        """How many elements lie between the first and the last, both counted."""
+        if 0 in self.shape:
+            return 0
+        sizes = zip(self.shape, self.strides, strict=True)
+        return 1 + sum((size - 1) * stride for size, stride in sizes)
+
+    @property
+    def end(self) -> int:
+        """The first byte in the file behind the tensor."""
+        return self.offset + self.extent * self.dtype.itemsize
+
+    def read(self) -> np.ndarray:
+        """The array, read-only and memory-mapped: it costs memory only where it is touched."""
+        if 0 in self.shape:
+            return np.zeros(self.shape, self.dtype)
+        length = self.end - self.offset
+        data = np.memmap(self.file, np.uint8, "r", offset=self.offset, shape=(length,))
+        strides = tuple(stride * self.dtype.itemsize for stride in self.strides)
+        return np.ndarray(self.shape, self.dtype, buffer=data, strides=strides)
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """The numpy dtype of a Keras dtype; numpy itself knows no bfloat16."""
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
+def check_not_pointer(file: pathlib.Path) -> None:
+    with file.open("rb") as stream:
+        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(f"{file} is a Git LFS pointer. Fetch the file with `git lfs pull`.")

@@ -1,0 +1,164 @@
+"""The backbone and transformers' Mamba-2, with the same random weights, against float64."""
+
+import re
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_mamba2 import Mamba2Backbone
+from tests import reference
+
+EPS = np.finfo(np.float32).eps
+# Of our arguments, and the length; between them every argument that changes the computation.
+CASES = {
+    "odd length": ({}, 13),
+    "one token": ({}, 1),
+    "whole chunks": ({"expansion": 1, "head_dim": 8, "conv_kernel_size": 3}, 16),
+    "biases": ({"use_bias": True, "use_conv_bias": False, "layer_norm_epsilon": 1e-3}, 9),
+    "time_step_limit": ({"time_step_limit": (0.02, 0.2), "chunk_size": 5}, 13),
+    "groups": ({"num_groups": 4, "chunk_size": 64}, 17),
+}
+cases = pytest.mark.parametrize(("arguments", "length"), CASES.values(), ids=CASES)
+
+
+def random_backbone(**arguments):
+    sizes = {"hidden_dim": 64, "state_dim": 16, "head_dim": 16, "chunk_size": 8}
+    backbone = Mamba2Backbone(vocabulary_size=50, num_layers=3, **{**sizes, **arguments})
+    reference.randomize(backbone)
+    return backbone
+
+
+def random_ids(length):
+    return np.random.default_rng(3).integers(50, size=(2, length)).astype("int32")
+
+
+def truth_of(backbone, ids):
+    config = backbone.blocks[0].mixer.get_config() | backbone.get_config()
+    return reference.backbone(ids, reference.weights_of(backbone), config)
+
+
+def compiled(f):
+    if keras.config.backend() != "jax":
+        return f
+    import jax
+
+    return jax.jit(f)
+
+
+def transformers_model(backbone):
+    """A `transformers.Mamba2Model` with the weights of `backbone`."""
+    import torch
+    from transformers import Mamba2Config
+    from transformers import Mamba2Model
+
+    low, high = backbone.time_step_limit
+    model = Mamba2Model(
+        Mamba2Config(
+            vocab_size=backbone.vocabulary_size,
+            num_hidden_layers=backbone.num_layers,
+            hidden_size=backbone.hidden_dim,
+            state_size=backbone.state_dim,
+            head_dim=backbone.head_dim,
+            num_heads=backbone.blocks[0].mixer.num_heads,
+            n_groups=backbone.num_groups,
+            expand=backbone.expansion,
+            conv_kernel=backbone.conv_kernel_size,
+            chunk_size=backbone.chunk_size,
+            use_bias=backbone.use_bias,
+            use_conv_bias=backbone.use_conv_bias,
+            layer_norm_epsilon=backbone.layer_norm_epsilon,
+            time_step_limit=(low, float("inf") if high is None else high),
+        )
+    )
+    state_dict = {}
+    for path, value in reference.weights_of(backbone).items():
+        if path.endswith("conv_kernel"):
+            value = value.T[:, None]  # (k c) -> (c 1 k)
+        elif path.endswith("/kernel"):
+            value = value.T  # (in out) -> (out in)
+        state_dict[transformers_name(path)] = torch.from_numpy(value.copy())
+    model.load_state_dict(state_dict)  # strict: no weight is left over on either side
+    return model.eval()
+
+
+def transformers_name(path):
+    for pattern, name in {
+        "token_embedding/embeddings": "embeddings.weight",
+        "final_norm/scale": "norm_f.weight",
+        r"block_(\d+)": r"layers.\1",
+        "conv_kernel": "conv1d.weight",
+        "conv_bias": "conv1d.bias",
+        "(kernel|scale)$": "weight",
+        "/": ".",
+    }.items():
+        path = re.sub(pattern, name, path)
+    return path
+
+
+def hidden_states(model, ids):
+    import torch
+
+    with torch.no_grad():
+        return model(torch.from_numpy(ids).long(), use_cache=False)[0].double().numpy()
+
+
+@cases
+def test_the_reference_is_transformers_in_float64(arguments, length, monkeypatch):
+    import torch
+
+    backbone, ids = random_backbone(**arguments), random_ids(length)
+    model = transformers_model(backbone).double()
+    # It computes norms, decays and states in float32 by name. Here these names mean float64.
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    truth, _ = truth_of(backbone, ids)
+    error = np.abs(hidden_states(model, ids) - truth).max()
+    assert error <= 1e-12 * np.abs(truth).max()
+
+
+@cases
+def test_float32_is_as_close_to_the_truth_as_transformers(arguments, length):
+    backbone, ids = random_backbone(**arguments), random_ids(length)
+    truth, _ = truth_of(backbone, ids)
+    theirs = np.abs(hidden_states(transformers_model(backbone), ids) - truth).max()
+    inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+    ours = ops.convert_to_numpy(compiled(backbone)(inputs)).astype(np.float64)
+    ours = np.abs(ours - truth).max()
+    # 8 roundings of the largest value, lest a lucky run of theirs decide.
+    assert ours <= 2 * theirs + 8 * EPS * np.abs(truth).max()
+
+
+def test_padding_changes_nothing():
+    backbone, ids = random_backbone(num_groups=2), random_ids(9)
+    truth, true_states = truth_of(backbone, ids)
+    padded, mask = np.full((2, 12), 7, "int32"), np.zeros((2, 12), "int32")
+    for row, start in enumerate((0, 3)):  # on the right, on the left
+        padded[row, start : start + 9], mask[row, start : start + 9] = ids[row], 1
+    scale = 64 * EPS * np.abs(truth).max()
+    y = ops.convert_to_numpy(backbone({"token_ids": padded, "padding_mask": mask}))
+    assert np.abs(y[mask == 1].reshape(truth.shape) - truth).max() <= scale
+    y, state = compiled(backbone.call_with_state)(padded, padding_mask=mask)
+    assert np.abs(ops.convert_to_numpy(y)[mask == 1].reshape(truth.shape) - truth).max() <= scale
+    assert_states_close(state, true_states)
+
+
+def test_a_prefix_and_steps_are_the_whole():
+    backbone, ids = random_backbone(num_groups=2), random_ids(9)
+    truth, true_states = truth_of(backbone, ids)
+    y, state = compiled(backbone.call_with_state)(ids[:, :5])
+    ys, step = list(np.moveaxis(ops.convert_to_numpy(y), 1, 0)), compiled(backbone.step)
+    for i in range(5, 9):
+        y, state = step(ids[:, i], state)
+        ys.append(ops.convert_to_numpy(y))
+    assert np.abs(np.stack(ys, axis=1) - truth).max() <= 64 * EPS * np.abs(truth).max()
+    assert_states_close(state, true_states)
+
+
+def assert_states_close(state, true_states):
+    # Three blocks of some ten operations after one another.
+    for layer, true_layer in zip(state.layers, true_states, strict=True):
+        for part, true_part in zip(layer, true_layer, strict=True):
+            error = np.abs(ops.convert_to_numpy(part) - true_part).max()
+            assert error <= 64 * EPS * np.abs(true_part).max()
