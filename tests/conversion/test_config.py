@@ -1,0 +1,129 @@
+"""Configurations of both formats, and of models that are not ours."""
+
+import json
+import math
+
+import pytest
+
+from keras_mamba2.conversion import constructor_arguments
+from keras_mamba2.conversion import format_of
+from keras_mamba2.conversion import read_constructor_arguments
+from keras_mamba2.conversion import transformers_config
+from keras_mamba2.conversion import unpadded_vocabulary_size
+
+# state-spaces/mamba2-130m
+ORIGINAL = {
+    "d_model": 768,
+    "d_intermediate": 0,
+    "n_layer": 24,
+    "vocab_size": 50277,
+    "ssm_cfg": {"layer": "Mamba2"},
+    "attn_layer_idx": [],
+    "attn_cfg": {},
+    "rms_norm": True,
+    "residual_in_fp32": True,
+    "fused_add_norm": True,
+    "pad_vocab_size_multiple": 16,
+    "tie_embeddings": True,
+}
+TRANSFORMERS = {
+    "model_type": "mamba2",
+    "hidden_size": 768,
+    "num_hidden_layers": 24,
+    "vocab_size": 50288,
+    "num_heads": 24,
+    "n_groups": 1,
+    "tie_word_embeddings": True,
+}
+
+
+def test_both_formats_say_the_same():
+    original = constructor_arguments(ORIGINAL)
+    assert original.pop("a_initializer_range") == (1, 16)
+    assert original == constructor_arguments(TRANSFORMERS)
+    assert original["vocabulary_size"] == 50288
+    assert original["expansion"] == 2
+    assert (format_of(ORIGINAL), format_of(TRANSFORMERS)) == ("state-spaces", "transformers")
+    assert unpadded_vocabulary_size(ORIGINAL) == 50277
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[0.0, Infinity]", (0.0, None)),
+        ('[0.0, {"__float__": "Infinity"}]', (0.0, None)),
+        ('[0.001, "inf"]', (0.001, None)),
+        ("[0.001, 0.1]", (0.001, 0.1)),
+        ("null", (0.0, None)),
+    ],
+)
+def test_every_spelling_of_the_time_step_limit(text, expected):
+    config = {**TRANSFORMERS, "time_step_limit": json.loads(text)}
+    assert constructor_arguments(config)["time_step_limit"] == expected
+
+
+@pytest.mark.parametrize("limit", [[0.0], [0.0, math.nan], [0.0, {}]])
+def test_a_time_step_limit_that_is_no_pair(limit):
+    with pytest.raises(ValueError, match="`time_step_limit` must be a pair of numbers. Received"):
+        constructor_arguments({**TRANSFORMERS, "time_step_limit": limit})
+
+
+def test_heads_tell_the_inner_size():
+    arguments = constructor_arguments({**TRANSFORMERS, "num_heads": 18, "expand": 2})
+    assert arguments["expansion"] == 1.5
+
+
+@pytest.mark.parametrize("expansion", [2, 1.5, 7 / 3])
+def test_back_to_transformers_and_again(expansion):
+    arguments = constructor_arguments(ORIGINAL)
+    arguments.update(
+        expansion=expansion, hidden_dim=15 * 128, time_step_limit=(0.01, None), num_groups=3
+    )
+    if expansion == 2:
+        config = transformers_config(arguments)
+    else:
+        with pytest.warns(UserWarning, match="is not a whole number: transformers from version 5"):
+            config = transformers_config(arguments)
+    again = constructor_arguments(json.loads(json.dumps(config)))
+    assert again == {k: v for k, v in arguments.items() if k != "a_initializer_range"}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "llama", "hidden_size": 8}, "Unknown `model_type`. Expected: 'mamba2'"),
+        ({"model_type": "mamba", "hidden_size": 8}, "is a Mamba-1 model.*model_type='mamba'"),
+        ({**ORIGINAL, "ssm_cfg": {}}, "is a Mamba-1 model"),
+        ({**ORIGINAL, "ssm_cfg": {"layer": "Mamba1"}}, "is a Mamba-1 model"),
+        ({**ORIGINAL, "attn_layer_idx": [27, 9, 18]}, "hybrid.*Attention layers: 9, 18, 27"),
+        ({"model_type": "bamba", "attn_layer_indices": [9]}, "hybrid.*layers: 9"),
+        (
+            {"model_type": "zamba2", "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
+            "hybrid.*layers: 1, 3",
+        ),
+        ({"model_type": "nemotron_h", "hybrid_override_pattern": "M-M*-"}, "hybrid.*layers: 3"),
+        ({}, "neither `model_type` .* nor `ssm_cfg`.* none"),
+        ({"dim": 3}, "Received keys: dim"),
+        ({**ORIGINAL, "ssm_cfg": {"layer": "Mamba2", "rmsnorm": False}}, "`rmsnorm` must be True"),
+        ({**ORIGINAL, "d_intermediate": 64}, "`d_intermediate` must be 0"),
+        ({**TRANSFORMERS, "hidden_act": "gelu"}, "`hidden_act` must be 'silu'. Received: 'gelu'"),
+        ({"ssm_cfg": {"layer": "Mamba2"}, "n_layer": 1}, "has no `d_model`"),
+    ],
+)
+def test_what_is_not_mamba2_is_named(config, message):
+    with pytest.raises(ValueError, match=message):
+        constructor_arguments(config)
+
+
+@pytest.mark.parametrize("text", [None, "{", '{"model_type": "llama"}', '{"ssm_cfg": 3}'])
+def test_errors_name_the_file(tmp_path, text):
+    file = tmp_path / "config.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ValueError, match=f"^{file}"):
+        read_constructor_arguments(tmp_path)
+
+
+def test_layer_types_of_transformers_are_no_attention():
+    config = {**TRANSFORMERS, "layer_types": ["linear_attention"] * 24}
+    assert format_of(config) == "transformers"

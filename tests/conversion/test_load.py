@@ -1,0 +1,144 @@
+"""Checkpoints that transformers wrote, in both formats, against what transformers computes."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save_file
+
+import keras_mamba2
+from keras_mamba2 import conversion
+from tests.conversion import checkpoints
+from tests.conversion.checkpoints import load
+
+
+@pytest.fixture(scope="module", params=checkpoints.GRID)
+def model(request):
+    return checkpoints.random_model(request.param)
+
+
+def test_logits_are_those_of_transformers(model, tmp_path):
+    actual = checkpoints.logits_of(load(checkpoints.save_transformers(model, tmp_path / "model")))
+    truth = checkpoints.torch_logits_in_float64(model)
+    error = np.abs(actual - truth).max()
+    their_error = np.abs(checkpoints.torch_logits(model) - truth).max()
+    # Two roundings of the largest logit: in a model this small, theirs may be luckily exact.
+    floor = 2 * np.finfo(np.float32).eps * np.abs(truth).max()
+    assert their_error < 1e-4 * np.abs(truth).max()
+    assert error <= max(2 * their_error, floor), (error, their_error, floor)
+
+
+def test_formats_agree_bit_for_bit(model, tmp_path):
+    ours = load(checkpoints.save_transformers(model, tmp_path / "model"))
+    original = load(checkpoints.save_state_spaces(model, tmp_path / "original"))
+    checkpoints.assert_same_weights(ours, original)
+    limits = [backbone.time_step_limit for backbone in (ours, original)]
+    assert limits[0] == limits[1]
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return checkpoints.random_model()
+
+
+@pytest.fixture
+def folder(plain, tmp_path):
+    return checkpoints.save_transformers(plain, tmp_path / "model")
+
+
+@pytest.fixture
+def backbone(folder):
+    return load(folder)
+
+
+def rewrite(folder, change):
+    """Changes the tensors in a file by `change(dict)`."""
+    file = folder / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    change(tensors)
+    save_file(tensors, file)
+
+
+def test_sharded_is_the_same(plain, backbone, tmp_path):
+    sharded = checkpoints.save_transformers(plain, tmp_path / "sharded", max_shard_size="5KB")
+    assert not (sharded / "model.safetensors").exists()
+    checkpoints.assert_same_weights(backbone, load(sharded))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "mixed_bfloat16"])
+def test_weights_are_cast_to_the_variables(plain, folder, dtype):
+    backbone = load(folder, dtype=dtype)
+    kernel = backbone.blocks[0].mixer.in_proj.kernel
+    assert kernel.dtype == ("float32" if dtype == "mixed_bfloat16" else dtype)
+    expected = plain.backbone.layers[0].mixer.in_proj.weight.detach().T
+    actual = torch.from_numpy(kernel.numpy().astype("float32"))
+    assert torch.equal(actual, expected.to(getattr(torch, kernel.dtype)).float())
+    assert backbone.blocks[0].mixer.A_log.dtype == "float32"
+
+
+def test_unused_and_missing_weights_are_listed_and_nothing_changes(folder, backbone):
+    def change(tensors):
+        tensors["backbone.layers.0.mixer.extra"] = torch.ones(3)
+        del tensors["backbone.norm_f.weight"]
+        tensors["backbone.embeddings.weight"] *= 2
+
+    before = checkpoints.weights_of(backbone)
+    rewrite(folder, change)
+    message = r"(?s)without a place in the model: backbone.layers.0.mixer.extra\n.*"
+    message += r"missing in the files: backbone.norm_f.weight"
+    with pytest.raises(ValueError, match=message):
+        conversion.load_weights(backbone, folder)
+    after = checkpoints.weights_of(backbone)
+    assert all(np.array_equal(before[path], after[path]) for path in before)
+
+
+def test_shapes_that_differ_are_told(folder, backbone):
+    rewrite(
+        folder, lambda t: t.update({"backbone.layers.1.mixer.conv1d.weight": torch.ones(48, 4)})
+    )
+    message = r"conv1d.weight: \(48, 4\) in model.safetensors, \(48, 1, 4\) in the model \(block_1"
+    with pytest.raises(ValueError, match=message):
+        conversion.load_weights(backbone, folder)
+
+
+def test_a_vocabulary_without_its_padding_is_padded(plain, folder, backbone):
+    name = "backbone.embeddings.weight"
+    rewrite(folder, lambda t: t.update({name: t[name][:45].contiguous()}))
+    conversion.load_weights(backbone, folder)
+    embeddings = backbone.token_embedding.embeddings.numpy()
+    assert np.array_equal(embeddings[:45], plain.backbone.embeddings.weight.detach()[:45])
+    assert not embeddings[45:].any()
+
+
+def test_a_vocabulary_with_more_rows_is_explained(folder, backbone):
+    name = "backbone.embeddings.weight"
+    rewrite(folder, lambda t: t.update({name: torch.ones(64, 16)}))
+    with pytest.raises(ValueError, match="16 rows more.*vocabulary_size=64"):
+        conversion.load_weights(backbone, folder)
+
+
+def test_nan_are_counted(folder, backbone):
+    def change(tensors):
+        tensors["backbone.norm_f.weight"][:3] = torch.nan
+        tensors["backbone.layers.0.mixer.D"][1] = torch.nan
+
+    rewrite(folder, change)
+    with pytest.warns(UserWarning, match=r"4 NaN in 2 tensors: .*mixer.D \(1\), .*norm_f.weight"):
+        conversion.load_weights(backbone, folder)
+
+
+def test_a_tied_head_must_be_the_embedding(folder, backbone):
+    embedding = "backbone.embeddings.weight"
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t[embedding].clone()}))
+    conversion.load_weights(backbone, folder)
+    rewrite(folder, lambda t: t["lm_head.weight"].mul_(2))
+    with pytest.raises(ValueError, match="lm_head.weight differs from the embedding"):
+        conversion.load_weights(backbone, folder)
+
+
+def test_an_untied_model_needs_its_head(folder):
+    arguments = conversion.constructor_arguments(
+        {**checkpoints.SMALL, "model_type": "mamba2", "tie_word_embeddings": False}
+    )
+    with pytest.raises(ValueError, match="missing in the files: lm_head.weight"):
+        conversion.load_weights(keras_mamba2.Mamba2Backbone(**arguments), folder)
