@@ -2,6 +2,7 @@
 
 from keras_mamba2.conversion.config import constructor_arguments as constructor_arguments
 from keras_mamba2.conversion.config import format_of as format_of
+from keras_mamba2.conversion.config import read_constructor_arguments as read_constructor_arguments
 from keras_mamba2.conversion.config import transformers_config as transformers_config
 from keras_mamba2.conversion.config import unpadded_vocabulary_size as unpadded_vocabulary_size
 from keras_mamba2.conversion.export import export_to_transformers as export_to_transformers

@@ -1,9 +1,13 @@
 """The configuration of a checkpoint <-> the constructor arguments of `Mamba2Backbone`."""
 
 import math
+import pathlib
 import warnings
 from collections.abc import Mapping
 from typing import Any
+
+from keras_mamba2.preset_files import CONFIG_FILE
+from keras_mamba2.preset_files import read_json
 
 TRANSFORMERS = "transformers"
 STATE_SPACES = "state-spaces"
@@ -138,6 +142,17 @@ def constructor_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     if format_of(config) == TRANSFORMERS:
         return _from_transformers(config)
     return _from_state_spaces(config)
+
+
+def read_constructor_arguments(folder) -> dict[str, Any]:
+    """`constructor_arguments` of the `config.json` in `folder`. Errors name the file."""
+    file = pathlib.Path(folder) / CONFIG_FILE
+    config = read_json(file)
+    try:
+        return constructor_arguments(config)
+    # A value of a wrong type can fail anywhere.
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def unpadded_vocabulary_size(config: Mapping[str, Any]) -> int:

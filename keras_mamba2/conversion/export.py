@@ -44,7 +44,7 @@ class Weight(NamedTuple):
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
     def bytes(self) -> np.ndarray:
-        value = self.layout.to_file(keras.ops.convert_to_numpy(self.variable))
+        value = self.layout.to_file(keras.ops.convert_to_numpy(self.variable.value))
         return np.ascontiguousarray(value, self.dtype).reshape(-1).view(np.uint8)
 
 

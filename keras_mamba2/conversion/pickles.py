@@ -6,6 +6,7 @@ is refused before anything is called.
 """
 
 import collections
+import io
 import pathlib
 import pickle
 import zipfile
@@ -91,7 +92,7 @@ class _Unpickler(pickle.Unpickler):
             if order != b"little":
                 raise ValueError(f"its byte order is {order!r}")
         _check_stored(archive.getinfo(names[0]))
-        unpickler = cls(archive.open(names[0]))
+        unpickler = cls(io.BytesIO(archive.read(names[0])))
         unpickler.file, unpickler.archive, unpickler.stream = file, archive, stream
         unpickler.prefix = prefix
         return unpickler

@@ -43,7 +43,7 @@ SMALL = {
 }
 
 
-def random_model(name: str = "plain"):
+def random_model(name: str = "plain", seed: int = 0):
     """A `Mamba2ForCausalLM` in float32, with weights of a trained model's size."""
     arguments = {**SMALL, **GRID[name]}
     odd = {}
@@ -54,7 +54,7 @@ def random_model(name: str = "plain"):
     config = transformers.Mamba2Config(**arguments)
     config.__dict__.update(odd)
     model = transformers.Mamba2ForCausalLM(config).eval()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for path, weight in model.named_parameters():
             weight.copy_(_random(path, weight.shape, generator))

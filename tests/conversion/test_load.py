@@ -17,15 +17,23 @@ def model(request):
     return checkpoints.random_model(request.param)
 
 
-def test_logits_are_those_of_transformers(model, tmp_path):
-    actual = checkpoints.logits_of(load(checkpoints.save_transformers(model, tmp_path / "model")))
-    truth = checkpoints.torch_logits_in_float64(model)
-    error = np.abs(actual - truth).max()
-    their_error = np.abs(checkpoints.torch_logits(model) - truth).max()
-    # Two roundings of the largest logit: in a model this small, theirs may be luckily exact.
-    floor = 2 * np.finfo(np.float32).eps * np.abs(truth).max()
-    assert their_error < 1e-4 * np.abs(truth).max()
-    assert error <= max(2 * their_error, floor), (error, their_error, floor)
+@pytest.mark.parametrize("name", checkpoints.GRID)
+def test_logits_are_those_of_transformers(name, tmp_path):
+    """The largest float32 error is at most twice that of transformers, in the median of 3 draws.
+
+    For one draw of the weights the ratio is luck: it is that of the worst position, where a norm
+    magnifies a rounding, and goes from 0.2 to 7 around 1. A mistake moves all draws.
+    """
+    ratios = []
+    for seed in range(3):
+        model = checkpoints.random_model(name, seed)
+        backbone = load(checkpoints.save_transformers(model, tmp_path / str(seed)))
+        truth = checkpoints.torch_logits_in_float64(model)
+        error = np.abs(checkpoints.logits_of(backbone) - truth).max()
+        their_error = np.abs(checkpoints.torch_logits(model) - truth).max()
+        assert max(error, their_error) < 1e-5 * np.abs(truth).max()
+        ratios.append(error / their_error)
+    assert np.median(ratios) <= 2, ratios
 
 
 def test_formats_agree_bit_for_bit(model, tmp_path):

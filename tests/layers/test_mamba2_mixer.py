@@ -106,17 +106,16 @@ class TestReference:
 
 
 class TestState:
-    @pytest.mark.parametrize("arguments", [{}, {"conv_kernel_size": 1}], ids=str)
-    def test_a_prefix_and_steps_are_the_whole_at_every_split(self, arguments):
-        mixer, x = random_mixer(**arguments), random_input(t=6)
+    def test_a_prefix_and_steps_are_the_whole_at_every_split(self):
+        mixer, x = random_mixer(), random_input(t=5)
         truth, true_state = truth_of(mixer, x)
         call_with_state, step = compiled(mixer.call_with_state), compiled(mixer.step)
-        for split in range(7):
+        for split in range(6):
             state, ys = mixer.initial_state(2), []
             if split > 0:
                 y, state = call_with_state(x[:, :split])
                 ys = list(np.moveaxis(ops.convert_to_numpy(y), 1, 0))
-            for i in range(split, 6):
+            for i in range(split, 5):
                 y, state = step(ops.convert_to_tensor(x[:, i]), state)
                 ys.append(ops.convert_to_numpy(y))
             assert_close(np.stack(ys, axis=1), truth)
@@ -209,23 +208,17 @@ def test_no_output_depends_on_a_later_or_a_padded_input():
 class TestDtypes:
     @pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16"])
     def test_the_recurrence_is_float32_whatever_the_policy(self, policy):
-        mixer, x = random_mixer(dtype=policy), random_input()
-        assert {
-            name: dtype_of(getattr(mixer, name)) for name in ("A_log", "dt_bias", "D")
-        } == dict.fromkeys(("A_log", "dt_bias", "D"), "float32")
-        x = ops.cast(x, "bfloat16")
+        mixer = random_mixer(dtype=policy)
+        parameters = {mixer.A_log.dtype, mixer.dt_bias.dtype, mixer.D.dtype}
+        x = ops.cast(random_input(), "bfloat16")
         y, state = compiled(mixer.call_with_state)(x)
         one, stepped = compiled(mixer.step)(x[:, 0], state)
+        assert parameters == {"float32"}
         for s in (state, stepped, mixer.initial_state(2)):
             assert (dtype_of(s.conv), dtype_of(s.ssm)) == ("bfloat16", "float32")
-        assert {dtype_of(y), dtype_of(one), dtype_of(compiled(mixer)(x))} == {"bfloat16"}
+        assert {dtype_of(y), dtype_of(one)} == {"bfloat16"}
 
-    @pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16"])
-    def test_bfloat16_is_the_reference_to_its_precision(self, policy):
-        mixer = random_mixer(dtype=policy)
-        x = ops.convert_to_numpy(ops.cast(ops.cast(random_input(), "bfloat16"), "float32"))
-        y, state = compiled(mixer.call_with_state)(ops.cast(x, "bfloat16"))
-        truth, true_state = truth_of(mixer, x)
+        truth, true_state = truth_of(mixer, ops.convert_to_numpy(ops.cast(x, "float32")))
         # 2 or 3 roundings' worth is usual: of the projections, of the convolution, of the output.
         assert_close(y, truth, eps=2.0**-8 / 4)
         assert_close(state.conv, true_state[0], eps=2.0**-8 / 4)
