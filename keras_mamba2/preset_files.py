@@ -1,18 +1,46 @@
-"""From the name of a preset to a local folder with its files, checked before anything is loaded."""
+"""From the name of a preset to local files, checked before anything is loaded."""
 
 import difflib
+import fnmatch
+import functools
 import json
 import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from keras_mamba2 import hub
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILES = ("model.weights.h5", "model.weights.json")
-TOKENIZER_FILES = ("tokenizer.json", "assets/tokenizer/tokenizer.json")
+SOURCES_FILE = "sources.json"
 BACKBONE_NAME = "keras_mamba2>Mamba2Backbone"
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
+# Of each list the first that is there is taken, with the shards that belong to an index.
+KERAS_WEIGHTS = ("model.weights.h5", "model.weights.json")
+CHECKPOINT_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+SHARDS = {
+    "model.weights.json": "model_*.weights.h5",
+    "model.safetensors.index.json": "model-*.safetensors",
+    "pytorch_model.bin.index.json": "pytorch_model-*.bin",
+}
+KERAS_PARTS = ("task.json", "task.weights.h5", "preprocessor.json", "metadata.json")
+KERAS_TOKENIZER = ("tokenizer.json", "assets/tokenizer/tokenizer.json")
+CHECKPOINT_TOKENIZER = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
 
-def embedded_presets() -> dict[str, pathlib.Path]:
-    """The presets that ship with the package, weights included, by name."""
+
+def named_presets() -> dict[str, pathlib.Path]:
+    """The folders of the presets that this package knows by name."""
     package = pathlib.Path(__file__).parent
     # Inside the package once installed, beside it in a source checkout.
     for folder in (package / "presets", package.parent / "presets"):
@@ -21,35 +49,98 @@ def embedded_presets() -> dict[str, pathlib.Path]:
     return {}
 
 
-def find_preset(preset: str, weights: bool = True, tokenizer: bool = True) -> str:
-    """Resolves `preset` to what KerasHub loads from, and checks the files of a local folder.
+class Preset:
+    """The files of a preset, fetched when they are asked for.
+
+    A preset is in KerasHub's format, or a checkpoint of transformers or state-spaces. One that
+    is known by name may have its files elsewhere: its `sources.json` says where.
 
     Args:
-        preset: the name of an embedded preset, a local folder, or a handle such as `hf://...`.
-        weights: bool, whether the weights will be read.
-        tokenizer: bool, whether the tokenizer will be read.
-
-    Returns:
-        The path of a folder, or the handle as it is.
+        name: the name of a preset, a local folder, or a handle `hf://user/name`.
 
     Raises:
-        ValueError: for an unknown name, and for a missing, truncated or foreign file.
+        ValueError: for an unknown name, and a folder or repository without `config.json`.
     """
-    preset = str(preset)
-    if "://" in preset:
-        return preset
-    known = embedded_presets()
-    folder = known.get(preset, pathlib.Path(preset))
+
+    def __init__(self, name):
+        self.name = str(name)
+        self._sources: dict[str, Any] = {}
+        if self.name.startswith(hub.PREFIX):
+            self.folder = hub.fetch(self.name, lambda names: _present([CONFIG_FILE], names))
+        else:
+            self.folder = _local_folder(self.name)
+            if (self.folder / SOURCES_FILE).is_file():
+                self._sources = read_json(self.folder / SOURCES_FILE)
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        return read_json(self.folder / CONFIG_FILE)
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether this is a checkpoint of another library, to be converted."""
+        return "registered_name" not in self.config
+
+    def weights_folder(self) -> pathlib.Path:
+        """A folder with the configuration and the weights of a checkpoint."""
+        if "weights" in self._sources:
+            return Preset(self._sources["weights"]).weights_folder()
+        return self._fetch(lambda names: [CONFIG_FILE, *_weights(CHECKPOINT_WEIGHTS, names)])
+
+    def tokenizer_folder(self) -> pathlib.Path:
+        """A folder with the tokenizer of a checkpoint, if it has one."""
+        if "tokenizer" in self._sources:
+            return Preset(self._sources["tokenizer"]).tokenizer_folder()
+        wanted = (CONFIG_FILE, *CHECKPOINT_TOKENIZER)
+        return self._fetch(lambda names: [name for name in wanted if name in names])
+
+    def keras_folder(self, weights: bool = True, tokenizer: bool = True) -> str:
+        """A folder in KerasHub's format. What will be read of it is there, and is sound."""
+
+        def choose(names):
+            parts = [name for name in (*KERAS_PARTS, *KERAS_TOKENIZER) if name in names]
+            return [CONFIG_FILE, *parts, *(_weights(KERAS_WEIGHTS, names) if weights else [])]
+
+        folder = self._fetch(choose)
+        check_folder(folder, weights, tokenizer)
+        return str(folder)
+
+    def _fetch(self, choose: hub.Choice) -> pathlib.Path:
+        return hub.fetch(self.name, choose) if self.name.startswith(hub.PREFIX) else self.folder
+
+
+def is_foreign(preset) -> bool:
+    """Whether only KerasHub knows where `preset` lies: `kaggle://`, `gs://`, `modelscope://`."""
+    return "://" in str(preset) and not str(preset).startswith(hub.PREFIX)
+
+
+def _local_folder(name: str) -> pathlib.Path:
+    known = named_presets()
+    folder = known.get(name, pathlib.Path(name))
     if not folder.is_dir():
-        near = difflib.get_close_matches(preset, known, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
         raise ValueError(
-            f"Unknown preset {preset!r}: neither the name of a preset nor a local folder. "
+            f"Unknown preset {name!r}: neither the name of a preset nor a local folder. "
             f"Known names: {', '.join(known)}."
             + (f" Did you mean {near[0]!r}?" if near else "")
             + " A preset on the Hugging Face hub is written 'hf://user/name'."
         )
-    check_folder(folder, weights, tokenizer)
-    return str(folder)
+    return folder
+
+
+def _present(wanted: Sequence[str], names: Sequence[str]) -> list[str]:
+    missing = [name for name in wanted if name not in names]
+    if missing:
+        raise ValueError(f"Missing: {', '.join(missing)}. Present: {', '.join(sorted(names))}.")
+    return list(wanted)
+
+
+def _weights(kinds: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The weights among the files `names`, of the first kind that is there."""
+    for kind in kinds:
+        if kind in names:
+            return [kind, *fnmatch.filter(names, SHARDS[kind])] if kind in SHARDS else [kind]
+    raise ValueError(f"No weights. Expected one of: {', '.join(kinds)}.")
 
 
 def check_folder(folder: pathlib.Path, weights: bool = True, tokenizer: bool = True) -> None:
@@ -64,14 +155,14 @@ def check_folder(folder: pathlib.Path, weights: bool = True, tokenizer: bool = T
     if weights:
         check_weights(folder)
     if tokenizer:
-        for file in TOKENIZER_FILES:
+        for file in KERAS_TOKENIZER:
             read_json(folder / file)
 
 
 def check_weights(folder: pathlib.Path) -> None:
-    present = [folder / file for file in WEIGHTS_FILES if (folder / file).is_file()]
+    present = [folder / file for file in KERAS_WEIGHTS if (folder / file).is_file()]
     if not present:
-        raise ValueError(f"{folder / WEIGHTS_FILES[0]} is missing.")
+        raise ValueError(f"{folder / KERAS_WEIGHTS[0]} is missing.")
     if present[0].suffix == ".json":
         shards = read_json(present[0]).get("weight_map", {}).values()
         # The shards of a variable: one name, or a list where it is cut over several.

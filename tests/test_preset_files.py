@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 import keras_mamba2
-from keras_mamba2.preset_files import embedded_presets
-from keras_mamba2.preset_files import find_preset
+from keras_mamba2.preset_files import Preset
+from keras_mamba2.preset_files import named_presets
 
 
 @pytest.fixture
@@ -40,6 +40,9 @@ def test_a_truncated_file_is_named(copy, file):
 
 def test_a_foreign_configuration_is_named(copy):
     (copy / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ValueError, match=r"config.json: Unknown `model_type`.*'llama'"):
+        load(copy)
+    (copy / "config.json").write_text(json.dumps({"registered_name": "keras_hub>GemmaBackbone"}))
     with pytest.raises(ValueError, match=r"config.json is not the configuration of a Mamba2"):
         load(copy)
 
@@ -58,9 +61,9 @@ def test_what_is_not_read_may_be_missing(copy):
 
 def test_an_unknown_name_suggests_the_nearest():
     with pytest.raises(ValueError, match=r"Known names: .*Did you mean 'mamba2_tiny_shakespeare'"):
-        find_preset("mamba2_tiny_shakespear")
+        Preset("mamba2_tiny_shakespear")
 
 
-def test_embedded_presets_are_listed():
-    assert "mamba2_tiny_shakespeare" in embedded_presets()
-    assert set(embedded_presets()) <= set(keras_mamba2.Mamba2Backbone.presets)
+def test_named_presets_are_listed():
+    assert "mamba2_tiny_shakespeare" in named_presets()
+    assert set(named_presets()) <= set(keras_mamba2.Mamba2Backbone.presets)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import keras_mamba2
-from keras_mamba2.preset_files import embedded_presets
+from keras_mamba2.preset_files import named_presets
 from tests.conftest import SHARED_DATA
 
 
@@ -25,7 +25,7 @@ def test_it_is_small_and_knows_its_plays(lm):
 
 
 def loss_of_card():
-    card = (embedded_presets()["mamba2_tiny_shakespeare"] / "README.md").read_text()
+    card = (named_presets()["mamba2_tiny_shakespeare"] / "README.md").read_text()
     return float(re.search(r"\*\*(\d\.\d+) nats a character\*\*", card).group(1))
 
 

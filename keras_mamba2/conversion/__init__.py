@@ -4,6 +4,9 @@ from keras_mamba2.conversion.config import constructor_arguments as constructor_
 from keras_mamba2.conversion.config import format_of as format_of
 from keras_mamba2.conversion.config import read_constructor_arguments as read_constructor_arguments
 from keras_mamba2.conversion.config import transformers_config as transformers_config
-from keras_mamba2.conversion.config import unpadded_vocabulary_size as unpadded_vocabulary_size
+from keras_mamba2.conversion.describe import describe as describe
 from keras_mamba2.conversion.export import export_to_transformers as export_to_transformers
 from keras_mamba2.conversion.load import load_weights as load_weights
+from keras_mamba2.conversion.preset_loader import CheckpointLoader as CheckpointLoader
+from keras_mamba2.conversion.preset_loader import open_preset as open_preset
+from keras_mamba2.conversion.preset_loader import register as register

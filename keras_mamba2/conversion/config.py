@@ -53,6 +53,9 @@ TRANSFORMERS_KEYS = {
     "tie_word_embeddings": "tie_word_embeddings",
 }
 
+# Our own key: transformers counts padding rows as tokens.
+UNPADDED_KEY = "unpadded_vocab_size"
+
 # Constructor argument -> key of `ssm_cfg`, and what `mamba_ssm.Mamba2` takes without it.
 SSM_KEYS = {
     "state_dim": ("d_state", 128),
@@ -132,9 +135,8 @@ def _attends(kind: str) -> bool:
 def constructor_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `Mamba2Backbone` for a `config.json` in either format.
 
-    `vocabulary_size` counts the padding rows of the embedding, as the tensors do; see
-    `unpadded_vocabulary_size`. `chunk_size` is not taken over: it does not belong to a model
-    but to the machine that it runs on.
+    `vocabulary_size` counts the padding rows of the embedding, as the tensors do. `chunk_size`
+    is not taken over: it does not belong to a model but to the machine that it runs on.
 
     Raises:
         ValueError: as `format_of`, and for an option that changes the architecture.
@@ -155,13 +157,6 @@ def read_constructor_arguments(folder) -> dict[str, Any]:
         raise ValueError(f"{file}: {error}") from error
 
 
-def unpadded_vocabulary_size(config: Mapping[str, Any]) -> int:
-    """The number of token ids that mean something; rows from there on are padding."""
-    if format_of(config) == TRANSFORMERS:
-        return config.get("vocab_size", TRANSFORMERS_DEFAULTS["vocab_size"])
-    return config["vocab_size"]
-
-
 def _from_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ValueError(f"`hidden_act` must be 'silu'. Received: {config['hidden_act']!r}")
@@ -171,6 +166,7 @@ def _from_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
     expansion = config["num_heads"] * config["head_dim"] / config["hidden_size"]
     arguments["expansion"] = int(expansion) if expansion.is_integer() else expansion
     arguments["time_step_limit"] = _limits(config["time_step_limit"])
+    arguments["unpadded_vocabulary_size"] = config.get(UNPADDED_KEY, config["vocab_size"])
     return arguments
 
 
@@ -188,6 +184,7 @@ def _from_state_spaces(config: Mapping[str, Any]) -> dict[str, Any]:
     arguments.update(
         {
             "vocabulary_size": -(-config["vocab_size"] // multiple) * multiple,
+            "unpadded_vocabulary_size": config["vocab_size"],
             "num_layers": config["n_layer"],
             "hidden_dim": config["d_model"],
             "layer_norm_epsilon": config.get("norm_epsilon", 1e-5),
@@ -254,6 +251,9 @@ def transformers_config(
         "dtype": dtype,
         "torch_dtype": dtype,  # the same to transformers before 4.56
     }
+    unpadded = backbone_config["unpadded_vocabulary_size"]
+    if unpadded not in (None, backbone_config["vocabulary_size"]):
+        config[UNPADDED_KEY] = unpadded
     low, high = backbone_config["time_step_limit"] or (0.0, None)
     if low > 0 or high is not None:  # left out when it is the default: JSON has no infinity
         config["time_step_limit"] = [low, math.inf if high is None else high]

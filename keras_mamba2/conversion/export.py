@@ -1,21 +1,18 @@
 """From a backbone to a folder that transformers loads."""
 
-import contextlib
 import json
-import os
 import pathlib
-import shutil
-import tempfile
-from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import keras
 import numpy as np
 
+from keras_mamba2.atomic_files import atomic_folder
 from keras_mamba2.conversion.config import transformers_config
 from keras_mamba2.conversion.names import Layout
 from keras_mamba2.conversion.names import weight_name
+from keras_mamba2.conversion.progress import progress
 from keras_mamba2.conversion.readers import SAFETENSORS_DTYPES
 from keras_mamba2.conversion.stored_tensor import numpy_dtype
 
@@ -75,7 +72,7 @@ def export_to_transformers(
     config = transformers_config(
         backbone.get_config(), dtype or backbone.token_embedding.variable_dtype, **ids
     )
-    with _complete_or_nothing(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         _write_json(temporary / "config.json", config)
         _write_weights(temporary, weights, shard_bytes)
         if tokenizer is not None:
@@ -87,24 +84,6 @@ def _weight(variable: keras.Variable, dtype: str | None) -> Weight:
     name, layout = weight_name(variable.path)
     kept = dtype is None or (dtype != "float64" and name.endswith(RECURRENCE))
     return Weight(name, variable, layout, numpy_dtype(variable.dtype if kept else dtype))
-
-
-@contextlib.contextmanager
-def _complete_or_nothing(folder) -> Iterator[pathlib.Path]:
-    """A temporary folder beside `folder`, which becomes it if nothing is raised."""
-    folder = pathlib.Path(os.path.abspath(folder))
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise ValueError(f"{folder} exists already and is not an empty folder.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    holder = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        # Inside, so that it has usual permissions: those of `mkdtemp` are for the owner alone.
-        temporary = holder / folder.name
-        temporary.mkdir()
-        yield temporary
-        temporary.replace(folder)
-    finally:
-        shutil.rmtree(holder, ignore_errors=True)
 
 
 def _write_weights(folder: pathlib.Path, weights: Sequence[Weight], shard_bytes: int) -> None:
@@ -148,7 +127,7 @@ def write_safetensors(file: pathlib.Path, weights: Sequence[Weight]) -> None:
     with file.open("xb") as stream:
         stream.write(len(content).to_bytes(8, "little"))
         stream.write(content)
-        for weight in weights:
+        for weight in progress(weights, f"Writing {file.name}", end):
             stream.write(weight.bytes().data)
 
 

@@ -13,6 +13,7 @@ from keras_mamba2.conversion.names import HEAD
 from keras_mamba2.conversion.names import Layout
 from keras_mamba2.conversion.names import spelling_of
 from keras_mamba2.conversion.names import weight_name
+from keras_mamba2.conversion.progress import progress
 from keras_mamba2.conversion.readers import read_tensors
 from keras_mamba2.conversion.stored_tensor import StoredTensor
 from keras_mamba2.conversion.stored_tensor import numpy_dtype
@@ -49,7 +50,11 @@ def load_weights(backbone, folder) -> None:
     tensors = _without_tied_head(folder, tensors, places)
     _check_names(folder, tensors, places)
     _check_shapes(folder, tensors, places)
-    nans = {name: _assign(tensors[name], place) for name, place in places.items()}
+    nbytes = sum(tensor.end - tensor.offset for tensor in tensors.values())
+    nans = {
+        name: _assign(tensors[name], places[name])
+        for name in progress(places, "Loading weights", nbytes)
+    }
     nans = {name: count for name, count in nans.items() if count}
     if nans:
         warnings.warn(
@@ -140,6 +145,7 @@ def _about_vocabulary(name: str, actual: tuple[int, ...], expected: tuple[int, .
 def _assign(tensor: StoredTensor, place: Place) -> int:
     """Fills one variable and returns how many NaN it got."""
     variable, layout = place
+    _free(variable)
     dtype = numpy_dtype(variable.dtype)
     # Memory of its own, which a backend may take over; the file's must not be.
     value = np.array(layout.to_variable(tensor.read()), dtype, order="C")
@@ -148,3 +154,9 @@ def _assign(tensor: StoredTensor, place: Place) -> int:
         value = np.pad(value, [(0, rows) for rows in short])
     variable.assign(value)
     return int(np.count_nonzero(np.isnan(value)))
+
+
+def _free(variable: keras.Variable) -> None:
+    """Gives up the memory of a value that is about to be replaced, before the new one takes any."""
+    if keras.config.backend() == "jax" and len(variable.value.sharding.device_set) == 1:
+        variable.value.delete()

@@ -15,14 +15,9 @@ import numpy as np
 from keras_mamba2.conversion.pickles import read_bin
 from keras_mamba2.conversion.stored_tensor import StoredTensor
 from keras_mamba2.conversion.stored_tensor import check_not_pointer
+from keras_mamba2.preset_files import CHECKPOINT_WEIGHTS
 from keras_mamba2.preset_files import read_json
 
-WEIGHTS_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 LONGEST_HEADER = 100_000_000  # the limit of the safetensors library
 SAFETENSORS_DTYPES = {
     "F64": np.dtype("<f8"),
@@ -53,9 +48,11 @@ def read_tensors(folder) -> dict[str, StoredTensor]:
             truncated, damaged, foreign or unsafe.
     """
     folder = pathlib.Path(folder)
-    found = [folder / name for name in WEIGHTS_FILES if (folder / name).is_file()]
+    found = [folder / name for name in CHECKPOINT_WEIGHTS if (folder / name).is_file()]
     if not found:
-        raise ValueError(f"{folder} holds no weights. Expected one of: {', '.join(WEIGHTS_FILES)}")
+        raise ValueError(
+            f"{folder} holds no weights. Expected one of: {', '.join(CHECKPOINT_WEIGHTS)}"
+        )
     if found[0].suffix != ".json":
         return _read_file(found[0])
     return _read_shards(found[0])

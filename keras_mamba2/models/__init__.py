@@ -17,7 +17,7 @@ register_presets(
             "metadata": preset_files.read_json(folder / "metadata.json"),
             "kaggle_handle": str(folder),
         }
-        for name, folder in preset_files.embedded_presets().items()
+        for name, folder in preset_files.named_presets().items()
     },
     Mamba2Backbone,
 )

@@ -14,7 +14,7 @@ from keras_hub.src.utils.tensor_utils import is_int_dtype
 from keras_hub.src.utils.tensor_utils import preprocessing_function
 from keras_hub.src.utils.tensor_utils import restore_outer_shape
 
-from keras_mamba2.preset_files import find_preset
+from keras_mamba2.conversion import open_preset
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -89,7 +89,10 @@ class Mamba2Tokenizer(keras_hub.tokenizers.Tokenizer):
     @classmethod
     def from_preset(cls, preset: str, **kwargs) -> "Mamba2Tokenizer":
         """Loads a tokenizer by name or folder. See `keras_hub.tokenizers.Tokenizer`."""
-        return super().from_preset(find_preset(preset, weights=False), **kwargs)
+        loader, preset = open_preset(preset, weights=False)
+        if loader is not None:
+            return loader.load_tokenizer(cls, **kwargs)
+        return super().from_preset(preset, **kwargs)
 
     def set_vocabulary_and_merges(
         self, vocabulary: Mapping[str, int] | str, merges: Sequence[str] | str
@@ -106,6 +109,8 @@ class Mamba2Tokenizer(keras_hub.tokenizers.Tokenizer):
         if engine is not None:
             engine.no_padding()
             engine.no_truncation()
+            # Ids may have gaps, so that the number of tokens does not bound them.
+            self._num_ids = 1 + max(self.get_vocabulary().values(), default=-1)
             self._update_special_token_ids()
 
     @property
@@ -117,6 +122,12 @@ class Mamba2Tokenizer(keras_hub.tokenizers.Tokenizer):
                 "`merges`, or `tokenizer`, when creating it."
             )
         return self._engine
+
+    @property
+    def num_ids(self) -> int:
+        """One more than the largest token id."""
+        self.engine  # noqa: B018  raises where there is no vocabulary
+        return self._num_ids
 
     def save_assets(self, dir_path: str) -> None:
         self.engine.save(os.path.join(dir_path, TOKENIZER_FILE))

@@ -43,9 +43,9 @@ SMALL = {
 }
 
 
-def random_model(name: str = "plain", seed: int = 0):
+def random_model(name: str = "plain", seed: int = 0, **changes):
     """A `Mamba2ForCausalLM` in float32, with weights of a trained model's size."""
-    arguments = {**SMALL, **GRID[name]}
+    arguments = {**SMALL, **GRID[name], **changes}
     odd = {}
     if arguments.get("expand", 2) != 2:
         # transformers refuses what its versions before 5 took, and its model still computes.
@@ -86,8 +86,8 @@ def save_transformers(model, folder, max_shard_size="5GB"):
     return folder
 
 
-def save_state_spaces(model, folder):
-    """The format of the original code, with three rows of the vocabulary that are padding."""
+def save_state_spaces(model, folder, unpadded=None):
+    """The format of the original code, with rows of the vocabulary that are padding."""
     folder.mkdir()
     config = model.config
     ssm = {
@@ -104,7 +104,7 @@ def save_state_spaces(model, folder):
     original = {
         "d_model": config.hidden_size,
         "n_layer": config.num_hidden_layers,
-        "vocab_size": config.vocab_size - 3,
+        "vocab_size": config.vocab_size - 3 if unpadded is None else unpadded,
         "pad_vocab_size_multiple": 16,
         "ssm_cfg": ssm,
         "tie_embeddings": config.tie_word_embeddings,

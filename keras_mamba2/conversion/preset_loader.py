@@ -1,0 +1,122 @@
+"""Checkpoints of other libraries behind KerasHub's `from_preset`."""
+
+import logging
+import pathlib
+import sys
+
+import keras
+from keras_hub.src.utils import preset_utils
+
+from keras_mamba2.conversion import load
+from keras_mamba2.conversion.config import constructor_arguments
+from keras_mamba2.conversion.config import read_constructor_arguments
+from keras_mamba2.conversion.tokenizer import has_tokenizer
+from keras_mamba2.conversion.tokenizer import tokenizer_arguments
+from keras_mamba2.preset_files import BACKBONE_NAME
+from keras_mamba2.preset_files import CONFIG_FILE
+from keras_mamba2.preset_files import Preset
+from keras_mamba2.preset_files import is_foreign
+
+logger = logging.getLogger(__name__)
+
+GPT_NEOX = "hf://EleutherAI/gpt-neox-20b"
+# Its tokens, and what embeddings for them are padded to at most.
+GPT_NEOX_VOCABULARY_SIZES = range(50277, 50433)
+
+
+class CheckpointLoader(preset_utils.PresetLoader):
+    """Loads checkpoints of transformers and state-spaces the way KerasHub loads its presets.
+
+    What it inherits builds preprocessors and tasks from the parts that are loaded here.
+
+    Args:
+        files: a `Preset` that is a checkpoint.
+
+    Raises:
+        ValueError: for a configuration that is no Mamba-2 model's.
+    """
+
+    def __init__(self, files: Preset):
+        super().__init__(files.name, files.config)
+        self.files = files
+        read_constructor_arguments(files.folder)  # raises
+
+    def check_backbone_class(self):
+        return keras.saving.get_registered_object(BACKBONE_NAME)
+
+    def load_backbone(self, cls, load_weights: bool = True, **kwargs):
+        folder = self.files.weights_folder() if load_weights else self.files.folder
+        backbone = cls(**{**read_constructor_arguments(folder), **kwargs})
+        if load_weights:
+            load.load_weights(backbone, folder)
+        return backbone
+
+    def load_tokenizer(self, cls, config_file=None, **kwargs):
+        return cls(**{**tokenizer_arguments(self.locate_tokenizer()), **kwargs})
+
+    def locate_tokenizer(self) -> pathlib.Path:
+        """A folder with the tokenizer: the checkpoint's, or that of the original models."""
+        folder = self.files.tokenizer_folder()
+        return folder if has_tokenizer(folder) else self._gpt_neox_folder()
+
+    def load_task(self, cls, load_weights, load_task_weights=False, **kwargs):
+        # Before the weights, so that a missing tokenizer is found before gigabytes are loaded.
+        if "preprocessor" not in kwargs and cls.preprocessor_cls:
+            kwargs["preprocessor"] = self.load_preprocessor(cls.preprocessor_cls)
+        return super().load_task(cls, load_weights, load_task_weights, **kwargs)
+
+    def _gpt_neox_folder(self) -> pathlib.Path:
+        size = constructor_arguments(self.config)["unpadded_vocabulary_size"]
+        if size not in GPT_NEOX_VOCABULARY_SIZES:
+            raise ValueError(
+                f"{self.preset} has no tokenizer (tokenizer.json, or vocab.json and merges.txt), "
+                f"and its vocabulary of {size} is not that of GPT-NeoX. Put its tokenizer into a "
+                "local copy of the checkpoint, or pass `preprocessor=None` and use token ids."
+            )
+        logger.warning("%s has no tokenizer. Taking that of GPT-NeoX: %s", self.preset, GPT_NEOX)
+        return Preset(GPT_NEOX).tokenizer_folder()
+
+
+def open_preset(
+    preset, weights: bool = True, tokenizer: bool = True
+) -> tuple[CheckpointLoader | None, str]:
+    """Finds out who loads `preset`.
+
+    Args:
+        preset: the name of a preset, a local folder, or a handle.
+        weights: bool, whether the weights will be read.
+        tokenizer: bool, whether the tokenizer will be read.
+
+    Returns:
+        Tuple `(loader, preset)`: a loader for a checkpoint of another library, else `None` and
+        what KerasHub's `from_preset` takes, a local folder with sound files where possible.
+    """
+    if is_foreign(preset):
+        return None, preset
+    files = Preset(preset)
+    if files.is_checkpoint:
+        return CheckpointLoader(files), files.name
+    return None, files.keras_folder(weights, tokenizer)
+
+
+def register() -> None:
+    """Lets KerasHub's own `from_preset` load Mamba-2 checkpoints of other libraries.
+
+    `keras_hub.models.CausalLM.from_preset("hf://state-spaces/mamba2-130m")` then finds this
+    package. KerasHub has no hook for that, so its `get_preset_loader` is replaced.
+    """
+    original = preset_utils.get_preset_loader
+    if getattr(original, "knows_mamba2", False):
+        return
+
+    def get_preset_loader(preset):
+        if not is_foreign(preset) and preset_utils.check_file_exists(preset, CONFIG_FILE):
+            config = preset_utils.load_json(preset, CONFIG_FILE)
+            if config.get("model_type") == "mamba2" or "ssm_cfg" in config:
+                return CheckpointLoader(Preset(preset))
+        return original(preset)
+
+    get_preset_loader.knows_mamba2 = True
+    for name, module in list(sys.modules.items()):
+        if name.startswith("keras_hub.") and vars(module).get("get_preset_loader") is original:
+            module.get_preset_loader = get_preset_loader

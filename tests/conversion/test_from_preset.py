@@ -1,0 +1,271 @@
+"""`from_preset` on checkpoints of other libraries: local, from a hub, by name."""
+
+import json
+import logging
+import shutil
+import sys
+
+import keras_hub
+import numpy as np
+import pytest
+import torch
+
+import keras_mamba2
+from keras_mamba2 import preset_files
+from keras_mamba2.conversion import preset_loader
+from tests.conftest import SHARED_DATA
+from tests.conversion import checkpoints
+from tests.hub_server import Hub
+from tests.hub_server import serving
+from tests.test_hub import point_client_to
+
+PROMPTS = ["To be", "or not to be, that is", "?"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A model of transformers whose vocabulary is that of the byte tokenizer, padded to 272."""
+    return checkpoints.random_model("plain", vocab_size=272)
+
+
+@pytest.fixture(scope="module")
+def folders(model, byte_tokenizer, tmp_path_factory):
+    """The same model in the three formats, each with its tokenizer."""
+    parent = tmp_path_factory.mktemp("formats")
+    transformers = checkpoints.save_transformers(model, parent / "transformers")
+    original = checkpoints.save_state_spaces(model, parent / "original", unpadded=257)
+    for folder in (transformers, original):
+        byte_tokenizer.engine.save(str(folder / "tokenizer.json"))
+        tokens = {"eos_token": {"content": "<|endoftext|>"}, "bos_token": None}
+        (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(original)
+    lm.save_to_preset(parent / "keras")
+    return {path.name: path for path in (transformers, original, parent / "keras")}
+
+
+@pytest.fixture
+def hub(folders, monkeypatch, tmp_path):
+    """A hub on loopback that serves the three folders, and an empty cache."""
+    repositories = {
+        f"user/{name}": {
+            file.relative_to(folder).as_posix(): file.read_bytes()
+            for file in folder.rglob("*")
+            if file.is_file()
+        }
+        for name, folder in folders.items()
+    }
+    served = Hub(repositories)
+    with serving(served) as address:
+        point_client_to(address, tmp_path / "cache", monkeypatch)
+        yield served
+
+
+def generate(preset):
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(preset)
+    lm.compile(sampler="greedy")
+    return lm.generate(PROMPTS, max_new_tokens=20)
+
+
+def test_every_format_gives_the_same_text(folders):
+    texts = {name: generate(folder) for name, folder in folders.items()}
+    assert texts["transformers"] == texts["original"] == texts["keras"]
+
+
+@pytest.mark.parametrize("name", ["transformers", "original", "keras"])
+def test_every_format_loads_from_a_hub_and_then_offline(hub, folders, name, monkeypatch):
+    texts = generate(f"hf://user/{name}")
+    assert texts == generate(folders[name])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    before = len(hub.asked)
+    assert generate(f"hf://user/{name}") == texts
+    assert len(hub.asked) == before
+
+
+def test_safetensors_come_before_bin(hub, folders):
+    files = hub.repositories["user/transformers"]
+    files["pytorch_model.bin"] = files["consolidated.safetensors"] = b"not to be read"
+    keras_mamba2.Mamba2Backbone.from_preset("hf://user/transformers")
+    names = {path.rsplit("/", 1)[1] for path in hub.downloads()}
+    assert names == {"config.json", "model.safetensors"}
+
+
+def test_shards_come_with_their_index(model, hub, tmp_path):
+    sharded = checkpoints.save_transformers(model, tmp_path / "sharded", max_shard_size="20KB")
+    files = {file.name: file.read_bytes() for file in sharded.iterdir()}
+    assert "model.safetensors.index.json" in files
+    hub.repositories["user/sharded"] = files
+    backbone = keras_mamba2.Mamba2Backbone.from_preset("hf://user/sharded")
+    checkpoints.assert_same_weights(backbone, checkpoints.load(sharded))
+
+
+def test_all_four_classes(folders):
+    folder = folders["transformers"]
+    tokenizer = keras_mamba2.Mamba2Tokenizer.from_preset(folder)
+    assert (tokenizer.start_token, tokenizer.end_token) == (None, "<|endoftext|>")
+    preprocessor = keras_mamba2.Mamba2CausalLMPreprocessor.from_preset(folder, sequence_length=9)
+    assert preprocessor.sequence_length == 9
+    backbone = keras_mamba2.Mamba2Backbone.from_preset(folder, dtype="bfloat16")
+    assert backbone.token_embedding.embeddings.dtype == "bfloat16"
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(folder, preprocessor=None, dtype="bfloat16")
+    assert lm.preprocessor is None
+    assert lm.backbone.token_embedding.embeddings.dtype == "bfloat16"
+
+
+def test_without_weights_only_the_architecture_is_needed(folders, tmp_path):
+    shutil.copy(folders["original"] / "config.json", tmp_path)
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(tmp_path, load_weights=False, preprocessor=None)
+    assert lm.backbone.vocabulary_size == 272
+    with pytest.raises(ValueError, match="holds no weights"):
+        keras_mamba2.Mamba2Backbone.from_preset(tmp_path)
+
+
+def test_keras_hub_finds_us_after_register(folders, monkeypatch):
+    for name, module in list(sys.modules.items()):  # to put it back afterwards
+        if name.startswith("keras_hub.") and "get_preset_loader" in vars(module):
+            monkeypatch.setattr(module, "get_preset_loader", module.get_preset_loader)
+    keras_mamba2.register()
+    keras_mamba2.register()
+    lm = keras_hub.models.CausalLM.from_preset(str(folders["original"]))
+    assert isinstance(lm, keras_mamba2.Mamba2CausalLM)
+    lm.compile(sampler="greedy")
+    assert lm.generate(PROMPTS, max_new_tokens=20) == generate(folders["original"])
+    backbone = keras_hub.models.Backbone.from_preset(str(folders["keras"]))
+    assert isinstance(backbone, keras_mamba2.Mamba2Backbone)
+
+
+def test_padding_rows_are_never_sampled(folders):
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(folders["original"])
+    assert (lm.backbone.vocabulary_size, lm.num_tokens) == (272, 257)
+    without_tokenizer = keras_mamba2.Mamba2CausalLM(lm.backbone)
+    # Rows that would win every draw.
+    embeddings = lm.backbone.token_embedding.embeddings
+    value = embeddings.numpy()
+    value[257:] = 100 * np.sign(value[65])
+    embeddings.assign(value)
+    mask = np.arange(8)[None] < 4
+    inputs = {"token_ids": np.full((1, 8), 65), "padding_mask": mask}
+    logits = lm(inputs)[0, 3]
+    assert int(np.argmax(logits)) >= 257, "the case does not show anything"
+    for sampler in ("greedy", "top_k", "top_p", "random", "beam", "contrastive"):
+        if sampler == "contrastive":
+            sampler = keras_hub.samplers.ContrastiveSampler(k=3, alpha=0.3)
+        without_tokenizer.compile(sampler=sampler)
+        ids = without_tokenizer.generate(inputs, stop_token_ids=None)["token_ids"]
+        assert np.max(ids) < 257
+
+
+def test_transformers_keep_padding_rows_apart(folders, tmp_path):
+    """transformers knows no padding rows; our export carries the number along."""
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(folders["original"])
+    lm.export_to_transformers(tmp_path / "exported")
+    again = keras_mamba2.Mamba2CausalLM.from_preset(tmp_path / "exported", preprocessor=None)
+    assert again.num_tokens == 257
+
+
+@pytest.mark.parametrize("name", checkpoints.GRID)
+def test_greedy_continuation_is_that_of_transformers(name, tmp_path):
+    model = checkpoints.random_model(name)
+    folder = checkpoints.save_transformers(model, tmp_path / "model")
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(folder, preprocessor=None)
+    lm.compile(sampler="greedy")
+    prompt = checkpoints.token_ids()[:, :20]
+    with torch.no_grad():
+        expected = model.generate(
+            torch.from_numpy(prompt),
+            attention_mask=torch.ones(prompt.shape, dtype=torch.int64),
+            max_new_tokens=64,
+            do_sample=False,
+            use_cache=True,
+        )
+    inputs = {"token_ids": prompt, "padding_mask": np.ones_like(prompt)}
+    actual = lm.generate(inputs, stop_token_ids=None, max_new_tokens=64)["token_ids"]
+    np.testing.assert_array_equal(actual, expected)
+
+
+def test_the_preset_of_a_name_may_lie_on_a_hub(hub, folders, tmp_path, monkeypatch):
+    folder = tmp_path / "named"
+    folder.mkdir()
+    shutil.copy(folders["original"] / "config.json", folder)
+    sources = {"weights": "hf://user/original", "tokenizer": "hf://user/transformers"}
+    (folder / "sources.json").write_text(json.dumps(sources))
+    monkeypatch.setattr(preset_files, "named_presets", lambda: {"mamba2_named": folder})
+    backbone = keras_mamba2.Mamba2Backbone.from_preset("mamba2_named", load_weights=False)
+    assert backbone.vocabulary_size == 272
+    assert not hub.asked
+    assert generate("mamba2_named") == generate(folders["original"])
+
+
+@pytest.fixture
+def without_tokenizer(folders, tmp_path):
+    folder = shutil.copytree(folders["original"], tmp_path / "bare")
+    (folder / "tokenizer.json").unlink()
+    return folder
+
+
+def test_a_missing_tokenizer_is_found_before_weights_are_read(without_tokenizer):
+    (without_tokenizer / "pytorch_model.bin").write_bytes(b"never read")
+    with pytest.raises(ValueError, match="no tokenizer .* vocabulary of 257 is not that of GPT-N"):
+        keras_mamba2.Mamba2CausalLM.from_preset(without_tokenizer)
+
+
+def test_the_original_models_get_the_tokenizer_of_gpt_neox(
+    without_tokenizer, hub, caplog, monkeypatch
+):
+    file = SHARED_DATA / "gpt-neox-20b" / "tokenizer.json"
+    if not file.exists():
+        pytest.skip("the GPT-NeoX tokenizer of the shared data is absent")
+    config = json.loads((without_tokenizer / "config.json").read_text())
+    config.update(vocab_size=50277, d_model=16)
+    (without_tokenizer / "config.json").write_text(json.dumps(config))
+    tokens = {name: "<|endoftext|>" for name in ("bos_token", "eos_token")}
+    hub.repositories["EleutherAI/gpt-neox-20b"] = {
+        "config.json": b"{}",
+        "tokenizer.json": file.read_bytes(),
+        "tokenizer_config.json": json.dumps(tokens).encode(),
+        "model-00001-of-00046.safetensors": b"never read",
+    }
+    with caplog.at_level(logging.WARNING):
+        lm = keras_mamba2.Mamba2CausalLM.from_preset(without_tokenizer, load_weights=False)
+    assert "Taking that of GPT-NeoX: hf://EleutherAI/gpt-neox-20b" in caplog.text
+    assert lm.preprocessor.tokenizer.end_token_id == 0
+    assert (lm.backbone.vocabulary_size, lm.num_tokens) == (50288, 50277)
+    assert not [path for path in hub.downloads() if path.endswith(".safetensors")]
+
+
+def test_offline_the_missing_tokenizer_is_named(without_tokenizer, hub, monkeypatch):
+    config = json.loads((without_tokenizer / "config.json").read_text())
+    (without_tokenizer / "config.json").write_text(json.dumps({**config, "vocab_size": 50277}))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="`hf download EleutherAI/gpt-neox-20b`"):
+        keras_mamba2.Mamba2CausalLM.from_preset(without_tokenizer, load_weights=False)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "mamba", "hidden_size": 8}, "is a Mamba-1 model"),
+        ({"model_type": "llama"}, "Unknown `model_type`"),
+        (
+            {"d_model": 8, "n_layer": 2, "ssm_cfg": {"layer": "Mamba2"}, "attn_layer_idx": [1]},
+            "hybrid with attention.*layers: 1",
+        ),
+    ],
+)
+def test_other_models_are_named_with_their_file(tmp_path, config, message):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for cls in (keras_mamba2.Mamba2CausalLM, keras_mamba2.Mamba2Tokenizer):
+        with pytest.raises(ValueError, match=f"{tmp_path / 'config.json'}.*{message}"):
+            cls.from_preset(tmp_path)
+
+
+def test_special_tokens_come_from_the_tokenizer_not_the_configuration(byte_tokenizer, tmp_path):
+    """Codestral's configuration names ids that are not those of its tokenizer."""
+    byte_tokenizer.engine.save(str(tmp_path / "tokenizer.json"))
+    ids = {"bos_token_id": 0, "eos_token_id": 256, "pad_token_id": None}
+    (tmp_path / "config.json").write_text(json.dumps(ids))
+    tokens = preset_loader.tokenizer_arguments(tmp_path)
+    assert (tokens["start_token"], tokens["end_token"]) == (None, "<|endoftext|>")
+    names = {"bos_token": "a", "eos_token": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    tokens = preset_loader.tokenizer_arguments(tmp_path)
+    assert (tokens["start_token"], tokens["end_token"]) == ("a", None)

@@ -1,0 +1,117 @@
+"""The real client of the Hugging Face hub against a server on loopback."""
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+
+from keras_mamba2 import hub
+from tests.hub_server import Hub
+from tests.hub_server import serving
+
+FILES = {
+    "config.json": b'{"model_type": "mamba2"}',
+    "weights.bin": bytes(range(256)) * 4096,
+    "not_needed.bin": b"x" * 100,
+}
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """A hub with one repository, `user/model`, and an empty cache."""
+    served = Hub({"user/model": dict(FILES)})
+    with serving(served) as address:
+        point_client_to(address, tmp_path / "cache", monkeypatch)
+        yield served
+
+
+def point_client_to(address, cache, monkeypatch):
+    """What HF_ENDPOINT and HF_HUB_CACHE do when they are set before the client is imported."""
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    huggingface_hub.close_session()
+
+
+def needed(names):
+    missing = {"config.json", "weights.bin"} - set(names)
+    if missing:
+        raise ValueError(f"Missing: {', '.join(sorted(missing))}.")
+    return ["config.json", "weights.bin"]
+
+
+def assert_whole(folder):
+    for name in needed(FILES):
+        assert (folder / name).read_bytes() == FILES[name]
+
+
+def test_only_what_is_needed_is_downloaded(server):
+    folder = hub.fetch("hf://user/model", needed)
+    assert_whole(folder)
+    assert not (folder / "not_needed.bin").exists()
+    count = len(server.downloads())
+    assert count == 2
+    assert hub.fetch("hf://user/model", needed) == folder
+    assert len(server.downloads()) == count, "the cache was not used"
+
+
+def test_a_download_that_was_cut_goes_on_where_it_ended(server):
+    server.cut["weights.bin"] = 300_000
+    try:
+        hub.fetch("hf://user/model", needed)
+    except ValueError as error:
+        assert "a download that was cut goes on" in str(error)  # noqa: PT017  client may retry
+    assert_whole(hub.fetch("hf://user/model", needed))
+
+
+def test_offline_the_cache_serves(server, monkeypatch):
+    folder = hub.fetch("hf://user/model", needed)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    before = len(server.asked)
+    assert hub.fetch("hf://user/model", needed) == folder
+    assert len(server.asked) == before
+
+
+def test_offline_what_is_not_cached_is_named(server, monkeypatch):
+    hub.fetch("hf://user/model", lambda names: ["config.json"])
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"Missing: weights.bin.*`hf download user/model`"):
+        hub.fetch("hf://user/model", needed)
+    with pytest.raises(ValueError, match=r"hf://other/model could not be downloaded.*not in the"):
+        hub.fetch("hf://other/model", needed)
+
+
+def test_a_file_of_a_wrong_size_is_refused(server, tmp_path):
+    server.sizes["weights.bin"] = 5_000_000
+    with pytest.raises(ValueError, match=r"hf://user/model could not be downloaded"):
+        hub.fetch("hf://user/model", needed)
+    assert not list((tmp_path / "cache").rglob("snapshots/*/weights.bin"))
+
+
+def test_a_missing_repository_is_named(server):
+    with pytest.raises(ValueError, match="no repository hf://user/absent on the hub, or it is pri"):
+        hub.fetch("hf://user/absent", needed)
+
+
+def test_a_missing_revision_is_named(server):
+    with pytest.raises(ValueError, match="no revision 'v9'"):
+        hub.fetch("hf://user/model@v9", needed)
+
+
+def test_a_missing_file_is_named(server):
+    del server.repositories["user/model"]["weights.bin"]
+    with pytest.raises(ValueError, match=r"hf://user/model: Missing: weights.bin"):
+        hub.fetch("hf://user/model", needed)
+    assert not server.downloads()
+
+
+@pytest.mark.parametrize("handle", ["hf://", "hf://user", "hf:///model", "hf://user/"])
+def test_a_handle_is_user_and_name(handle):
+    with pytest.raises(ValueError, match="written 'hf://user/name'"):
+        hub.parse(handle)
+
+
+def test_a_revision_is_written_behind_an_at():
+    assert hub.parse("hf://user/model") == ("user/model", None)
+    assert hub.parse("hf://user/model@refs/pr/1") == ("user/model", "refs/pr/1")
