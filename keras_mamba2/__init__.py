@@ -2,10 +2,13 @@
 
 from keras_mamba2 import layers as layers
 from keras_mamba2 import ops as ops
+from keras_mamba2.conversion import register as register
+from keras_mamba2.generation import FilterSampler as FilterSampler
 from keras_mamba2.models import Mamba2Backbone as Mamba2Backbone
 from keras_mamba2.models import Mamba2State as Mamba2State
 from keras_mamba2.models import Mamba2Tokenizer as Mamba2Tokenizer
 from keras_mamba2.tasks import Mamba2CausalLM as Mamba2CausalLM
 from keras_mamba2.tasks import Mamba2CausalLMPreprocessor as Mamba2CausalLMPreprocessor
+from keras_mamba2.tasks import Mamba2Session as Mamba2Session
 
 __version__ = "0.1.0"

@@ -7,15 +7,16 @@ import keras
 from keras import ops
 from keras import tree
 
-NO_TOKEN = -1
+from keras_mamba2.generation.sampler import needs_history
+from keras_mamba2.models.mamba2_state import NO_TOKEN
 
 
 class Rows(NamedTuple):
     """Where each row of the batch stands. Batch first, as the state."""
 
-    state: Any  # Mamba2State after all tokens but the last
-    token: Any  # (b) int32, the last token, not yet fed
+    state: Any  # Mamba2State, the last token of each row waiting in it
     remaining: Any  # (b) int32, how many more tokens may come; 0 for a row that has stopped
+    seen: Any  # (b v) bool, which ids a row has had, for a sampler that asks; else (b 0)
 
 
 def decode(model, sampler, rows: Rows, num_steps, stop_token_ids, capacity: int):
@@ -35,34 +36,34 @@ def decode(model, sampler, rows: Rows, num_steps, stop_token_ids, capacity: int)
     Returns:
         Tuple `(rows, tokens)`, tokens int32 `(b capacity)` with -1 where a row had stopped.
     """
-    leaves = tree.flatten(rows.state)
-    b = ops.shape(rows.token)[0]
+    b = ops.shape(rows.remaining)[0]
     tokens = ops.full((b, capacity), NO_TOKEN, dtype="int32")
     step = stateless_step(model, sampler)
 
-    def keep_going(i, sampler_values, leaves, token, remaining, tokens):
+    def keep_going(i, sampler_values, leaves, tokens):
+        remaining = tree.pack_sequence_as(rows, leaves).remaining
         return ops.logical_and(i < num_steps, ops.any(remaining > 0))
 
-    def body(i, sampler_values, leaves, token, remaining, tokens):
-        state = tree.pack_sequence_as(rows.state, leaves)
+    def body(i, sampler_values, leaves, tokens):
+        state, remaining, seen = tree.pack_sequence_as(rows, leaves)
         going = remaining > 0  # (b)
-        next_token, state, sampler_values = step(sampler_values, token, state, going, i)
-        next_token = ops.where(going, ops.cast(next_token, "int32"), token)
-        column = ops.where(going, next_token, NO_TOKEN)
-        tokens = ops.slice_update(tokens, (0, i), column[:, None])
+        next_token, new_state, sampler_values = step(sampler_values, state, going, seen, i)
+        next_token = ops.where(going, ops.cast(next_token, "int32"), state.token)
+        tokens = ops.slice_update(tokens, (0, i), ops.where(going, next_token, NO_TOKEN)[:, None])
         stopped = ops.any(next_token[:, None] == stop_token_ids, axis=1)
         remaining = ops.where(stopped, 0, ops.maximum(remaining - 1, 0))
-        return i + 1, sampler_values, tree.flatten(state), next_token, remaining, tokens
+        seen = ops.logical_or(seen, ops.arange(seen.shape[1]) == next_token[:, None])
+        leaves = tree.flatten(Rows(new_state.with_token(next_token), remaining, seen))
+        return i + 1, sampler_values, leaves, tokens
 
     start = ops.convert_to_tensor(0, "int32")
     sampler_values = [ops.convert_to_tensor(v) for v in sampler.variables]
-    loop_vars = (start, sampler_values, leaves, rows.token, rows.remaining, tokens)
-    _, sampler_values, leaves, token, remaining, tokens = ops.while_loop(
-        keep_going, body, loop_vars
-    )
+    # Flat, since the loops of TensorFlow know no pytrees but their own.
+    loop_vars = (start, sampler_values, tree.flatten(rows), tokens)
+    _, sampler_values, leaves, tokens = ops.while_loop(keep_going, body, loop_vars)
     for variable, value in zip(sampler.variables, sampler_values, strict=True):
         variable.assign(value)
-    return Rows(tree.pack_sequence_as(rows.state, leaves), token, remaining), tokens
+    return tree.pack_sequence_as(rows, leaves), tokens
 
 
 def stateless_step(model, sampler):
@@ -72,11 +73,12 @@ def stateless_step(model, sampler):
     of the loop.
     """
 
-    def step(token, state, going, i):
+    def step(state, going, seen, i):
         logits, _, state = model.call_with_cache(
-            token[:, None], state, i, padding_mask=going[:, None]
+            state.token[:, None], state, i, padding_mask=going[:, None]
         )
-        probabilities = sampler.compute_probabilities(logits[:, -1])
+        history = {"seen": seen} if needs_history(sampler) else {}
+        probabilities = sampler.compute_probabilities(logits[:, -1], **history)
         return sampler.get_next_token(probabilities), state
 
     if keras.config.backend() != "jax":

@@ -1,6 +1,10 @@
-"""Prefill: the state after all tokens of the prompts but the last."""
+"""Prefill: prompts of any lengths through a few compiled programs, block after block."""
+
+from collections.abc import Iterator
 
 import numpy as np
+from keras import ops
+from keras import tree
 
 # A prompt is cut into blocks of these lengths, each one compiled program, so that the number of
 # programs does not depend on the prompts. The last block is padded by less than its half.
@@ -17,7 +21,7 @@ def block_sizes(length: int) -> list[int]:
     return blocks
 
 
-def blocks(prompts: list[np.ndarray]):
+def blocks(prompts: list[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields `(token_ids, padding_mask)` `(b block)` over prompts of any lengths, in order."""
     lengths = np.array([len(prompt) for prompt in prompts])
     start = 0
@@ -30,6 +34,28 @@ def blocks(prompts: list[np.ndarray]):
         start += size
 
 
+def blocks_alone(lengths: list[int]) -> list[int]:
+    """How many of the longest blocks each row runs alone, before all rows run together.
+
+    A batch costs as much as its longest row in every row. So the blocks that most of the rows
+    have run together, and the others one by one.
+    """
+    whole = [length // BLOCK_SIZES[0] for length in lengths]
+    shared = sorted(whole, reverse=True)[len(whole) // 2]
+    return [max(count - shared, 0) for count in whole]
+
+
 def prefill_block(model, state, token_ids, padding_mask):
     """The state after one block."""
     return model.backbone.call_with_state(token_ids, state, padding_mask)[1]
+
+
+def prefill_row(model, state, row, token_ids):
+    """The state after one block `(1 block)` of one row; the others stay as they were."""
+    alone = tree.map_structure(lambda leaf: ops.take(leaf, row[None], axis=0), state)
+    alone = model.backbone.call_with_state(token_ids, alone)[1]
+
+    def put_back(leaf, new):
+        return ops.slice_update(leaf, (row, *[0] * (len(leaf.shape) - 1)), new)
+
+    return tree.map_structure(put_back, state, alone)

@@ -3,6 +3,7 @@
 import functools
 
 import keras
+from keras import ops
 from keras import tree
 
 from keras_mamba2.generation.decode import model_variables
@@ -13,7 +14,8 @@ def compiled(model, function, donate: bool = False, static: tuple[str, ...] = ()
 
     On JAX variables are arguments of the program, so that a change of weights is seen and no
     weight is copied into it; those of the sampler are assigned what the program leaves in them.
-    A model with `run_eagerly=True` gets the function itself.
+    A model with `run_eagerly=True` gets the function itself. Arguments may be numpy arrays: on JAX
+    to make tensors of them outside would compile programs of its own, one for every shape.
 
     Args:
         model: a `Mamba2CausalLM`.
@@ -23,12 +25,20 @@ def compiled(model, function, donate: bool = False, static: tuple[str, ...] = ()
     """
     backend = keras.config.backend()
     if backend == "torch":
-        return _without_gradients(function)
+        return _on_tensors(_without_gradients(function))
     if model.run_eagerly:
-        return function
+        return _on_tensors(function)
     if backend == "tensorflow":
-        return _tensorflow_function(function)
+        return _on_tensors(_tensorflow_function(function))
     return _jitted(model, function, donate, static)
+
+
+def _on_tensors(function):
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        return function(*tree.map_structure(ops.convert_to_tensor, args), **kwargs)
+
+    return call
 
 
 def _tensorflow_function(function):
@@ -81,3 +91,16 @@ def _jitted(model, function, donate, static):
 
     call.program = program
     return call
+
+
+def use_compilation_cache(folder) -> None:
+    """Keeps the programs that JAX compiles in `folder`, for later processes.
+
+    Other backends have no such cache; there it does nothing.
+    """
+    if keras.config.backend() == "jax":
+        import jax
+
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        # By default only programs that took long are kept; ours are worth it all.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -1,10 +1,12 @@
 import keras
 import keras_hub
+from keras import ops
 
+from keras_mamba2.conversion import open_preset
 from keras_mamba2.layers.gated_rms_normalization import GatedRMSNormalization
 from keras_mamba2.layers.mamba2_block import Mamba2Block
+from keras_mamba2.models.mamba2_state import NO_TOKEN
 from keras_mamba2.models.mamba2_state import Mamba2State
-from keras_mamba2.preset_files import find_preset
 
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
@@ -12,7 +14,7 @@ class Mamba2Backbone(keras_hub.models.Backbone):
     """The Mamba-2 language model without its head: token ids in, hidden states out.
 
     Args:
-        vocabulary_size: int, v.
+        vocabulary_size: int, v, the rows of the embedding.
         num_layers: int.
         hidden_dim: int, d.
         state_dim: int, n, the size of the state of each channel.
@@ -32,7 +34,10 @@ class Mamba2Backbone(keras_hub.models.Backbone):
         a_initializer_range: pair of floats, `-A` is drawn from it at initialisation.
         residual_in_fp32: bool, whether the residual stream is float32 whatever the dtype policy.
         tie_word_embeddings: bool, whether the head is the transposed embedding.
-        dropout: float, the rate at which the output of a mixer is dropped in training.
+        unpadded_vocabulary_size: int, ids from here up to v are rows that only pad the embedding,
+            and are never sampled. `None` for v.
+        dropout: float, the rate at which embeddings and the outputs of mixers are dropped in
+            training.
         dtype: string or `keras.DTypePolicy`. The parameters of the recurrence, its state and
             the norms are float32 whatever the policy.
         **kwargs: `name` and `trainable`.
@@ -73,6 +78,7 @@ class Mamba2Backbone(keras_hub.models.Backbone):
         a_initializer_range: tuple[float, float] = (1, 16),
         residual_in_fp32: bool = True,
         tie_word_embeddings: bool = True,
+        unpadded_vocabulary_size: int | None = None,
         dropout: float = 0.0,
         dtype=None,
         **kwargs,
@@ -81,6 +87,14 @@ class Mamba2Backbone(keras_hub.models.Backbone):
         for name, value in (("vocabulary_size", vocabulary_size), ("num_layers", num_layers)):
             if value < 1:
                 raise ValueError(f"`{name}` must be positive. Received: {name}={value}")
+        if unpadded_vocabulary_size is None:
+            unpadded_vocabulary_size = vocabulary_size
+        if not 0 < unpadded_vocabulary_size <= vocabulary_size:
+            raise ValueError(
+                "`unpadded_vocabulary_size` must lie between 1 and `vocabulary_size`. Received: "
+                f"unpadded_vocabulary_size={unpadded_vocabulary_size}, "
+                f"vocabulary_size={vocabulary_size}"
+            )
 
         # === Layers ===
         self.token_embedding = keras.layers.ReversibleEmbedding(
@@ -90,6 +104,9 @@ class Mamba2Backbone(keras_hub.models.Backbone):
             embeddings_initializer=keras.initializers.RandomNormal(stddev=0.02),
             dtype=dtype,
             name="token_embedding",
+        )
+        self.embeddings_dropout = keras.layers.Dropout(
+            dropout, dtype=dtype, name="embeddings_dropout"
         )
         self.blocks = [
             Mamba2Block(
@@ -123,7 +140,7 @@ class Mamba2Backbone(keras_hub.models.Backbone):
         # === Functional Model ===
         token_id_input = keras.Input(shape=(None,), dtype="int32", name="token_ids")
         padding_mask_input = keras.Input(shape=(None,), dtype="int32", name="padding_mask")
-        x = self.token_embedding(token_id_input)
+        x = self.embeddings_dropout(self.token_embedding(token_id_input))
         for block in self.blocks:
             x = block(x, padding_mask=padding_mask_input)
         super().__init__(
@@ -153,6 +170,7 @@ class Mamba2Backbone(keras_hub.models.Backbone):
         self.a_initializer_range = tuple(a_initializer_range)
         self.residual_in_fp32 = residual_in_fp32
         self.tie_word_embeddings = tie_word_embeddings
+        self.unpadded_vocabulary_size = unpadded_vocabulary_size
         self.dropout = dropout
 
     def call_with_state(self, token_ids, state: Mamba2State | None = None, padding_mask=None):
@@ -162,12 +180,16 @@ class Mamba2Backbone(keras_hub.models.Backbone):
             Tuple `(hidden_states, state)`: `(b t d)`, and the `Mamba2State` after each row's
             last real token.
         """
+        b, t = ops.shape(token_ids)
+        token = ops.full((b,), NO_TOKEN, "int32") if state is None else state.token
+        length = ops.zeros((b,), "int32") if state is None else state.length
         layers = [None] * self.num_layers if state is None else state.layers
         x, states = self.token_embedding(token_ids), []
         for block, layer in zip(self.blocks, layers, strict=True):
             x, layer = block.call_with_state(x, layer, padding_mask)
             states.append(layer)
-        return self.norm(x), Mamba2State(states)
+        seen = t if padding_mask is None else ops.sum(ops.cast(padding_mask, "int32"), axis=1)
+        return self.norm(x), Mamba2State(states, token, length + seen)
 
     def step(self, token_ids, state: Mamba2State, mask=None):
         """Runs the model on one token a row, `(b)`, after `state`.
@@ -181,17 +203,24 @@ class Mamba2Backbone(keras_hub.models.Backbone):
         for block, layer in zip(self.blocks, state.layers, strict=True):
             x, layer = block.step(x, layer, mask)
             states.append(layer)
-        return self.norm(x), Mamba2State(states)
+        seen = 1 if mask is None else ops.cast(mask, "int32")
+        return self.norm(x), Mamba2State(states, state.token, state.length + seen)
 
     def initial_state(self, batch_size: int) -> Mamba2State:
         """The state before the first token of `batch_size` rows."""
-        return Mamba2State([block.mixer.initial_state(batch_size) for block in self.blocks])
+        return Mamba2State(
+            [block.mixer.initial_state(batch_size) for block in self.blocks],
+            token=ops.full((batch_size,), NO_TOKEN, "int32"),
+            length=ops.zeros((batch_size,), "int32"),
+        )
 
     @classmethod
     def from_preset(cls, preset: str, load_weights: bool = True, **kwargs) -> "Mamba2Backbone":
         """Loads a backbone by name or folder. See `keras_hub.models.Backbone.from_preset`."""
-        folder = find_preset(preset, weights=load_weights, tokenizer=False)
-        return super().from_preset(folder, load_weights=load_weights, **kwargs)
+        loader, preset = open_preset(preset, weights=load_weights, tokenizer=False)
+        if loader is not None:
+            return loader.load_backbone(cls, load_weights, **kwargs)
+        return super().from_preset(preset, load_weights=load_weights, **kwargs)
 
     def default_lora_layer_names(self) -> list[str]:
         return ["in_proj", "out_proj"]
@@ -219,6 +248,7 @@ class Mamba2Backbone(keras_hub.models.Backbone):
                 "a_initializer_range": self.a_initializer_range,
                 "residual_in_fp32": self.residual_in_fp32,
                 "tie_word_embeddings": self.tie_word_embeddings,
+                "unpadded_vocabulary_size": self.unpadded_vocabulary_size,
                 "dropout": self.dropout,
             }
         )

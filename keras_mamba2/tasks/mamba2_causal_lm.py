@@ -1,3 +1,6 @@
+import math
+from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
@@ -6,12 +9,22 @@ import keras_hub
 import numpy as np
 from keras import ops
 
+from keras_mamba2.conversion import export_to_transformers
+from keras_mamba2.conversion import open_preset
 from keras_mamba2.generation import Generator
+from keras_mamba2.generation import picks_tokens
+from keras_mamba2.generation import prompts_of
+from keras_mamba2.generation import reseed
 from keras_mamba2.generation import search
+from keras_mamba2.generation import use_compilation_cache
 from keras_mamba2.models import Mamba2Backbone
 from keras_mamba2.models import Mamba2State
-from keras_mamba2.preset_files import find_preset
+from keras_mamba2.models.mamba2_state import load_with_text
 from keras_mamba2.tasks.mamba2_causal_lm_preprocessor import Mamba2CausalLMPreprocessor
+from keras_mamba2.tasks.mamba2_session import Mamba2Session
+from keras_mamba2.tasks.text_stream import TextStream
+from keras_mamba2.tasks.text_stream import TextStreams
+from keras_mamba2.tasks.text_stream import visits
 
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
@@ -66,8 +79,25 @@ class Mamba2CausalLM(keras_hub.models.CausalLM):
     def from_preset(cls, preset: str, load_weights: bool = True, **kwargs) -> "Mamba2CausalLM":
         """Loads a model by name or folder. See `keras_hub.models.CausalLM.from_preset`."""
         tokenizer = kwargs.get("preprocessor", "from the preset") == "from the preset"
-        folder = find_preset(preset, weights=load_weights, tokenizer=tokenizer)
-        return super().from_preset(folder, load_weights=load_weights, **kwargs)
+        loader, preset = open_preset(preset, weights=load_weights, tokenizer=tokenizer)
+        if loader is not None:
+            return loader.load_task(cls, load_weights, **kwargs)
+        return super().from_preset(preset, load_weights=load_weights, **kwargs)
+
+    def export_to_transformers(self, path, dtype: str | None = None) -> None:
+        """Writes a folder for `AutoModelForCausalLM` and `AutoTokenizer` of transformers.
+
+        Args:
+            path: a folder that does not exist yet, or is empty. It appears when it is complete.
+            dtype: string, of the weights in the files; `None` for that of the variables.
+                `A_log`, `dt_bias` and `D` stay float32.
+
+        Raises:
+            ValueError: for a folder with files in it, an unknown dtype, and a model with LoRA
+                adapters or quantized weights.
+        """
+        tokenizer = None if self.preprocessor is None else self.preprocessor.tokenizer
+        export_to_transformers(self.backbone, tokenizer, path, dtype)
 
     def call_with_cache(
         self,
@@ -87,17 +117,33 @@ class Mamba2CausalLM(keras_hub.models.CausalLM):
 
         Returns:
             Tuple `(logits, hidden_states, cache)`: `(b t v)`, `(b t d)`, and the state after
-            the last real token of each row.
+            the last real token of each row. Ids that are no tokens, but padding of the
+            embedding, have logits that are never sampled.
         """
         mask = None if padding_mask is None else ops.cast(padding_mask, "bool")
         if token_ids.shape[1] == 1 and cache is not None:
             mask = None if mask is None else mask[:, 0]
             hidden_states, cache = self.backbone.step(token_ids[:, 0], cache, mask)
             # As rows of one matrix: products of (b 1 d) are slower on CPU.
-            logits = self.backbone.token_embedding(hidden_states, reverse=True)
-            return logits[:, None], hidden_states[:, None], cache
+            return self._logits(hidden_states)[:, None], hidden_states[:, None], cache
         hidden_states, cache = self.backbone.call_with_state(token_ids, cache, mask)
-        return self.backbone.token_embedding(hidden_states, reverse=True), hidden_states, cache
+        return self._logits(hidden_states), hidden_states, cache
+
+    def _logits(self, hidden_states):
+        logits = self.backbone.token_embedding(hidden_states, reverse=True)
+        size, num_tokens = logits.shape[-1], self.num_tokens
+        if num_tokens == size:
+            return logits
+        # Finite, since search samplers subtract log probabilities.
+        return ops.where(ops.arange(size) < num_tokens, logits, ops.cast(-1e9, logits.dtype))
+
+    @property
+    def num_tokens(self) -> int:
+        """The ids below it may be generated: the model has them, and the tokenizer if attached."""
+        num_tokens = self.backbone.unpadded_vocabulary_size
+        if self.preprocessor is None:
+            return num_tokens
+        return min(num_tokens, self.preprocessor.tokenizer.num_ids)
 
     def generate_step(self, inputs, stop_token_ids=None):
         """Generation of one batch as one traceable function, with the sampler's own loop.
@@ -109,6 +155,20 @@ class Mamba2CausalLM(keras_hub.models.CausalLM):
             self, self.sampler, inputs["token_ids"], inputs["padding_mask"], stop_token_ids
         )
         return {"token_ids": token_ids, "padding_mask": inputs["padding_mask"]}
+
+    def compile(self, *args, compilation_cache: str | None = None, **kwargs) -> None:
+        """As `keras_hub.models.CausalLM.compile`.
+
+        Args:
+            *args: as there.
+            compilation_cache: the path of a folder where JAX keeps compiled programs, so that
+                the next process does not compile them again.
+            **kwargs: as there; `sampler` is a name, a KerasHub sampler, or a
+                `keras_mamba2.FilterSampler`.
+        """
+        if compilation_cache is not None:
+            use_compilation_cache(compilation_cache)
+        super().compile(*args, **kwargs)
 
     def make_generate_function(self) -> Generator:
         if self.generate_function is None:
@@ -123,6 +183,10 @@ class Mamba2CausalLM(keras_hub.models.CausalLM):
         strip_prompt: bool = False,
         *,
         max_new_tokens: int | None = None,
+        stop_strings: Sequence[str] | str = (),
+        num_return_sequences: int = 1,
+        state: Mamba2State | None = None,
+        seed: int | None = None,
     ):
         """Generates text, or token ids, that continue `inputs`.
 
@@ -138,50 +202,276 @@ class Mamba2CausalLM(keras_hub.models.CausalLM):
                 `None` is no token.
             strip_prompt: bool, whether to return only what is new.
             max_new_tokens: int, how many tokens each row gets at most, instead of `max_length`.
+            stop_strings: a string or several. A row ends before the first that occurs in what
+                is new.
+            num_return_sequences: int, how often each prompt is continued, from one prefill. The
+                results for a prompt follow one another.
+            state: the `Mamba2State` of `prefill` that `inputs` continue, one row a prompt. A
+                prompt may then be empty. The state stays as it was.
+            seed: int. The same seed gives the same text, whatever was generated before.
 
         Returns:
-            What `inputs` is: a string, a list of strings, or a dict of arrays.
+            What `inputs` is: a string, a list of strings, or a dict of arrays. For one string
+            and several sequences, a list of strings.
 
         Raises:
-            ValueError: for an empty prompt, one longer than `max_length`, and token ids outside
-                the vocabulary.
+            ValueError: for an empty prompt, one longer than `max_length`, token ids outside the
+                vocabulary, arguments out of range, and a state of another model or batch size.
         """
-        if max_new_tokens is not None:
-            if max_length is not None:
-                raise ValueError(
-                    "Pass `max_length`, the total length, or `max_new_tokens`, not both. "
-                    f"Received: max_length={max_length}, max_new_tokens={max_new_tokens}"
-                )
-            if max_new_tokens < 1:
-                raise ValueError(f"`max_new_tokens` must be positive. Received: {max_new_tokens}")
+        _check_counts(max_length, max_new_tokens, num_return_sequences)
+        stop_strings = self._stop_strings(stop_strings)
         stop_token_ids = self._stop_token_ids(stop_token_ids)
+        if seed is not None:
+            reseed(self.sampler, seed)
         batches, is_scalar = self._normalize_generate_inputs(inputs)
-        outputs = [
-            self._generate_batch(batch, max_length, max_new_tokens, stop_token_ids, strip_prompt)
-            for batch in batches
-        ]
-        return self._normalize_generate_outputs(outputs, is_scalar)
+        outputs = []
+        for batch in batches:
+            batch = self._with_room(batch, max_length, max_new_tokens, state)
+            options = (stop_token_ids, max_new_tokens, state, num_return_sequences)
+            if stop_strings:
+                outputs.append(self._generate_texts(batch, stop_strings, strip_prompt, *options))
+            else:
+                outputs.append(self._generate_batch(batch, strip_prompt, *options))
+        if self.preprocessor is None:
+            names = ("token_ids", "padding_mask")
+            return {name: np.concatenate([output[name] for output in outputs]) for name in names}
+        texts = [text for output in outputs for text in output]
+        return texts[0] if is_scalar and num_return_sequences == 1 else texts
 
-    def _generate_batch(self, inputs, max_length, max_new_tokens, stop_token_ids, strip_prompt):
-        if self.preprocessor is not None:
-            inputs = self._preprocess(inputs, max_length, max_new_tokens)
-        elif max_new_tokens is not None:
-            inputs = _with_room(inputs, max_new_tokens)
+    def _generate_batch(self, inputs, strip_prompt, stop_token_ids, max_new_tokens, state, n):
         outputs = self.make_generate_function()(
-            inputs, stop_token_ids=stop_token_ids, max_new_tokens=max_new_tokens
+            inputs,
+            stop_token_ids=stop_token_ids,
+            max_new_tokens=max_new_tokens,
+            state=state,
+            num_return_sequences=n,
         )
         if strip_prompt:
-            outputs = _without_prompts(inputs, outputs)
-        if self.preprocessor is not None:
-            return self.preprocessor.generate_postprocess(outputs)
-        return {name: ops.convert_to_tensor(value) for name, value in outputs.items()}
+            outputs = _without_prompts(inputs, outputs, n)
+        if self.preprocessor is None:
+            return outputs
+        return self.preprocessor.generate_postprocess(outputs)
 
-    def _preprocess(self, inputs, max_length, max_new_tokens) -> dict[str, Any]:
+    def _generate_texts(self, inputs, stop_strings, strip_prompt, *options) -> list[str]:
+        run, n = self._begin(inputs, stop_strings, *options), options[-1]
+        texts = [""] * len(run.streams)
+        if not strip_prompt:
+            prompts = self.preprocessor.generate_postprocess(inputs)
+            texts = [prompt for prompt in prompts for _ in range(n)]
+        for pieces in run:
+            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+        return texts
+
+    def stream(
+        self,
+        inputs: str | Sequence[str],
+        max_length: int | None = None,
+        stop_token_ids: Sequence[int] | str | None = "auto",
+        *,
+        max_new_tokens: int | None = None,
+        stop_strings: Sequence[str] | str = (),
+        state: Mamba2State | None = None,
+        seed: int | None = None,
+    ) -> Iterator[str] | Iterator[list[str]]:
+        """Yields what `generate` with `strip_prompt=True` returns, piece by piece.
+
+        Text comes as soon as it is certain: never half a character, never the beginning of a
+        stop string. The loop stays compiled, and is visited every few tokens. The iterator can
+        be left at any time.
+
+        Args:
+            inputs: a string, or a list of strings.
+            max_length: as in `generate`, like the following.
+            stop_token_ids: as there.
+            max_new_tokens: as there.
+            stop_strings: as there.
+            state: as there.
+            seed: as there.
+
+        Returns:
+            Iterator over strings, or over lists with a string, maybe empty, for each row.
+
+        Raises:
+            ValueError: as `generate`, before the first piece is asked for.
+        """
+        options = {
+            "max_length": max_length,
+            "stop_token_ids": stop_token_ids,
+            "max_new_tokens": max_new_tokens,
+            "stop_strings": stop_strings,
+            "state": state,
+            "seed": seed,
+        }
+        if isinstance(inputs, str):
+            return (piece for [piece] in self.stream_texts([inputs], **options))
+        return iter(self.stream_texts(list(inputs), **options))
+
+    def stream_texts(
+        self,
+        inputs: Sequence[str],
+        max_length: int | None = None,
+        stop_token_ids: Sequence[int] | str | None = "auto",
+        max_new_tokens: int | None = None,
+        stop_strings: Sequence[str] | str = (),
+        state: Mamba2State | None = None,
+        seed: int | None = None,
+    ) -> TextStreams:
+        """As `stream`, with the loop that the text comes from."""
+        _check_counts(max_length, max_new_tokens)
+        if self.preprocessor is None:
+            raise ValueError("`stream` yields text, which needs a `preprocessor`.")
+        stop_strings = self._stop_strings(stop_strings)
+        stop_token_ids = self._stop_token_ids(stop_token_ids)
+        if seed is not None:
+            reseed(self.sampler, seed)
+        inputs = self._with_room(inputs, max_length, max_new_tokens, state)
+        return self._begin(inputs, stop_strings, stop_token_ids, max_new_tokens, state)
+
+    def prefill(self, inputs, state: Mamba2State | None = None) -> Mamba2State:
+        """Reads text without generating any.
+
+        Args:
+            inputs: a string, a list of strings, or a dict of `token_ids` and `padding_mask`.
+            state: the `Mamba2State` that `inputs` continue, one row a prompt. It stays as it was.
+
+        Returns:
+            The `Mamba2State` after `inputs`, one row a prompt, for `generate`, `stream` and
+            `prefill`. Continuing from it gives what one long prompt gives, for the same tokens;
+            text that is cut inside a word may be other tokens.
+        """
+        if isinstance(inputs, Mapping):
+            prompts, _ = prompts_of(inputs)
+        elif self.preprocessor is None:
+            raise ValueError("Without a `preprocessor`, pass a dict of token ids and mask.")
+        else:
+            texts = [inputs] if isinstance(inputs, str) else list(inputs)
+            prompts = self.preprocessor.prompts(texts, continued=state is not None)
+        return self.make_generate_function().prefill(prompts, state)
+
+    def start(self, text: str) -> Mamba2Session:
+        """A session: one text that grows, and the state after it."""
+        return Mamba2Session(self, text, self.prefill(text))
+
+    def resume(self, file) -> Mamba2Session:
+        """The session that `Mamba2Session.save` wrote to `file`."""
+        state, text = load_with_text(file, self.backbone)
+        return Mamba2Session(self, text, state)
+
+    def perplexity(
+        self, texts: str | Sequence[str], stride: int | None = None
+    ) -> float | list[float]:
+        """exp of the mean loss of a text's tokens, each after all that come before it.
+
+        The state is carried through texts of any length, in flat memory. The first token has
+        nothing before it, and does not count.
+
+        Args:
+            texts: a string, or a list of strings.
+            stride: int, forgets everything each time so many tokens are read, as a model with a
+                limited context would. `None` never forgets.
+
+        Returns:
+            A float for a string, a list of floats for a list.
+        """
+        if isinstance(texts, str):
+            return self.perplexity([texts], stride)[0]
+        if stride is not None and stride < 2:
+            raise ValueError(f"`stride` must be at least 2. Received: stride={stride}")
+        loss = self.make_generate_function().loss
+        perplexities = []
+        for i, token_ids in enumerate(self.preprocessor.prompts(texts)):
+            if len(token_ids) < 2:
+                raise ValueError(f"Text {i} has fewer than two tokens: {texts[i]!r}")
+            size = stride or len(token_ids)
+            pieces = [token_ids[j : j + size] for j in range(0, len(token_ids), size)]
+            count = sum(len(piece) - 1 for piece in pieces)
+            total = sum(loss(piece) for piece in pieces if len(piece) > 1)
+            perplexities.append(math.exp(total / count))
+        return perplexities
+
+    def score(
+        self,
+        token_ids,
+        padding_mask=None,
+        scoring_mode: str = "logits",
+        layer_intercept_fn=None,
+        target_ids=None,
+    ):
+        """Scores token ids, as other KerasHub models do.
+
+        Args:
+            token_ids: int tensor `(b t)`.
+            padding_mask: optional tensor `(b t)`, non-zero at real tokens.
+            scoring_mode: `"logits"` or `"loss"`.
+            layer_intercept_fn: optional function of hidden states `(b t d)` and the index of the
+                block they come from, -1 for the embeddings. It returns hidden states to go on
+                with.
+            target_ids: int tensor `(b t)`, needed for `"loss"`.
+
+        Returns:
+            Logits `(b t v)`, or the loss of each target `(b t)`.
+        """
+        if scoring_mode not in ("logits", "loss"):
+            raise ValueError(
+                f"`scoring_mode` must be 'logits' or 'loss'. Received: {scoring_mode!r}"
+            )
+        if scoring_mode == "loss" and target_ids is None:
+            raise ValueError("`scoring_mode='loss'` needs `target_ids`.")
+        intercept = layer_intercept_fn or (lambda x, i: x)
+        if padding_mask is None:
+            padding_mask = ops.ones(ops.shape(token_ids), "int32")
+        x = intercept(self.backbone.token_embedding(token_ids), -1)
+        for i, block in enumerate(self.backbone.blocks):
+            x = intercept(block(x, padding_mask=padding_mask), i)
+        logits = self.backbone.token_embedding(self.backbone.norm(x), reverse=True)
+        if scoring_mode == "logits":
+            return logits
+        return keras.losses.sparse_categorical_crossentropy(target_ids, logits, from_logits=True)
+
+    def _begin(self, inputs, stop_strings, stop_token_ids, max_new_tokens, state, n=1):
+        """The texts that come out of a loop, which begins to run when they are asked for."""
+        if not picks_tokens(self.sampler):
+            raise ValueError(
+                f"{type(self.sampler).__name__} searches whole texts and takes them back. To "
+                "stream, or to stop at strings, compile the model with a sampler that draws."
+            )
+        generator = self.make_generate_function()
+        prompts, room = prompts_of(inputs)
         if max_new_tokens is not None:
-            rows = self.preprocessor.tokenizer(inputs)
-            longest = max((len(row) for row in rows), default=0)
-            max_length = longest + 1 + max_new_tokens  # 1 for a start token
-        return self.preprocessor.generate_preprocess(inputs, sequence_length=max_length)
+            room = np.minimum(room, max_new_tokens)
+        decoding = generator.decode(
+            generator.start(prompts, room, state, n), stop_token_ids, visits()
+        )
+        skip = (*stop_token_ids, *self.preprocessor.tokenizer.special_token_ids)
+        decode = self.preprocessor.tokenizer.detokenize
+        streams = [TextStream(decode, skip, stop_strings) for _ in range(len(prompts) * n)]
+        return TextStreams(decoding, streams)
+
+    def _with_room(self, inputs, max_length, max_new_tokens, state) -> dict[str, Any]:
+        """`inputs` as a dict of token ids and mask, padded for what is to be generated."""
+        if self.preprocessor is None:
+            if max_new_tokens is None:
+                return inputs
+            prompts, _ = prompts_of(inputs)
+            size = max(np.shape(inputs["token_ids"])[1], _longest(prompts) + max_new_tokens)
+            return _padded(prompts, size)
+        if not len(inputs):
+            raise ValueError("There is nothing to generate from: the batch of prompts is empty.")
+        if state is not None or max_new_tokens is not None:
+            prompts = self.preprocessor.prompts(inputs, continued=state is not None)
+        if max_new_tokens is not None:
+            max_length = _longest(prompts) + max_new_tokens
+        if state is None:
+            return self.preprocessor.generate_preprocess(inputs, sequence_length=max_length)
+        return _padded(prompts, max_length or self.preprocessor.sequence_length)
+
+    def _stop_strings(self, stop_strings) -> tuple[str, ...]:
+        stop_strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
+        if not all(stop_strings):
+            raise ValueError("A stop string is empty. Pass `stop_strings=()` for none.")
+        if stop_strings and self.preprocessor is None:
+            raise ValueError("`stop_strings` need text, and so a `preprocessor`.")
+        return stop_strings
 
     def _stop_token_ids(self, stop_token_ids) -> tuple[int, ...]:
         if stop_token_ids is None:
@@ -203,21 +493,40 @@ class Mamba2CausalLM(keras_hub.models.CausalLM):
         return () if end_token_id is None else (end_token_id,)
 
 
-def _with_room(inputs, max_new_tokens: int) -> dict[str, np.ndarray]:
-    """Pads dict inputs so that `max_new_tokens` fit behind the longest prompt."""
-    padding_mask = np.asarray(ops.convert_to_numpy(inputs["padding_mask"])).astype(bool)
-    longest = int(padding_mask.sum(axis=1).max(initial=0))
-    pad = max(0, longest + max_new_tokens - padding_mask.shape[1])
-    token_ids = np.asarray(ops.convert_to_numpy(inputs["token_ids"]))
-    return {
-        "token_ids": np.pad(token_ids, [(0, 0), (0, pad)]),
-        "padding_mask": np.pad(padding_mask, [(0, 0), (0, pad)]),
-    }
+def _check_counts(max_length, max_new_tokens, num_return_sequences: int = 1) -> None:
+    if max_new_tokens is not None and max_length is not None:
+        raise ValueError(
+            "Pass `max_length`, the total length, or `max_new_tokens`, not both. "
+            f"Received: max_length={max_length}, max_new_tokens={max_new_tokens}"
+        )
+    for name, value in (
+        ("max_length", max_length),
+        ("max_new_tokens", max_new_tokens),
+        ("num_return_sequences", num_return_sequences),
+    ):
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be positive. Received: {name}={value}")
 
 
-def _without_prompts(prompts, outputs) -> dict[str, np.ndarray]:
-    """Moves what is new to the start of each row."""
-    lengths = np.asarray(ops.convert_to_numpy(prompts["padding_mask"])).astype(bool).sum(axis=1)
+def _longest(prompts: Sequence[np.ndarray]) -> int:
+    return max(map(len, prompts), default=0)
+
+
+def _padded(prompts: Sequence[np.ndarray], size: int) -> dict[str, np.ndarray]:
+    """Prompts as a dict of arrays `(b size)`, padded on the right."""
+    token_ids = np.zeros((len(prompts), size), "int32")
+    padding_mask = np.zeros((len(prompts), size), bool)
+    for i, prompt in enumerate(prompts):
+        if len(prompt) > size:
+            raise ValueError(f"Prompt {i} has {len(prompt)} tokens, more than {size}.")
+        token_ids[i, : len(prompt)] = prompt
+        padding_mask[i, : len(prompt)] = True
+    return {"token_ids": token_ids, "padding_mask": padding_mask}
+
+
+def _without_prompts(prompts, outputs, n: int) -> dict[str, np.ndarray]:
+    """Moves what is new to the start of each row; `n` rows follow each prompt."""
+    lengths = np.repeat([len(prompt) for prompt in prompts_of(prompts)[0]], n)
     stripped = {name: np.zeros_like(value) for name, value in outputs.items()}
     for name, rows in outputs.items():
         for i, length in enumerate(lengths):

@@ -1,10 +1,13 @@
+from collections.abc import Sequence
+
 import keras
 import keras_hub
+import numpy as np
 from keras import ops
 
+from keras_mamba2.conversion import open_preset
 from keras_mamba2.models import Mamba2Backbone
 from keras_mamba2.models import Mamba2Tokenizer
-from keras_mamba2.preset_files import find_preset
 
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
@@ -57,7 +60,22 @@ class Mamba2CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
     @classmethod
     def from_preset(cls, preset: str, **kwargs) -> "Mamba2CausalLMPreprocessor":
         """Loads a preprocessor by name or folder. See `keras_hub.models.Preprocessor`."""
-        return super().from_preset(find_preset(preset, weights=False), **kwargs)
+        loader, preset = open_preset(preset, weights=False)
+        if loader is not None:
+            return loader.load_preprocessor(cls, **kwargs)
+        return super().from_preset(preset, **kwargs)
+
+    def prompts(self, texts: Sequence[str], continued: bool = False) -> list[np.ndarray]:
+        """The token ids of each text, for generation.
+
+        Args:
+            texts: sequence of strings.
+            continued: bool, whether the texts go on from others, and get no start token.
+        """
+        start = self.add_start_token and not continued
+        first = [self.tokenizer.start_token_id] if start else []
+        rows = self.tokenizer(list(texts)) if len(texts) else []
+        return [np.array([*first, *row], "int32") for row in rows]
 
     def _generate_preprocess_python(self, x, sequence_length=None):
         # Not the inherited one, which adds a start token whatever `add_start_token` says, and

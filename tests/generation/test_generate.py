@@ -1,5 +1,6 @@
 """Laws of generation, on a model with random weights. Token ids in, token ids out."""
 
+import contextlib
 import re
 from unittest import mock
 
@@ -125,13 +126,14 @@ def test_the_loop_leaves_each_row_the_state_of_its_own_text(lm):
     room = np.array([2, 7, 5])
     new = generator.generate(prompts, room, ())
     texts = [np.concatenate(pair) for pair in zip(prompts, new, strict=True)]
-    expected = generator.prefill([text[:-1] for text in texts])
+    expected = generator.prefill(texts)
     for found, truth in zip(
         jax.tree.leaves(seen["rows"].state), jax.tree.leaves(expected), strict=True
     ):
         scale = np.abs(truth).max()
         np.testing.assert_allclose(found, truth, atol=2e-6 * scale, rtol=0)
-    np.testing.assert_array_equal(seen["rows"].token, [text[-1] for text in texts])
+    np.testing.assert_array_equal(seen["rows"].state.token, [text[-1] for text in texts])
+    np.testing.assert_array_equal(seen["rows"].state.length, [len(text) - 1 for text in texts])
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -202,12 +204,43 @@ def test_prompts_and_lengths_share_programs(preset_folder):
     assert generator._decode.program._cache_size() == 1
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_any_prompts_and_any_numbers_of_tokens_are_six_compilations(preset_folder, batch_size):
+    """All that XLA compiles is counted, whoever asks for it."""
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder, preprocessor=None)
+    lm.compile(sampler="greedy")
+    rng = np.random.default_rng(0)
+    lengths = [1, 2, 5000, *rng.integers(1, 5000, 37)]
+    with counting_compilations() as compilations:
+        for i, length in enumerate(lengths):
+            prompts = prompts_of(length, *rng.integers(1, length + 1, batch_size - 1), seed=i)
+            inputs = batch(prompts, max(map(len, prompts)))
+            state = None if i % 2 else lm.prefill(inputs) if batch_size == 1 else None
+            lm.generate(inputs, stop_token_ids=None, max_new_tokens=1 + i % 20, state=state)
+    assert len(compilations) <= 6, compilations
+
+
+@contextlib.contextmanager
+def counting_compilations():
+    compilations = []
+
+    def listen(event, duration, **kwargs):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compilations.append(kwargs.get("fun_name"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compilations
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
 def test_decoding_is_one_loop_without_the_host(lm):
     """One `while` and no callback in the compiled program, and weights are not copied into it."""
     generator = Generator(lm)
     program = generator._decode.program
-    with mock.patch.object(generator, "_decode", side_effect=StopIteration) as decode:
-        with pytest.raises(StopIteration):
+    with mock.patch.object(generator, "_decode", side_effect=InterruptedError) as decode:
+        with pytest.raises(InterruptedError):
             generator.generate([np.arange(3), np.arange(5)], np.array([3, 3]), ())
     rows, *rest = decode.call_args.args
     variables = [*lm.trainable_variables, *lm.non_trainable_variables, *lm.sampler.variables]

@@ -1,0 +1,79 @@
+from collections.abc import Iterator
+
+from keras_mamba2.models.mamba2_state import Mamba2State
+from keras_mamba2.tasks.text_stream import TextStreams
+
+
+class Mamba2Session:
+    """One text that grows, and the state after it, so that nothing is ever read twice.
+
+    Made by `Mamba2CausalLM.start` and `Mamba2CausalLM.resume`.
+
+    Args:
+        lm: a `Mamba2CausalLM` with a preprocessor.
+        text: string, all text so far.
+        state: the `Mamba2State` after it, of one row.
+
+    Example:
+    ```python
+    session = lm.start("Once upon a time")
+    session.generate(" there was", max_new_tokens=50)
+    left, right = session.fork(2)
+    left.save("story.safetensors")
+    session = lm.resume("story.safetensors")
+    ```
+    """
+
+    def __init__(self, lm, text: str, state: Mamba2State):
+        self.lm = lm
+        self.text = text
+        self.state = state
+
+    def generate(self, text: str = "", **kwargs) -> str:
+        """Appends `text` and what the model makes of it. Returns only what is new.
+
+        Args:
+            text: string, may be empty.
+            **kwargs: see `Mamba2CausalLM.stream`.
+
+        An end token is part of the state, not of the text: the session then goes on behind it.
+        """
+        return "".join(self.stream(text, **kwargs))
+
+    def stream(self, text: str = "", **kwargs) -> Iterator[str]:
+        """As `generate`, piece by piece. Left early, the session ends with the last piece."""
+        return self._collect(text, self.lm.stream_texts([text], state=self.state, **kwargs))
+
+    def _collect(self, text: str, streams: TextStreams) -> Iterator[str]:
+        shown, is_whole = "", False
+        try:
+            for [piece] in streams:
+                shown += piece
+                yield piece
+            is_whole = not streams.streams[0].stopped
+        except GeneratorExit:
+            pass
+        # The loop may be ahead of the text: behind a stop string, or behind the last piece.
+        if is_whole:
+            self.state = streams.decoding.rows.state
+        elif text + shown:
+            self.state = self.lm.prefill(text + shown, self.state)
+        self.text += text + shown
+
+    def append(self, text: str) -> None:
+        """Appends `text` without generating any."""
+        self.state = self.lm.prefill(text, self.state)
+        self.text += text
+
+    def fork(self, n: int) -> list["Mamba2Session"]:
+        """`n` independent sessions that go on from here. Costs nothing: a state never changes."""
+        if n < 1:
+            raise ValueError(f"`n` must be positive. Received: n={n}")
+        return [Mamba2Session(self.lm, self.text, self.state) for _ in range(n)]
+
+    def save(self, file) -> None:
+        """Writes text and state to a safetensors file, for `Mamba2CausalLM.resume`."""
+        self.state.save(file, self.lm.backbone, self.text)
+
+    def __repr__(self) -> str:
+        return f"Mamba2Session({len(self.text)} characters, state of {self.state.nbytes} bytes)"

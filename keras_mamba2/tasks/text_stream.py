@@ -1,0 +1,111 @@
+"""From tokens to text, as soon as the text is certain."""
+
+import itertools
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
+
+from keras_mamba2.generation import Decoding
+
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for half a character
+
+
+class TextStream:
+    """The text of one row, whose tokens come a few at a time.
+
+    Text is held back while it ends in half a character, and while it may be the beginning of a
+    stop string. What was given out is never taken back; all of it together is the decoded whole,
+    up to the first stop string.
+
+    Args:
+        decode: function from a list of token ids to a string.
+        skip: token ids that are no text, such as the end token.
+        stop_strings: strings of which the first that is whole ends the text, and is no part of it.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        skip: Sequence[int] = (),
+        stop_strings: Sequence[str] = (),
+    ):
+        self.stopped = False
+        self._decode = decode
+        self._skip = frozenset(skip)
+        self._stop_strings = tuple(stop_strings)
+        # Tokens from the last place where a character ended, with one window of context before,
+        # since some tokenizers write a token differently at the start of a text.
+        self._context: list[int] = []
+        self._open: list[int] = []
+        self._held = ""  # decoded, but it may begin a stop string
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Takes new tokens, and returns what has become certain of the text."""
+        if self.stopped:
+            return ""
+        self._open += [int(id) for id in token_ids if int(id) not in self._skip]
+        text = self._new_text()
+        if text.endswith(UNFINISHED):
+            return ""
+        self._context, self._open = self._open or self._context, []
+        return self._give(text)
+
+    def finish(self) -> str:
+        """What is left when no more tokens come."""
+        if self.stopped:
+            return ""
+        text, self._open = self._new_text(), []
+        certain = self._give(text)
+        rest, self._held = self._held, ""
+        return certain + rest
+
+    def _new_text(self) -> str:
+        before = self._decode(self._context) if self._context else ""
+        return self._decode([*self._context, *self._open])[len(before) :]
+
+    def _give(self, text: str) -> str:
+        text = self._held + text
+        found = [(text.find(stop), stop) for stop in self._stop_strings if stop in text]
+        if found:
+            self.stopped, self._held = True, ""
+            # The one that was whole first, however many tokens came at once.
+            return text[: min((start + len(stop), start) for start, stop in found)[1]]
+        held = max((_overlap(text, stop) for stop in self._stop_strings), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest end of `text` that `stop` begins with."""
+    lengths = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((n for n in lengths if text.endswith(stop[:n])), 0)
+
+
+# The first piece comes after one token; later, the host looks in less and less often.
+VISITS = (1, 2, 4, 8)
+LATER_VISITS = 16
+
+
+class TextStreams:
+    """The texts of all rows of a loop. Iterating yields what is new of each, visit after visit."""
+
+    def __init__(self, decoding: Decoding, streams: Sequence[TextStream]):
+        self.decoding = decoding
+        self.streams = streams
+
+    def __iter__(self) -> Iterator[list[str]]:
+        for tokens in self.decoding:
+            pieces = []
+            for i, (stream, new) in enumerate(zip(self.streams, tokens, strict=True)):
+                pieces.append(stream.push(new))
+                if stream.stopped and len(new):
+                    self.decoding.stop(i)
+            if any(pieces):
+                yield pieces
+        pieces = [stream.finish() for stream in self.streams]
+        if any(pieces):
+            yield pieces
+
+
+def visits() -> Iterator[int]:
+    return itertools.chain(VISITS, itertools.repeat(LATER_VISITS))

@@ -1,0 +1,328 @@
+"""Continue = whole, fork = independent, stream = generate: in tokens and in text."""
+
+import itertools
+
+import keras_hub
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
+from keras import ops
+from keras import tree
+
+import keras_mamba2
+from keras_mamba2.tasks.text_stream import TextStream
+
+TEXT = "First Citizen: Before we proceed any further, hear me speak."
+
+
+@pytest.fixture(scope="module")
+def lm(preset_folder):
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder)
+    lm.compile(sampler="greedy")
+    return lm
+
+
+class AsciiSampler(keras_hub.samplers.RandomSampler):
+    """Draws letters, so that every text is one of whole characters, and never ends by itself."""
+
+    def get_next_token(self, probabilities):
+        is_letter = np.isin(np.arange(257), list(range(97, 123)))
+        return super().get_next_token(ops.where(is_letter, probabilities, 1e-30))
+
+
+@pytest.fixture(scope="module")
+def letters(preset_folder):
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder)
+    lm.compile(sampler=AsciiSampler())
+    return lm
+
+
+@pytest.fixture(scope="module")
+def drawing(preset_folder):
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder)
+    lm.compile(sampler="random")
+    return lm
+
+
+def arrays(state):
+    return [np.array(ops.convert_to_numpy(leaf)) for leaf in tree.flatten(state)]
+
+
+@settings(deadline=None, derandomize=True, max_examples=20)
+@given(cuts=st.sets(st.integers(1, len(TEXT) - 1), max_size=3))
+def test_pieces_give_what_the_whole_gives(lm, cuts):
+    state = None
+    cuts = [0, *sorted(cuts), len(TEXT)]
+    for start, end in itertools.pairwise(cuts):
+        state = lm.prefill(TEXT[start:end], state)
+    whole = lm.prefill(TEXT)
+    for piece, expected in zip(arrays(state), arrays(whole), strict=True):
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(piece, expected, atol=5e-6 * scale, rtol=0)
+    new = lm.generate("", state=state, max_new_tokens=20)
+    assert new == lm.generate(TEXT, max_new_tokens=20, strip_prompt=True)
+
+
+def test_a_state_is_continued_with_text(lm):
+    state = lm.prefill(["First ", "Second "])
+    before = arrays(state)
+    expected = lm.generate(["First Citizen", "Second "], max_new_tokens=9, strip_prompt=True)
+    for _ in range(2):
+        found = lm.generate(["Citizen", ""], state=state, max_new_tokens=9, strip_prompt=True)
+        assert found == expected
+    for now, then in zip(arrays(state), before, strict=True):
+        np.testing.assert_array_equal(now, then)
+    again = lm.generate(["Citizen", ""], state=state, max_length=16)
+    assert again == ["Citizen" + expected[0], lm.generate("", state=state[1], max_length=16)]
+
+
+@settings(deadline=None, derandomize=True, max_examples=10)
+@given(lengths=st.lists(st.integers(1, 2300), min_size=2, max_size=5))
+def test_very_different_lengths_give_what_each_gives_alone(lm, lengths):
+    rng = np.random.default_rng(0)
+    prompts = ["".join(map(chr, rng.integers(32, 127, length))) for length in lengths]
+    together = lm.generate(prompts, max_new_tokens=5)
+    assert together == [lm.generate(prompt, max_new_tokens=5) for prompt in prompts]
+
+
+def test_several_sequences_come_from_one_prompt(lm, drawing):
+    texts = drawing.generate("hello", max_new_tokens=20, num_return_sequences=3, seed=0)
+    assert len(set(texts)) == 3
+    assert all(text.startswith("hello") for text in texts)
+    new = drawing.generate(
+        "hello", max_new_tokens=20, num_return_sequences=3, seed=0, strip_prompt=True
+    )
+    assert ["hello" + text for text in new] == texts
+    several = lm.generate(["hello", "you"], max_new_tokens=5, num_return_sequences=2)
+    one = lm.generate(["hello", "you"], max_new_tokens=5)
+    assert several == [one[0], one[0], one[1], one[1]]
+
+
+def test_a_seed_reproduces_whatever_ran_before(drawing):
+    first = drawing.generate("hello", max_new_tokens=20, seed=7)
+    assert drawing.generate("hello", max_new_tokens=20) != first
+    assert drawing.generate("hello", max_new_tokens=20, seed=7) == first
+    assert drawing.generate("hello", max_new_tokens=20, seed=8) != first
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_pieces_of_a_stream_are_the_generated_text(drawing, seed):
+    """Random bytes: half of the characters are broken."""
+    pieces = list(drawing.stream("hello", max_new_tokens=100, seed=seed))
+    assert len(pieces) > 1
+    text = drawing.generate("hello", max_new_tokens=100, seed=seed, strip_prompt=True)
+    assert "".join(pieces) == text
+    prompts = ["hello", "a longer one"]
+    rows = zip(*drawing.stream(prompts, max_new_tokens=30, seed=seed), strict=True)
+    expected = drawing.generate(prompts, max_new_tokens=30, seed=seed, strip_prompt=True)
+    assert ["".join(row) for row in rows] == expected
+
+
+def test_text_ends_before_the_first_stop_string(letters):
+    def generate(**kwargs):
+        return letters.generate(
+            ["hello", "you"], max_new_tokens=60, seed=3, strip_prompt=True, **kwargs
+        )
+
+    free = generate()
+    stops = [free[0][20:23], free[0][30:32], free[1][40]]
+    expected = [min((text.split(stop)[0] for stop in stops), key=len) for text in free]
+    assert generate(stop_strings=stops) == expected
+    options = {"max_new_tokens": 60, "seed": 3, "stop_strings": stops}
+    pieces = list(letters.stream(["hello", "you"], **options))
+    assert len(pieces) > 3
+    assert ["".join(row) for row in zip(*pieces, strict=True)] == expected
+    whole = letters.generate(["hello", "you"], **options)
+    assert whole == ["hello" + expected[0], "you" + expected[1]]
+
+
+def test_a_stream_may_be_left(lm):
+    stream = lm.stream("hello", max_new_tokens=100)
+    next(stream)
+    stream.close()
+    assert lm.generate("hello", max_new_tokens=5).startswith("hello")
+
+
+def test_an_interrupted_call_leaves_the_model_usable(lm, monkeypatch):
+    expected = lm.generate("hello", max_new_tokens=5)
+    generator, calls = lm.make_generate_function(), []
+    advance = generator.advance
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return advance(*args)
+
+    monkeypatch.setattr(generator, "advance", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(lm.stream("hello", max_new_tokens=50))
+    assert lm.generate("hello", max_new_tokens=5) == expected
+
+
+class TestSession:
+    def test_it_grows(self, letters):
+        session = letters.start("First ")
+        new = session.generate("Citizen", max_new_tokens=8, seed=0)
+        assert session.text == "First Citizen" + new
+        assert new == letters.generate("First Citizen", max_new_tokens=8, strip_prompt=True, seed=0)
+        more = session.generate(max_new_tokens=8)
+        assert new + more == letters.generate(
+            "First Citizen", max_new_tokens=16, strip_prompt=True, seed=0
+        )
+        session.append(" And")
+        assert session.text.endswith(" And")
+
+    def test_forks_are_independent(self, drawing):
+        left, right = drawing.start("Once upon").fork(2)
+        new = left.generate(max_new_tokens=20, seed=1)
+        assert right.text == "Once upon"
+        assert right.generate(max_new_tokens=20, seed=2) != new
+        alone = drawing.start("Once upon")
+        assert alone.generate(max_new_tokens=20, seed=1) == new
+
+    def test_a_file_resumes_it(self, lm, tmp_path):
+        session = lm.start("Once upon a time")
+        session.generate(max_new_tokens=10)
+        session.save(tmp_path / "story.safetensors")
+        resumed = lm.resume(tmp_path / "story.safetensors")
+        assert resumed.text == session.text
+        assert resumed.generate(" and", max_new_tokens=9) == session.generate(
+            " and", max_new_tokens=9
+        )
+
+    @pytest.mark.parametrize("how", ["left", "stopped"])
+    def test_text_and_state_stay_together(self, letters, how):
+        """Also where the loop was ahead of the text: the next words are those of the text."""
+        session = letters.start("Once upon a time")
+        options = {"max_new_tokens": 50, "seed": 0}
+        if how == "left":
+            pieces = session.stream(" there", **options)
+            for _ in range(3):
+                next(pieces)
+            pieces.close()
+        else:
+            free = letters.generate("Once upon a time there", strip_prompt=True, **options)
+            stop = free[17:19]
+            new = session.generate(" there", stop_strings=stop, **options)
+            assert new == free.split(stop)[0]
+        assert session.text.startswith("Once upon a time there")
+        assert len(session.text) < len("Once upon a time there") + 50
+        expected = letters.generate(session.text + " so", strip_prompt=True, **options)
+        assert session.generate(" so", **options) == expected
+
+    def test_nothing_can_be_forked_into_none(self, lm):
+        with pytest.raises(ValueError, match="n=0"):
+            lm.start("a").fork(0)
+
+
+@settings(deadline=None, derandomize=True, max_examples=200)
+@given(
+    text=st.text(alphabet="ab\né日🤷", max_size=30),
+    stops=st.lists(st.text(alphabet="ab\né", min_size=1, max_size=3), max_size=3),
+    sizes=st.lists(st.integers(1, 5), min_size=1),
+)
+def test_a_text_stream_gives_the_text_up_to_the_first_stop_string(text, stops, sizes):
+    ids = list(text.encode())
+    stream = TextStream(lambda ids: bytes(ids).decode(errors="replace"), stop_strings=stops)
+    given, i = "", 0
+    while i < len(ids) and not stream.stopped:
+        size = sizes[i % len(sizes)]
+        given += stream.push(ids[i : i + size])
+        i += size
+        assert "\N{REPLACEMENT CHARACTER}" not in given
+    given += stream.finish()
+    found = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+    assert given == text[: min(found, default=(0, len(text)))[1]]
+
+
+class TestScore:
+    def test_perplexity_is_that_of_the_whole_forward_pass(self, lm):
+        texts = [TEXT, "ab", TEXT * 20]
+        found = lm.perplexity(texts)
+        for text, perplexity in zip(texts, found, strict=True):
+            token_ids = np.array([list(text.encode())])
+            losses = lm.score(token_ids[:, :-1], scoring_mode="loss", target_ids=token_ids[:, 1:])
+            expected = np.exp(np.mean(np.array(losses), dtype="float64"))
+            assert perplexity == pytest.approx(expected, rel=1e-5)
+        assert lm.perplexity(TEXT) == found[0]
+
+    def test_a_stride_forgets(self, lm):
+        pieces = [TEXT[i : i + 16] for i in range(0, len(TEXT), 16)]
+        counts = [len(piece) - 1 for piece in pieces]
+        logs = np.log(lm.perplexity(pieces))
+        expected = np.exp(np.average(logs, weights=counts))
+        assert lm.perplexity(TEXT, stride=16) == pytest.approx(expected, rel=1e-6)
+
+    def test_score_can_look_between_the_blocks(self, lm):
+        token_ids = np.array([list(b"to be or not")])
+        seen = []
+
+        def look(x, i):
+            seen.append(i)
+            return x
+
+        logits = lm.score(token_ids, layer_intercept_fn=look)
+        assert seen == [-1, 0, 1]
+        inputs = {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
+        np.testing.assert_allclose(logits, lm(inputs), atol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("call", "message"),
+        [
+            (lambda lm: lm.perplexity(["ab", "a"]), "Text 1 has fewer than two tokens: 'a'"),
+            (lambda lm: lm.perplexity("abc", stride=1), "stride=1"),
+            (lambda lm: lm.score(np.ones((1, 3)), scoring_mode="x"), "Received: 'x'"),
+            (lambda lm: lm.score(np.ones((1, 3)), scoring_mode="loss"), "needs `target_ids`"),
+        ],
+    )
+    def test_bad_arguments_are_named(self, lm, call, message):
+        with pytest.raises(ValueError, match=message):
+            call(lm)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_new_tokens": -1}, "max_new_tokens=-1"),
+        ({"max_length": 0}, "max_length=0"),
+        ({"max_length": 9, "max_new_tokens": 9}, "max_length=9, max_new_tokens=9"),
+        ({"stop_strings": ["a", ""]}, "stop string is empty"),
+        ({"num_return_sequences": 0}, "num_return_sequences=0"),
+    ],
+)
+def test_bad_arguments_are_named_before_any_work(lm, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        lm.generate("hello", **arguments)
+    arguments.pop("num_return_sequences", None)
+    if arguments:
+        with pytest.raises(ValueError, match=message):
+            lm.stream("hello", **arguments)
+
+
+def test_bad_states_and_batches_are_named(lm):
+    with pytest.raises(ValueError, match="state has 2 rows, but there are 1 prompts"):
+        lm.generate("hello", state=lm.prefill(["a", "b"]))
+    with pytest.raises(ValueError, match="batch of prompts is empty"):
+        lm.generate([])
+    with pytest.raises(ValueError, match="batch of prompts is empty"):
+        lm.prefill([])
+    with pytest.raises(ValueError, match="Prompt 0 has no tokens"):
+        lm.prefill("")
+    with pytest.raises(ValueError, match="Prompt 1 has token id 300"):
+        lm.prefill({"token_ids": np.array([[1], [300]]), "padding_mask": np.ones((2, 1))})
+
+
+def test_searches_do_not_stream(preset_folder):
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder)
+    lm.compile(sampler=keras_hub.samplers.BeamSampler(num_beams=2))
+    with pytest.raises(ValueError, match="BeamSampler searches whole texts"):
+        lm.stream("hello", max_new_tokens=5)
+    with pytest.raises(ValueError, match="takes neither `state` nor"):
+        lm.generate("hello", max_new_tokens=5, state=lm.prefill("a"))
+    without = keras_mamba2.Mamba2CausalLM(lm.backbone)
+    for call in (without.stream, without.prefill):
+        with pytest.raises(ValueError, match="`preprocessor`"):
+            call("hello")
