@@ -48,26 +48,53 @@ def generate(
     top_p: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Sample among the likeliest that sum to this.")
     ] = 0.95,
+    min_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Drop what is this much less likely.")
+    ] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(min=1.0, help="Above 1: fewer.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="Text to stop before; repeatable.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes the text reproducible.")] = None,
+    state: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="A session's file: goes on from it if it is there, and is written."),
+    ] = None,
+    compilation_cache: Annotated[
+        str | None, typer.Option(help="A folder where compiled programs are kept.")
+    ] = None,
 ) -> None:
-    """Continues a prompt: the text to stdout, the speed to stderr."""
-    import keras_hub
-
+    """Continues a prompt: the text to stdout as it comes, the speed to stderr."""
+    from keras_mamba2 import FilterSampler
     from keras_mamba2 import Mamba2CausalLM
 
     with errors_on_one_line():
         lm = Mamba2CausalLM.from_preset(preset)
-        if temperature == 0:
-            sampler = keras_hub.samplers.GreedySampler()
+        sampler = FilterSampler(
+            temperature=temperature,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        )
+        lm.compile(sampler=sampler, compilation_cache=compilation_cache)
+        if state is not None and state.exists():
+            session = lm.resume(state)
         else:
-            sampler = keras_hub.samplers.TopPSampler(p=top_p, temperature=temperature, seed=seed)
-        lm.compile(sampler=sampler)
+            session, prompt = lm.start(prompt), ""
+        print(session.text + prompt, end="", flush=True)
         # The first token compiles the programs, which is not part of the speed.
-        lm.generate(prompt, max_new_tokens=1)
+        lm.generate(prompt, state=session.state, max_new_tokens=1)
         begun = time.perf_counter()
-        text = lm.generate(prompt, max_new_tokens=max_new_tokens, strip_prompt=True)
+        pieces = session.stream(
+            prompt, max_new_tokens=max_new_tokens, stop_strings=stop or (), seed=seed
+        )
+        text = ""
+        for piece in pieces:
+            print(piece, end="", flush=True)
+            text += piece
         seconds = time.perf_counter() - begun
-    print(prompt + text)
+        print()
+        if state is not None:
+            session.save(state)
     count = len(lm.preprocessor.tokenizer(text))
     print(f"{count} tokens, {count / seconds:.0f} tokens/s", file=sys.stderr)
 

@@ -1,10 +1,19 @@
+import json
+
+import pytest
 from typer.testing import CliRunner
 
+import keras_mamba2
 from keras_mamba2.cli import app
+from tests.conversion.checkpoints import assert_same_weights
+
+
+def run_app(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)))
 
 
 def run(*arguments):
-    return CliRunner().invoke(app, ["generate", *map(str, arguments)])
+    return run_app("generate", *arguments)
 
 
 def test_generate_prints_text_and_speed(preset_folder):
@@ -24,3 +33,66 @@ def test_errors_are_one_line():
     assert result.exit_code == 2
     assert result.stderr.startswith("error: Unknown preset 'mamba2_tiny_shakespear'")
     assert "Traceback" not in result.output
+
+
+def test_a_session_goes_on_in_its_file(preset_folder, tmp_path):
+    file = tmp_path / "session.safetensors"
+    options = ("--preset", preset_folder, "--max-new-tokens", 10, "--seed", 3, "--state", file)
+    first = run("ROMEO:", *options)
+    assert first.exit_code == 0, first.output
+    second = run(" But soft", *options)
+    assert second.exit_code == 0, second.output
+    assert second.stdout.startswith(first.stdout.removesuffix("\n") + " But soft")
+
+
+@pytest.mark.parametrize("to", ["keras", "transformers"])
+def test_convert_there_and_back(preset_folder, tmp_path, to):
+    result = run_app("convert", preset_folder, tmp_path / "new", "--to", to)
+    assert result.exit_code == 0, result.output
+    again = run_app("convert", tmp_path / "new", tmp_path / "again")
+    assert again.exit_code == 0, again.output
+    backbones = [
+        keras_mamba2.Mamba2Backbone.from_preset(folder)
+        for folder in (preset_folder, tmp_path / "again")
+    ]
+    assert_same_weights(*backbones)
+
+
+def test_convert_to_another_dtype(preset_folder, tmp_path):
+    result = run_app("convert", preset_folder, tmp_path / "new", "--dtype", "bfloat16")
+    assert result.exit_code == 0, result.output
+    config = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert config["config"]["dtype"]["config"]["name"] == "bfloat16"
+
+
+def test_convert_leaves_nothing_half_done(preset_folder, tmp_path, monkeypatch):
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "a").touch()
+    result = run_app("convert", preset_folder, full)
+    assert (result.exit_code, result.stderr) == (
+        2,
+        f"error: {full} exists already and is not an empty folder.\n",
+    )
+
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(keras_mamba2.Mamba2CausalLM, "save_to_preset", fail)
+    assert run_app("convert", preset_folder, tmp_path / "new").exit_code != 0
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_inspect_tells_sizes_without_weights(preset_folder, tmp_path):
+    backbone = keras_mamba2.Mamba2Backbone.from_preset(preset_folder)
+    result = run_app("inspect", preset_folder)
+    assert result.exit_code == 0, result.output
+    assert f"{backbone.count_params():,}" in result.stdout
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder, preprocessor=None)
+    lm.export_to_transformers(tmp_path / "new")
+    (tmp_path / "new" / "model.safetensors").unlink()
+    result = run_app("inspect", tmp_path / "new")
+    assert f"{backbone.count_params():,}" in result.stdout
+    assert "none:" in result.stdout  # no tokenizer
+    result = run_app("inspect", "mamba2_tiny_shakespear")
+    assert (result.exit_code, "Did you mean" in result.stderr) == (2, True)
