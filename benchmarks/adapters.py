@@ -50,7 +50,7 @@ class KerasMamba2:
 
     def decode(self, num_tokens: int) -> None:
         self.rows, _ = self.generator.advance(self.rows, num_tokens)
-        self.jax.block_until_ready(self.rows.token)
+        self.jax.block_until_ready(self.rows.remaining)
 
 
 class Transformers:

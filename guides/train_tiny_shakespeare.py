@@ -44,7 +44,7 @@ trying things out, for tests and for guides; it knows nothing but these plays.
 | parameters | {parameters:,} |
 | vocabulary | 256 bytes and an end token, no merges |
 | training | {steps} steps of {batch_size} windows of {window} characters, {tokens:.1f}M in all |
-| recipe | AdamW, peak learning rate {learning_rate}, warm-up, cosine to 3 %, weight decay \
+| recipe | AdamW, peak learning rate {learning_rate}, warm-up, cosine to a tenth, weight decay \
 {weight_decay} on matrices only, clipping at 1, dropout {dropout}, averaged weights |
 | validation loss | **{loss:.4f} nats a character** on the whole last 10 %, state carried \
 ({windows_loss:.4f} on windows of 1024) |
@@ -64,12 +64,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("text", type=pathlib.Path)
     parser.add_argument("output", type=pathlib.Path)
-    parser.add_argument("--epochs", type=int, default=11, help="of 100 steps")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--window", type=int, default=256, help="characters a row")
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--epochs", type=int, default=26, help="of 100 steps")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--window", type=int, default=512, help="characters a row")
+    parser.add_argument("--learning-rate", type=float, default=3.5e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--dropout", type=float, default=0.2)
+    parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--machine", default="not recorded", help="what the card says of it")
     return parser.parse_args()
 
@@ -119,7 +119,7 @@ def make_model(arguments: argparse.Namespace) -> keras_mamba2.Mamba2CausalLM:
     backbone = keras_mamba2.Mamba2Backbone(
         vocabulary_size=257,
         num_layers=6,
-        hidden_dim=256,
+        hidden_dim=192,
         state_dim=64,
         head_dim=32,
         dropout=arguments.dropout,
@@ -127,17 +127,17 @@ def make_model(arguments: argparse.Namespace) -> keras_mamba2.Mamba2CausalLM:
     schedule = keras.optimizers.schedules.CosineDecay(
         0.0,
         arguments.epochs * STEPS_PER_EPOCH,
-        alpha=0.03,
+        alpha=0.1,
         warmup_target=arguments.learning_rate,
         warmup_steps=100,
     )
     optimizer = keras.optimizers.AdamW(
         schedule,
         weight_decay=arguments.weight_decay,
-        beta_2=0.99,
+        beta_2=0.95,
         global_clipnorm=1.0,
         use_ema=True,
-        ema_momentum=0.98,
+        ema_momentum=0.99,
     )
     optimizer.exclude_from_weight_decay(var_names=["A_log", "^D$", "scale", "bias"])
     lm = keras_mamba2.Mamba2CausalLM(backbone)

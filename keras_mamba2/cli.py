@@ -142,3 +142,7 @@ def inspect(
         for name, value in describe(source).items():
             table.add_row(name, value)
         rich.console.Console(soft_wrap=True).print(table)
+
+
+if __name__ == "__main__":
+    app()

@@ -17,6 +17,26 @@ def test_notebooks_are_their_guides(notebook):
     assert cells[0] == cells[1]
 
 
-def test_generate_runs(capsys):
-    runpy.run_path(str(GUIDES / "generate.py"), run_name="__main__")
-    assert "ROMEO" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("name", "printed"),
+    [
+        ("generate", "ROMEO"),
+        ("load_and_convert", "the same, bit for bit"),
+        ("stateful_generation", "8,192 tokens"),
+    ],
+)
+def test_guides_run(name, printed, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    source = (GUIDES / f"{name}.py").read_text()
+    shorter = tmp_path / "guide.py"
+    shorter.write_text(source.replace("LONGEST = 2**20", "LONGEST = 2**13"))
+    runpy.run_path(str(shorter), run_name="__main__")
+    assert printed in capsys.readouterr().out
+
+
+def test_other_recurrences_are_calls_of_ssd():
+    """Linear attention, retention and its gated kin, each against its own definition."""
+    found = runpy.run_path(str(GUIDES / "ssd_beyond_mamba2.py"), run_name="__main__")
+    assert len(found["errors"]) == 4
+    for name, error in found["errors"].items():
+        assert error < 3e-6, name

@@ -221,16 +221,28 @@ class Generator:
                 "takes neither `state` nor `num_return_sequences`. Use a sampler that draws."
             )
         self._check_prompts(prompts, None)
+        rows: list[np.ndarray] = [np.zeros(0, "int32")] * len(prompts)
         lengths = np.array([len(prompt) for prompt in prompts])
-        token_ids = np.zeros((len(prompts), int((lengths + room).max())), "int32")
-        for row, prompt in zip(token_ids, prompts, strict=True):
-            row[: len(prompt)] = prompt
-        padding_mask = np.arange(token_ids.shape[1]) < lengths[:, None]
+        # Their loops begin at the shortest prompt, and weigh tokens that a longer one then
+        # overrules. Among prompts of one length there is nothing to overrule.
+        for length in np.unique(lengths):
+            same = np.flatnonzero(lengths == length)
+            group = np.stack([prompts[i] for i in same])
+            found = self._search_group(group, room[same], stop_token_ids)
+            for i, new in zip(same, found, strict=True):
+                rows[i] = new
+        return rows
+
+    def _search_group(
+        self, prompts: np.ndarray, room: np.ndarray, stop_token_ids: tuple[int, ...]
+    ) -> list[np.ndarray]:
+        length = prompts.shape[1]
+        token_ids = np.pad(prompts, [(0, 0), (0, int(room.max()))]).astype("int32")
+        padding_mask = np.broadcast_to(np.arange(token_ids.shape[1]) < length, token_ids.shape)
         inputs = {"token_ids": token_ids, "padding_mask": padding_mask}
         found = self._search(inputs, stop_token_ids=stop_token_ids or None)
-        found = ops.convert_to_numpy(found["token_ids"])
         rows = []
-        for row, length, limit in zip(found, lengths, room, strict=True):
+        for row, limit in zip(ops.convert_to_numpy(found["token_ids"]), room, strict=True):
             new = row[length : length + limit]
             stops = np.flatnonzero(np.isin(new, stop_token_ids))
             rows.append(new[: stops[0] + 1] if len(stops) else new)

@@ -19,21 +19,23 @@ def model(request):
 
 @pytest.mark.parametrize("name", checkpoints.GRID)
 def test_logits_are_those_of_transformers(name, tmp_path):
-    """The largest float32 error is at most twice that of transformers, in the median of 3 draws.
+    """The float32 error, root mean square over three draws, is at most twice transformers' own.
 
-    For one draw of the weights the ratio is luck: it is that of the worst position, where a norm
-    magnifies a rounding, and goes from 0.2 to 7 around 1. A mistake moves all draws.
+    Not the largest one: that is the luck of one position, 0.3 to 3.6 times transformers' with
+    ours smaller as often as larger. What remains is how a matrix product sums: XLA's (Eigen) has
+    1.6 times the error of MKL's, and the chunk size of the SSD does not matter.
     """
-    ratios = []
+    squares, their_squares = 0.0, 0.0
     for seed in range(3):
         model = checkpoints.random_model(name, seed)
         backbone = load(checkpoints.save_transformers(model, tmp_path / str(seed)))
         truth = checkpoints.torch_logits_in_float64(model)
-        error = np.abs(checkpoints.logits_of(backbone) - truth).max()
-        their_error = np.abs(checkpoints.torch_logits(model) - truth).max()
-        assert max(error, their_error) < 1e-5 * np.abs(truth).max()
-        ratios.append(error / their_error)
-    assert np.median(ratios) <= 2, ratios
+        error = checkpoints.logits_of(backbone) - truth
+        their_error = checkpoints.torch_logits(model) - truth
+        assert max(np.abs(error).max(), np.abs(their_error).max()) < 1e-5 * np.abs(truth).max()
+        squares += np.mean(error**2)
+        their_squares += np.mean(their_error**2)
+    assert np.sqrt(squares / their_squares) <= 2
 
 
 def test_formats_agree_bit_for_bit(model, tmp_path):

@@ -2,6 +2,8 @@
 
 import contextlib
 import re
+import subprocess
+import sys
 from unittest import mock
 
 import jax
@@ -316,3 +318,19 @@ def test_bad_prompts_are_named(lm):
         lm.generate(batch([[1, 2], [3, 257]]), stop_token_ids=None)
     with pytest.raises(ValueError, match="batch of prompts is empty"):
         lm.generate(batch([]), stop_token_ids=None)
+
+
+def test_a_seed_gives_the_same_text_in_another_process(preset_folder):
+    code = (
+        "import sys, keras_mamba2\n"
+        "lm = keras_mamba2.Mamba2CausalLM.from_preset(sys.argv[1])\n"
+        "lm.compile(sampler='top_k')\n"
+        "print(ascii(lm.generate(['hello', 'you'], max_new_tokens=20, seed=5)))"
+    )
+    command = [sys.executable, "-c", code, str(preset_folder)]
+    elsewhere = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder)
+    lm.compile(sampler="top_k")
+    lm.generate("something else", max_new_tokens=3)
+    here = lm.generate(["hello", "you"], max_new_tokens=20, seed=5)
+    assert ascii(here) == elsewhere.strip()

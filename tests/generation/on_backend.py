@@ -1,0 +1,45 @@
+"""What generation gives on the backend of this process: `python -m tests.generation.on_backend`."""
+
+import json
+import sys
+import tempfile
+
+import numpy as np
+
+import keras_mamba2
+
+PROMPTS = ["to be", "or not to be, that is the question"]
+
+
+def results(folder) -> dict:
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(folder)
+    lm.compile(sampler="greedy")
+    # Texts of random weights hold control characters, which JSON takes.
+    found = {"ragged": lm.generate(PROMPTS, max_new_tokens=8)}
+    state = lm.prefill(["to ", "or not to be, that "])
+    found["continued"] = lm.generate(["be", "is the question"], state=state, max_new_tokens=8)
+    pieces = lm.stream(PROMPTS, max_new_tokens=8)
+    found["streamed"] = ["".join(row) for row in zip(*pieces, strict=True)]
+    found["several"] = lm.generate("to be", max_new_tokens=8, num_return_sequences=2)
+    found["perplexity"] = lm.perplexity(PROMPTS)
+    session = lm.start("to be")
+    with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+        session.save(file.name)
+        found["resumed"] = lm.resume(file.name).generate(max_new_tokens=8)
+    lm.compile(sampler=keras_mamba2.FilterSampler(temperature=0, repetition_penalty=1e6))
+    found["filtered"] = lm.generate(PROMPTS, max_new_tokens=8)
+    # Draws differ from backend to backend, but not from call to call.
+    for sampler in ("top_k", keras_mamba2.FilterSampler(top_p=0.9, min_p=0.01)):
+        lm.compile(sampler=sampler)
+        drawn = [lm.generate(PROMPTS, max_new_tokens=8, seed=1) for _ in range(2)]
+        assert drawn[0] == drawn[1]
+    backbone = keras_mamba2.Mamba2CausalLM(lm.backbone)
+    backbone.compile(sampler="beam")
+    token_ids = np.array([[7, 8, 9, 0, 0], [1, 2, 3, 4, 0]])
+    inputs = {"token_ids": token_ids, "padding_mask": token_ids > 0}
+    found["beam"] = backbone.generate(inputs, stop_token_ids=None)["token_ids"].tolist()
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(results(sys.argv[1])))
