@@ -147,18 +147,19 @@ def logits_of(backbone):
     return np.asarray(backbone.token_embedding(x, reverse=True), np.float64)
 
 
-def torch_logits(model):
+def torch_logits(model, ids=None):
+    ids = token_ids() if ids is None else ids
     with torch.no_grad():
-        return model(torch.from_numpy(token_ids()), use_cache=False).logits.numpy()
+        return model(torch.from_numpy(ids), use_cache=False).logits.numpy()
 
 
-def torch_logits_in_float64(model):
+def torch_logits_in_float64(model, ids=None):
     """In float64 throughout: also where the code of transformers says float32."""
     model = copy.deepcopy(model).double()
     with (
         mock.patch.object(torch, "float32", torch.float64),
         mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
     ):
-        logits = torch_logits(model)
+        logits = torch_logits(model, ids)
     assert logits.dtype == np.float64
     return logits

@@ -1,7 +1,9 @@
 """Loads a checkpoint and exports it again, and tells what that took: FOLDER EXPORTED."""
 
+import ctypes
 import json
-import resource
+import pathlib
+import re
 import sys
 import time
 
@@ -13,7 +15,9 @@ TOKEN_IDS = np.random.default_rng(0).integers(0, 50277, (1, 24))
 
 
 def peak_bytes() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Not `ru_maxrss`, which a process inherits from the one that started it.
+    status = pathlib.Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1))
 
 
 def main(folder: str, exported: str) -> None:
@@ -26,6 +30,14 @@ def main(folder: str, exported: str) -> None:
     begun = time.perf_counter()
     lm.export_to_transformers(exported)
     took |= {"export_s": time.perf_counter() - begun, "both_bytes": peak_bytes() - before}
+    lm.compile(sampler="greedy")
+    prompt = {"token_ids": TOKEN_IDS, "padding_mask": np.ones_like(TOKEN_IDS)}
+    state = lm.prefill(prompt)
+    for _ in range(2):  # the first compiles, which takes memory of its own
+        ctypes.CDLL(None).malloc_trim(0)
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        lm.generate(prompt, stop_token_ids=None, max_new_tokens=8)
+    took |= {"generate_bytes": peak_bytes() - before, "state_bytes": state.nbytes}
     logits = lm({"token_ids": TOKEN_IDS, "padding_mask": np.ones_like(TOKEN_IDS)})
     np.save(f"{exported}/logits.npy", np.asarray(logits))
     print(json.dumps(took))

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import transformers
 
+from tests.conversion import checkpoints
 from tests.conversion.round_trip import TOKEN_IDS
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -26,6 +27,7 @@ def test_130m_there_and_back(tmp_path):
         eos_token_id=0,
         pad_token_id=0,
     )
+    torch.manual_seed(0)
     model = transformers.Mamba2ForCausalLM(config).eval()
     model.save_pretrained(tmp_path / "model")
     command = [sys.executable, "-m", "tests.conversion.round_trip"]
@@ -41,11 +43,14 @@ def test_130m_there_and_back(tmp_path):
     most = 1.15 * took["model_bytes"] + 0.5e9
     assert took["load_bytes"] <= most
     assert took["both_bytes"] <= most
+    weights, states, logits = took["model_bytes"], 3 * took["state_bytes"], 4 * 50288
+    assert took["generate_bytes"] <= weights + states + logits + 200e6
 
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval()
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, again.state_dict()[name]), name
-    with torch.no_grad():
-        theirs = model(torch.from_numpy(TOKEN_IDS), use_cache=False).logits.numpy()
-    ours = np.load(tmp_path / "exported" / "logits.npy")
-    np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max(), rtol=0)
+    truth = checkpoints.torch_logits_in_float64(model, TOKEN_IDS)
+    their_error = checkpoints.torch_logits(model, TOKEN_IDS) - truth
+    error = np.load(tmp_path / "exported" / "logits.npy") - truth
+    # 2.1 was measured: through 24 layers XLA's sums keep their distance from MKL's, see test_load.
+    assert np.sqrt(np.mean(error**2) / np.mean(their_error**2)) <= 3
