@@ -105,7 +105,7 @@ class Mamba2Tokenizer(keras_hub.tokenizers.Tokenizer):
         self._set_engine(gpt_neox_engine(vocabulary, merges, self.special_tokens))
 
     def _set_engine(self, engine: tokenizers.Tokenizer | None) -> None:
-        self._engine = engine
+        self._engine, self._num_ids = engine, 0
         if engine is not None:
             engine.no_padding()
             engine.no_truncation()
