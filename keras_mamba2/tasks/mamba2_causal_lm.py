@@ -272,7 +272,7 @@ class Mamba2CausalLM(keras_hub.models.CausalLM):
         stop_strings: Sequence[str] | str = (),
         state: Mamba2State | None = None,
         seed: int | None = None,
-    ) -> Iterator[str] | Iterator[list[str]]:
+    ) -> Iterator[str] | TextStreams:
         """Yields what `generate` with `strip_prompt=True` returns, piece by piece.
 
         Text comes as soon as it is certain: never half a character, never the beginning of a
@@ -294,29 +294,6 @@ class Mamba2CausalLM(keras_hub.models.CausalLM):
         Raises:
             ValueError: as `generate`, before the first piece is asked for.
         """
-        options = {
-            "max_length": max_length,
-            "stop_token_ids": stop_token_ids,
-            "max_new_tokens": max_new_tokens,
-            "stop_strings": stop_strings,
-            "state": state,
-            "seed": seed,
-        }
-        if isinstance(inputs, str):
-            return (piece for [piece] in self.stream_texts([inputs], **options))
-        return iter(self.stream_texts(list(inputs), **options))
-
-    def stream_texts(
-        self,
-        inputs: Sequence[str],
-        max_length: int | None = None,
-        stop_token_ids: Sequence[int] | str | None = "auto",
-        max_new_tokens: int | None = None,
-        stop_strings: Sequence[str] | str = (),
-        state: Mamba2State | None = None,
-        seed: int | None = None,
-    ) -> TextStreams:
-        """As `stream`, with the loop that the text comes from."""
         _check_counts(max_length, max_new_tokens)
         if self.preprocessor is None:
             raise ValueError("`stream` yields text, which needs a `preprocessor`.")
@@ -324,8 +301,11 @@ class Mamba2CausalLM(keras_hub.models.CausalLM):
         stop_token_ids = self._stop_token_ids(stop_token_ids)
         if seed is not None:
             reseed(self.sampler, seed)
-        inputs = self._with_room(inputs, max_length, max_new_tokens, state)
-        return self._begin(inputs, stop_strings, stop_token_ids, max_new_tokens, state)
+        is_scalar = isinstance(inputs, str)
+        batch = [inputs] if is_scalar else list(inputs)
+        batch = self._with_room(batch, max_length, max_new_tokens, state)
+        run = self._begin(batch, stop_strings, stop_token_ids, max_new_tokens, state)
+        return (piece for [piece] in run) if is_scalar else run
 
     def prefill(self, inputs, state: Mamba2State | None = None) -> Mamba2State:
         """Reads text without generating any.

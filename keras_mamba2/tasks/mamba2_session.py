@@ -42,7 +42,7 @@ class Mamba2Session:
 
     def stream(self, text: str = "", **kwargs) -> Iterator[str]:
         """As `generate`, piece by piece. Left early, the session ends with the last piece."""
-        return self._collect(text, self.lm.stream_texts([text], state=self.state, **kwargs))
+        return self._collect(text, self.lm.stream([text], state=self.state, **kwargs))
 
     def _collect(self, text: str, streams: TextStreams) -> Iterator[str]:
         shown, is_whole = "", False

@@ -86,14 +86,18 @@ VISITS = (1, 2, 4, 8)
 LATER_VISITS = 16
 
 
-class TextStreams:
-    """The texts of all rows of a loop. Iterating yields what is new of each, visit after visit."""
+class TextStreams(Iterator[list[str]]):
+    """Yields what is new in the text of each row of a loop, visit after visit."""
 
     def __init__(self, decoding: Decoding, streams: Sequence[TextStream]):
         self.decoding = decoding
         self.streams = streams
+        self._pieces = self._run()
 
-    def __iter__(self) -> Iterator[list[str]]:
+    def __next__(self) -> list[str]:
+        return next(self._pieces)
+
+    def _run(self) -> Iterator[list[str]]:
         for tokens in self.decoding:
             pieces = []
             for i, (stream, new) in enumerate(zip(self.streams, tokens, strict=True)):

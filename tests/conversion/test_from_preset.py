@@ -2,8 +2,10 @@
 
 import json
 import logging
+import os
 import shutil
 import sys
+from types import SimpleNamespace
 
 import keras_hub
 import numpy as np
@@ -269,3 +271,17 @@ def test_special_tokens_come_from_the_tokenizer_not_the_configuration(byte_token
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
     tokens = preset_loader.tokenizer_arguments(tmp_path)
     assert (tokens["start_token"], tokens["end_token"]) == ("a", None)
+
+
+def test_a_saved_preset_is_what_keras_hub_uploads(folders, monkeypatch):
+    uploaded = {}
+    monkeypatch.setattr(
+        "huggingface_hub.create_repo", lambda repo_id, exist_ok: SimpleNamespace(repo_id=repo_id)
+    )
+    monkeypatch.setattr("huggingface_hub.file_exists", lambda repo_id, filename: True)
+    monkeypatch.setattr(
+        "huggingface_hub.upload_folder",
+        lambda repo_id, folder_path: uploaded.update({repo_id: os.listdir(folder_path)}),
+    )
+    keras_hub.upload_preset("hf://me/my_model", str(folders["keras"]))
+    assert {"config.json", "model.weights.h5", "tokenizer.json"} <= set(uploaded["me/my_model"])
