@@ -95,9 +95,10 @@ assert resumed.generate(" And then", max_new_tokens=40, seed=6) == expected
 # %% [markdown]
 # ## A million tokens
 #
-# A long prompt is read in blocks by the same compiled programs as a short one, so memory stays
-# where it was, and the next token costs what it always costs. Without a state one would read
-# everything again for each token: that is the dotted line.
+# A long prompt is read in blocks by the same compiled programs as a short one, so the model's
+# memory stays where it was, and the next token costs what it always costs. (What grows a little at
+# the end is the list of a million tokens.) Without a state one would read everything again for
+# each token: that is the dotted line.
 
 # %%
 PIECE = "To be, or not to be, that is the question.\n"
