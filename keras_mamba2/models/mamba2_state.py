@@ -1,6 +1,7 @@
 import hashlib
 import json
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,10 +54,11 @@ class Mamba2State:
 
     def __getitem__(self, rows: int | slice) -> "Mamba2State":
         """The state of one row, as a batch of one, or of a slice of rows."""
-        if isinstance(rows, int):
-            if not -self.batch_size <= rows < self.batch_size:
-                raise IndexError(f"Row {rows} of a state with {self.batch_size} rows.")
-            rows = slice(rows % self.batch_size, rows % self.batch_size + 1)
+        if not isinstance(rows, slice):
+            row = operator.index(rows)
+            if not -self.batch_size <= row < self.batch_size:
+                raise IndexError(f"Row {row} of a state with {self.batch_size} rows.")
+            rows = slice(row % self.batch_size, row % self.batch_size + 1)
         return tree.map_structure(lambda leaf: leaf[rows], self)
 
     def repeat(self, n: int) -> "Mamba2State":

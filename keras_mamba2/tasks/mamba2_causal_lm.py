@@ -357,6 +357,8 @@ class Mamba2CausalLM(keras_hub.models.CausalLM):
             return self.perplexity([texts], stride)[0]
         if stride is not None and stride < 2:
             raise ValueError(f"`stride` must be at least 2. Received: stride={stride}")
+        if self.preprocessor is None:
+            raise ValueError("`perplexity` reads text, which needs a `preprocessor`.")
         loss = self.make_generate_function().loss
         perplexities = []
         for i, token_ids in enumerate(self.preprocessor.prompts(texts)):

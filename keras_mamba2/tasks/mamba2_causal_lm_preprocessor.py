@@ -70,10 +70,14 @@ class Mamba2CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
         Args:
             texts: sequence of strings.
-            continued: bool, whether the texts go on from others, and get no start token.
+            continued: bool, whether the texts go on from others, and get no start token, nor
+                what else the tokenizer begins a text with.
         """
-        start = self.add_start_token and not continued
-        first = [self.tokenizer.start_token_id] if start else []
+        if continued:
+            encode = self.tokenizer.engine.encode_batch_fast
+            rows = [row.ids for row in encode(list(texts), add_special_tokens=False)]
+            return [np.array(row, "int32") for row in rows]
+        first = [self.tokenizer.start_token_id] if self.add_start_token else []
         rows = self.tokenizer(list(texts)) if len(texts) else []
         return [np.array([*first, *row], "int32") for row in rows]
 

@@ -37,6 +37,7 @@ def test_the_last_token_waits(state):
 def test_rows_are_taken_repeated_and_put_together(state):
     assert_same(Mamba2State.concatenate([state[0], state[1:]]), state)
     assert_same(state[-1], state[2])
+    assert_same(state[np.int64(1)], state[1:2])
     twice = state.repeat(2)
     assert twice.batch_size == 6
     assert_same(twice[::2], state)

@@ -5,6 +5,7 @@ import itertools
 import keras_hub
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -323,6 +324,27 @@ def test_searches_do_not_stream(preset_folder):
     with pytest.raises(ValueError, match="takes neither `state` nor"):
         lm.generate("hello", max_new_tokens=5, state=lm.prefill("a"))
     without = keras_mamba2.Mamba2CausalLM(lm.backbone)
-    for call in (without.stream, without.prefill):
+    for call in (without.stream, without.prefill, without.perplexity):
         with pytest.raises(ValueError, match="`preprocessor`"):
             call("hello")
+
+
+def test_a_continued_text_has_no_start_token(lm):
+    """Neither that of the preprocessor, nor that of a tokenizer that adds one by itself."""
+    plain = lm.preprocessor.prompts(["abc"])[0].tolist()
+    tokenizer = keras_mamba2.Mamba2Tokenizer(tokenizer=_adding_an_end(lm.preprocessor.tokenizer))
+    preprocessor = keras_mamba2.Mamba2CausalLMPreprocessor(tokenizer, add_start_token=True)
+    assert preprocessor.prompts(["abc"])[0].tolist() == [256, 256, *plain]
+    assert preprocessor.prompts(["abc"], continued=True)[0].tolist() == plain
+    model = keras_mamba2.Mamba2CausalLM(lm.backbone, preprocessor)
+    state = model.prefill("c", model.prefill("ab"))
+    assert int(state.length[0]) == 4  # two starts, a, b; c waits
+
+
+def _adding_an_end(tokenizer):
+    engine = tokenizers.Tokenizer.from_str(tokenizer.engine.to_str())
+    end = "<|endoftext|>"
+    engine.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{end} $A", special_tokens=[(end, 256)]
+    )
+    return engine
