@@ -124,22 +124,14 @@ def make_model(arguments: argparse.Namespace) -> keras_mamba2.Mamba2CausalLM:
         head_dim=32,
         dropout=arguments.dropout,
     )
-    schedule = keras.optimizers.schedules.CosineDecay(
-        0.0,
-        arguments.epochs * STEPS_PER_EPOCH,
-        alpha=0.1,
-        warmup_target=arguments.learning_rate,
+    optimizer = keras_mamba2.training.adamw_recipe(
+        arguments.learning_rate,
+        steps=arguments.epochs * STEPS_PER_EPOCH,
         warmup_steps=100,
-    )
-    optimizer = keras.optimizers.AdamW(
-        schedule,
         weight_decay=arguments.weight_decay,
-        beta_2=0.95,
-        global_clipnorm=1.0,
         use_ema=True,
         ema_momentum=0.99,
     )
-    optimizer.exclude_from_weight_decay(var_names=["A_log", "^D$", "scale", "bias"])
     lm = keras_mamba2.Mamba2CausalLM(backbone)
     lm.compile(optimizer=optimizer, weighted_metrics=[])
     return lm

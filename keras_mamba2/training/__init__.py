@@ -1,0 +1,3 @@
+"""What training needs beside the models. A leaf: it knows no model class."""
+
+from keras_mamba2.training.recipe import adamw_recipe as adamw_recipe

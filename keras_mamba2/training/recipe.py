@@ -1,0 +1,68 @@
+import keras
+
+# By name, since the layers of a model do not share a path. The recurrence's own parameters, scales
+# of norms and biases are not matrices, and shrinking them changes what the layer is.
+NOT_DECAYED = ("A_log", "^D$", "scale", "bias")
+EMBEDDINGS = ("embeddings",)
+
+
+def adamw_recipe(
+    learning_rate: float,
+    steps: int,
+    warmup_steps: int | None = None,
+    final_fraction: float = 0.1,
+    weight_decay: float = 0.1,
+    decay_embeddings: bool = True,
+    beta_2: float = 0.95,
+    global_clipnorm: float = 1.0,
+    **kwargs,
+) -> keras.optimizers.AdamW:
+    """The optimizer that Mamba-2 models are trained with.
+
+    AdamW with a warm-up and a cosine decay, gradients clipped together, and weight decay on
+    matrices only: not on `A_log`, `D`, `dt_bias`, norms and biases.
+
+    Args:
+        learning_rate: float, at its peak.
+        steps: int, of the whole training, warm-up included.
+        warmup_steps: int. `None` takes a twentieth of `steps`.
+        final_fraction: float, the learning rate at the end, as a fraction of the peak.
+        weight_decay: float, before it is multiplied by the learning rate.
+        decay_embeddings: bool, whether embeddings are decayed too.
+        beta_2: float, the decay of the second moments.
+        global_clipnorm: float, the largest norm of all gradients together.
+        **kwargs: see `keras.optimizers.AdamW`, such as `use_ema=True`.
+
+    Example:
+    ```python
+    lm.compile(optimizer=keras_mamba2.training.adamw_recipe(3e-4, steps=10_000))
+    ```
+
+    Reference:
+        - [Dao and Gu, 2024, appendix D](https://arxiv.org/abs/2405.21060)
+    """
+    if warmup_steps is None:
+        warmup_steps = steps // 20
+    if not 0 <= warmup_steps < steps:
+        raise ValueError(
+            "`warmup_steps` must be less than `steps`. "
+            f"Received: warmup_steps={warmup_steps}, steps={steps}"
+        )
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.0,
+        steps - warmup_steps,
+        alpha=final_fraction,
+        warmup_target=learning_rate,
+        warmup_steps=warmup_steps,
+    )
+    optimizer = keras.optimizers.AdamW(
+        schedule,
+        weight_decay=weight_decay,
+        beta_2=beta_2,
+        global_clipnorm=global_clipnorm,
+        **kwargs,
+    )
+    optimizer.exclude_from_weight_decay(
+        var_names=[*NOT_DECAYED, *(() if decay_embeddings else EMBEDDINGS)]
+    )
+    return optimizer
