@@ -56,6 +56,10 @@ def measure(name: str, workload: Workload, batch_sizes: list[int]) -> Figures | 
         return {"absent": str(error)}
     figures = {"peak_mb_import": peak_mb()}
     model = ADAPTERS[name](workload)
+    for call in ("first_call_s", "second_call_s"):  # a prompt and one token; the first compiles
+        begun = time.perf_counter()
+        model.prefill(random_prompt(workload, workload.prompt_tokens))
+        figures[call] = time.perf_counter() - begun
     for b in batch_sizes:
         figures[f"decode_ms_{b}"] = ms = decode_ms(model, workload, workload.prompt_tokens, b)
         figures[f"decode_gb_per_s_{b}"] = workload.decode_bytes(b) / 1e6 / ms

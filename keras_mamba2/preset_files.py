@@ -64,13 +64,13 @@ class Preset:
 
     def __init__(self, name):
         self.name = str(name)
-        self._sources: dict[str, Any] = {}
+        self.sources: dict[str, Any] = {}
         if self.name.startswith(hub.PREFIX):
             self.folder = hub.fetch(self.name, lambda names: _present([CONFIG_FILE], names))
         else:
             self.folder = _local_folder(self.name)
             if (self.folder / SOURCES_FILE).is_file():
-                self._sources = read_json(self.folder / SOURCES_FILE)
+                self.sources = read_json(self.folder / SOURCES_FILE)
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
@@ -83,14 +83,14 @@ class Preset:
 
     def weights_folder(self) -> pathlib.Path:
         """A folder with the configuration and the weights of a checkpoint."""
-        if "weights" in self._sources:
-            return Preset(self._sources["weights"]).weights_folder()
+        if "weights" in self.sources:
+            return Preset(self.sources["weights"]).weights_folder()
         return self._fetch(lambda names: [CONFIG_FILE, *_weights(CHECKPOINT_WEIGHTS, names)])
 
     def tokenizer_folder(self) -> pathlib.Path:
         """A folder with the tokenizer of a checkpoint, if it has one."""
-        if "tokenizer" in self._sources:
-            return Preset(self._sources["tokenizer"]).tokenizer_folder()
+        if "tokenizer" in self.sources:
+            return Preset(self.sources["tokenizer"]).tokenizer_folder()
         wanted = (CONFIG_FILE, *CHECKPOINT_TOKENIZER)
         return self._fetch(lambda names: [name for name in wanted if name in names])
 

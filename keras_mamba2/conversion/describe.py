@@ -50,6 +50,8 @@ def megabytes(nbytes: int) -> str:
 
 
 def _tokenizer_of_checkpoint(files: Preset) -> str:
+    if "tokenizer" in files.sources:
+        return files.sources["tokenizer"]
     try:
         return str(CheckpointLoader(files).locate_tokenizer() / TOKENIZER_FILE)
     except ValueError as error:

@@ -334,3 +334,25 @@ def test_a_seed_gives_the_same_text_in_another_process(preset_folder):
     lm.generate("something else", max_new_tokens=3)
     here = lm.generate(["hello", "you"], max_new_tokens=20, seed=5)
     assert ascii(here) == elsewhere.strip()
+
+
+def test_compiled_programs_are_kept_for_the_next_process(preset_folder, tmp_path):
+    from jax.experimental.compilation_cache import compilation_cache
+
+    folder, before = tmp_path / "programs", jax.config.jax_compilation_cache_dir
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder)
+    try:
+        compilation_cache.reset_cache()
+        lm.compile(sampler="greedy", compilation_cache=folder)
+        lm.generate("hello", max_new_tokens=2)
+        kept = sorted(file.name for file in folder.iterdir())
+        assert any("program" in name for name in kept)
+        again = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder)
+        again.compile(sampler="greedy", compilation_cache=folder)
+        again.generate("hello", max_new_tokens=2)
+        entries = {name for name in kept if not name.endswith("-atime")}
+        assert {f.name for f in folder.iterdir() if not f.name.endswith("-atime")} == entries
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+        compilation_cache.reset_cache()
