@@ -14,14 +14,16 @@ class Hub:
     """Serves `repositories`, a dict from `user/name` to a dict from file name to bytes.
 
     `cut` maps a file name to how many bytes are sent before the connection is closed, once.
-    `sizes` maps a file name to the size that is claimed for it. `asked` lists what was asked for.
+    `sizes` maps a file name to the size that is claimed for it. `asked` lists what was asked for,
+    `resumed_at` the bytes that downloads went on from.
     """
 
     def __init__(self, repositories):
         self.repositories = repositories
         self.cut: dict[str, int] = {}
         self.sizes: dict[str, int] = {}
-        self.asked: list[str] = []
+        self.asked: list[tuple[str, str]] = []
+        self.resumed_at: list[int] = []
 
     def downloads(self):
         return [path for method, path in self.asked if method == "GET" and "/resolve/" in path]
@@ -95,6 +97,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         start = 0
         if "Range" in self.headers:
             start = int(self.headers["Range"].removeprefix("bytes=").split("-")[0])
+            self.hub.resumed_at.append(start)
         size = self._size(name, content)
         self.send_response(206 if start else 200)
         self.send_header("X-Repo-Commit", COMMIT)

@@ -32,11 +32,11 @@ class Mamba2Session:
     def generate(self, text: str = "", **kwargs) -> str:
         """Appends `text` and what the model makes of it. Returns only what is new.
 
+        An end token is part of the state, not of the text: the session then goes on behind it.
+
         Args:
             text: string, may be empty.
             **kwargs: see `Mamba2CausalLM.stream`.
-
-        An end token is part of the state, not of the text: the session then goes on behind it.
         """
         return "".join(self.stream(text, **kwargs))
 
