@@ -127,6 +127,7 @@ def check_ssd_step():
 def check_causal_conv1d():
     assert_all_close(causal_conv1d(**CONV), reference.causal_conv1d(**CONV))
     assert_all_close(masked_conv(**CONV), true_masked_conv(**CONV))
+    assert_all_close(packed(causal_conv1d)(**CONV), packed(reference.causal_conv1d)(**CONV))
     short = CONV | {"x": CONV["x"][:, :2]}
     assert_all_close(causal_conv1d(**short), reference.causal_conv1d(**short))
 

@@ -37,15 +37,22 @@ def ssd_step(x, dt, A, B, C, D=None, *, state):
     return (y if D is None else y + wide(D)[:, None] * x), state
 
 
-def causal_conv1d(x, kernel, bias=None, conv_state=None):
+def causal_conv1d(x, kernel, bias=None, conv_state=None, segment_ids=None):
     """Without a mask: what padding must not change is the sequence alone."""
     x, kernel = wide(x), wide(kernel)
     b, t, e = x.shape
     k = len(kernel)
-    before = np.zeros((b, k - 1, e)) if conv_state is None else wide(conv_state)
-    window = np.concatenate([before, x], axis=1)  # (b k-1+t e)
-    y = np.stack([(window[:, i : i + k] * kernel).sum(axis=1) for i in range(t)], axis=1)
-    return (y if bias is None else y + wide(bias)), window[:, t:]
+    state = np.zeros((b, k - 1, e)) if conv_state is None else wide(conv_state)
+    ys = []
+    for i in range(t):
+        if segment_ids is not None and i > 0:
+            goes_on = np.asarray(segment_ids[:, i] == segment_ids[:, i - 1])
+            state = state * goes_on[:, None, None]
+        window = np.concatenate([state, x[:, i : i + 1]], axis=1)  # (b k e)
+        ys.append((window * kernel).sum(axis=1))
+        state = window[:, 1:]
+    y = np.stack(ys, axis=1)
+    return (y if bias is None else y + wide(bias)), state
 
 
 def gradients(f, arguments):

@@ -5,6 +5,7 @@ from keras_mamba2.layers.gated_rms_normalization import GatedRMSNormalization
 from keras_mamba2.layers.mamba2_mixer import Mamba2Mixer
 from keras_mamba2.layers.mamba2_mixer import MixerState
 from keras_mamba2.ops.checks import float32_at_least
+from keras_mamba2.ops.segments import segment_ids_of
 
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
@@ -23,7 +24,8 @@ class Mamba2Block(keras.layers.Layer):
 
     Call arguments:
         x: tensor `(b t d)`.
-        padding_mask: optional tensor `(b t)`, non-zero at real tokens.
+        padding_mask: optional tensor `(b t)`, non-zero at real tokens. Integers also number the
+            documents of a packed row: the mixer restarts where the number changes.
     """
 
     def __init__(
@@ -62,14 +64,14 @@ class Mamba2Block(keras.layers.Layer):
         self.mixer.build(x_shape)
 
     def call(self, x, padding_mask=None):
-        mask = None if padding_mask is None else ops.cast(padding_mask, "bool")
-        return self._add(x, self.dropout_layer(self.mixer(self.norm(x), mask=mask)))
+        mask, segment_ids = _masks(padding_mask)
+        y = self.mixer(self.norm(x), mask=mask, segment_ids=segment_ids)
+        return self._add(x, self.dropout_layer(y))
 
     def call_with_state(self, x, state: MixerState | None = None, padding_mask=None):
         """Returns the output for `x` `(b t d)` after `state`, and the state after `x`."""
-        mask = None if padding_mask is None else ops.cast(padding_mask, "bool")
-        y, state = self.mixer.call_with_state(self.norm(x), state, mask)
-        return self._add(x, y), state
+        y, state = self.mixer.call_with_state(self.norm(x), state, *_masks(padding_mask))
+        return self._add(x, self.dropout_layer(y)), state
 
     def step(self, x, state: MixerState, mask=None):
         """Returns the output for one token `x` `(b d)` after `state`, and the state after it.
@@ -101,3 +103,13 @@ class Mamba2Block(keras.layers.Layer):
             }
         )
         return config
+
+
+def _masks(padding_mask):
+    """Which positions are real, and which segment each belongs to if the mask can tell."""
+    if padding_mask is None:
+        return None, None
+    mask = ops.cast(padding_mask, "bool")
+    if keras.backend.standardize_dtype(padding_mask.dtype) == "bool":
+        return mask, None
+    return mask, segment_ids_of(padding_mask)

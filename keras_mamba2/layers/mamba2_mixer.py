@@ -57,6 +57,8 @@ class Mamba2Mixer(keras.layers.Layer):
         x: tensor `(b t d)`.
         mask: optional boolean tensor `(b t)`, true at real tokens, which are contiguous in
             each row. A padded position changes neither the state nor other outputs.
+        segment_ids: optional integer tensor `(b t)`. Convolution and state restart wherever the
+            id differs from the position before.
 
     Reference:
         - [Dao and Gu, 2024](https://arxiv.org/abs/2405.21060), section 7
@@ -150,7 +152,7 @@ class Mamba2Mixer(keras.layers.Layer):
                 f"head_dim. Received: num_groups={self.num_groups}, number of heads {num_heads}"
             )
 
-    def build(self, x_shape, mask_shape=None):
+    def build(self, x_shape, mask_shape=None, segment_ids_shape=None):
         if x_shape[-1] != self.hidden_dim:
             raise ValueError(
                 f"The input's last axis must be hidden_dim={self.hidden_dim}. "
@@ -188,10 +190,10 @@ class Mamba2Mixer(keras.layers.Layer):
         dt = ops.maximum(dt, self.time_step_floor)
         return dt + ops.log(-ops.expm1(-dt))
 
-    def call(self, x, mask=None):
-        return self.call_with_state(x, mask=mask)[0]
+    def call(self, x, mask=None, segment_ids=None):
+        return self.call_with_state(x, mask=mask, segment_ids=segment_ids)[0]
 
-    def call_with_state(self, x, state: MixerState | None = None, mask=None):
+    def call_with_state(self, x, state: MixerState | None = None, mask=None, segment_ids=None):
         """Returns the output for `x` `(b t d)` after `state`, and the state after `x`."""
         b, t = ops.shape(x)[:2]
         gate, xBC, dt = self._project(x)
@@ -201,6 +203,7 @@ class Mamba2Mixer(keras.layers.Layer):
             self.conv_bias,
             conv_state=None if state is None else state.conv,
             mask=mask,
+            segment_ids=segment_ids,
         )
         x, B, C = self._split_conv_output(ops.silu(xBC))
         dt = self._step_sizes(dt)  # (b t h)
@@ -214,6 +217,7 @@ class Mamba2Mixer(keras.layers.Layer):
             ops.reshape(C, (b, t, self.num_groups, self.state_dim)),
             self.D,
             initial_state=None if state is None else state.ssm,
+            segment_ids=segment_ids,
             chunk_size=self.chunk_size or default_chunk_size(),
         )
         y = self.norm(ops.reshape(y, (b, t, self.inner_dim)), gate)
@@ -272,7 +276,7 @@ class Mamba2Mixer(keras.layers.Layer):
     def _A(self):
         return -ops.exp(ops.convert_to_tensor(self.A_log))
 
-    def compute_output_spec(self, x, mask=None):
+    def compute_output_spec(self, x, mask=None, segment_ids=None):
         return keras.KerasTensor(x.shape, dtype=self.compute_dtype)
 
     def get_config(self):

@@ -45,7 +45,9 @@ class Mamba2Backbone(keras_hub.models.Backbone):
     Call arguments:
         token_ids: int tensor `(b t)`.
         padding_mask: int tensor `(b t)`, non-zero at real tokens, which are contiguous in each
-            row; padding on either side leaves the outputs of real tokens as they were.
+            row; padding on either side leaves the outputs of real tokens as they were. Other
+            numbers than 1 tell documents of a packed row apart (0 padding, 1, 2, ...): each gets
+            what it gets alone.
 
     Example:
     ```python
@@ -176,6 +178,9 @@ class Mamba2Backbone(keras_hub.models.Backbone):
     def call_with_state(self, token_ids, state: Mamba2State | None = None, padding_mask=None):
         """Runs the model on `(b t)` token ids after `state`.
 
+        Differentiable in the state too. A `padding_mask` of integers numbers documents, as in a
+        call; `state` then belongs to the first, and the returned one to the last.
+
         Returns:
             Tuple `(hidden_states, state)`: `(b t d)`, and the `Mamba2State` after each row's
             last real token.
@@ -184,12 +189,12 @@ class Mamba2Backbone(keras_hub.models.Backbone):
         token = ops.full((b,), NO_TOKEN, "int32") if state is None else state.token
         length = ops.zeros((b,), "int32") if state is None else state.length
         layers = [None] * self.num_layers if state is None else state.layers
-        x, states = self.token_embedding(token_ids), []
+        x, states = self.embeddings_dropout(self.token_embedding(token_ids)), []
         for block, layer in zip(self.blocks, layers, strict=True):
             x, layer = block.call_with_state(x, layer, padding_mask)
             states.append(layer)
-        seen = t if padding_mask is None else ops.sum(ops.cast(padding_mask, "int32"), axis=1)
-        return self.norm(x), Mamba2State(states, token, length + seen)
+        seen = t if padding_mask is None else ops.count_nonzero(padding_mask, axis=1)
+        return self.norm(x), Mamba2State(states, token, length + ops.cast(seen, "int32"))
 
     def step(self, token_ids, state: Mamba2State, mask=None):
         """Runs the model on one token a row, `(b)`, after `state`.

@@ -3,9 +3,10 @@
 from keras import ops
 
 from keras_mamba2.ops.checks import check_shapes
+from keras_mamba2.ops.segments import runs
 
 
-def causal_conv1d(x, kernel, bias=None, conv_state=None, mask=None):
+def causal_conv1d(x, kernel, bias=None, conv_state=None, mask=None, segment_ids=None):
     """Convolves each channel of `x` with its own `k` taps, looking back only.
 
     A padded position is passed over: it gives nothing to later positions, and the returned
@@ -19,6 +20,9 @@ def causal_conv1d(x, kernel, bias=None, conv_state=None, mask=None):
             absent.
         mask: optional boolean tensor `(b t)`, true at real positions. The real positions of
             a row must be contiguous: padding on the left, on the right, or on both sides.
+        segment_ids: optional integer tensor `(b t)`. Nothing is seen across a position whose id
+            differs from the one before, padded positions included. `conv_state` belongs to the
+            segment of the first position.
 
     Returns:
         Tuple `(y, conv_state)`: `y` `(b t e)`, arbitrary at padded positions, and
@@ -31,6 +35,7 @@ def causal_conv1d(x, kernel, bias=None, conv_state=None, mask=None):
             "bias": (bias, "e"),
             "conv_state": (conv_state, "b k-1 e"),
             "mask": (mask, "b t"),
+            "segment_ids": (segment_ids, "b t"),
         }
     )
     _check_conv_state(conv_state, kernel)
@@ -58,8 +63,16 @@ def causal_conv1d(x, kernel, bias=None, conv_state=None, mask=None):
         tail = first + count + ops.arange(k - 1, dtype=first.dtype)  # (b k-1)
         new_state = ops.take_along_axis(window, tail[..., None], axis=1)
 
+    taps = [window[:, i : i + t] for i in range(k)]
+    if segment_ids is not None:
+        run = ops.pad(runs(segment_ids), [(0, 0), (k - 1, 0)])  # (b t+k-1)
+        here, zero = run[:, k - 1 :], ops.zeros((), x.dtype)
+        for i in range(k - 1):
+            taps[i] = ops.where((run[:, i : i + t] == here)[..., None], taps[i], zero)
+        state_run = run[:, t:] if mask is None else ops.take_along_axis(run, tail, axis=1)
+        new_state = ops.where((state_run == run[:, -1:])[..., None], new_state, zero)
     kernel = ops.cast(kernel, x.dtype)
-    y = sum(window[:, i : i + t] * kernel[i] for i in range(k))
+    y = sum(taps[i] * kernel[i] for i in range(k))
     return (y if bias is None else y + ops.cast(bias, x.dtype)), new_state
 
 

@@ -27,6 +27,7 @@ from keras import ops
 from keras_mamba2.ops.checks import check_ssd_arguments
 from keras_mamba2.ops.checks import check_ssd_step_arguments
 from keras_mamba2.ops.checks import float32_at_least
+from keras_mamba2.ops.segments import runs
 
 
 class ChunkDecays(NamedTuple):
@@ -201,17 +202,15 @@ def _chunk(x, q):
 
 def links(segment_ids, q):
     """The ways through a chunk of `(b t)` segment ids that stay inside one segment."""
-    changed = ops.cast(segment_ids[:, 1:] != segment_ids[:, :-1], "int32")
-    # Numbered by run, so that an id which comes back later is not linked to its first run.
-    runs = ops.pad(ops.cumsum(changed, axis=1), [(0, 0), (1, 0)])  # (b t)
+    run = runs(segment_ids)  # (b t)
     # `_chunk` fills with zeros: counted back from the last run, the filling continues it.
-    runs = runs[:, -1:, None] - _chunk(runs[:, -1:] - runs, q)  # (b c q)
-    last = runs[:, :, -1:]
+    run = run[:, -1:, None] - _chunk(run[:, -1:] - run, q)  # (b c q)
+    last = run[:, :, -1:]
     before = ops.concatenate([ops.zeros_like(last[:, :1]), last[:, :-1]], axis=1)
     return ChunkDecays(
-        within=runs[..., :, None] == runs[..., None, :],  # (b c l s)
-        from_start=runs == before,  # (b c l)
-        to_end=runs == last,  # (b c s)
+        within=run[..., :, None] == run[..., None, :],  # (b c l s)
+        from_start=run == before,  # (b c l)
+        to_end=run == last,  # (b c s)
         across=(last == before)[..., 0],  # (b c)
     )
 

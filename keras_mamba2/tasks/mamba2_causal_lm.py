@@ -22,6 +22,8 @@ from keras_mamba2.models import Mamba2State
 from keras_mamba2.models.mamba2_state import load_with_text
 from keras_mamba2.tasks.mamba2_causal_lm_preprocessor import Mamba2CausalLMPreprocessor
 from keras_mamba2.tasks.mamba2_session import Mamba2Session
+from keras_mamba2.tasks.packing import is_dataset
+from keras_mamba2.tasks.packing import packed_dataset
 from keras_mamba2.tasks.text_stream import TextStream
 from keras_mamba2.tasks.text_stream import TextStreams
 from keras_mamba2.tasks.text_stream import visits
@@ -155,6 +157,51 @@ class Mamba2CausalLM(keras_hub.models.CausalLM):
             self, self.sampler, inputs["token_ids"], inputs["padding_mask"], stop_token_ids
         )
         return {"token_ids": token_ids, "padding_mask": inputs["padding_mask"]}
+
+    def fit(
+        self, x=None, y=None, sample_weight=None, validation_data=None, **kwargs
+    ) -> keras.callbacks.History:
+        """As `keras_hub.models.CausalLM.fit`; texts share rows if the preprocessor packs.
+
+        Args:
+            x: texts as a list, an array, or a `tf.data` or `grain` dataset of batches of them.
+                Or rows that are preprocessed already, as a dict of `token_ids` and
+                `padding_mask`, or a dataset of them with targets.
+            y: targets of preprocessed rows, `(b t)`.
+            sample_weight: weights of preprocessed rows, `(b t)`.
+            validation_data: as `x`, or a tuple `(x, y)` or `(x, y, sample_weight)`.
+            **kwargs: as there.
+        """
+        if validation_data is not None:
+            if not isinstance(validation_data, tuple):
+                validation_data = (validation_data,)
+            rows = self._packed(*keras.utils.unpack_x_y_sample_weight(validation_data))
+            validation_data = rows[0] if is_dataset(rows[0]) else rows
+        x, y, sample_weight = self._packed(x, y, sample_weight)
+        return super().fit(
+            x, y, sample_weight=sample_weight, validation_data=validation_data, **kwargs
+        )
+
+    def evaluate(self, x=None, y=None, sample_weight=None, **kwargs):
+        """As `keras_hub.models.CausalLM.evaluate`; inputs as in `fit`."""
+        x, y, sample_weight = self._packed(x, y, sample_weight)
+        return super().evaluate(x, y, sample_weight=sample_weight, **kwargs)
+
+    def preprocess_samples(self, x, y=None, sample_weight=None):
+        if isinstance(x, Mapping):  # preprocessed already
+            return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+        return super().preprocess_samples(x, y, sample_weight)
+
+    def _packed(self, x, y, sample_weight):
+        """Texts as packed rows, if the preprocessor packs; all else as it is."""
+        if self.preprocessor is None or not self.preprocessor.packing or isinstance(x, Mapping):
+            return x, y, sample_weight
+        if is_dataset(x):
+            return packed_dataset(x, self.preprocessor), None, None
+        rows = self.preprocessor(x)
+        if not len(rows[0]["token_ids"]):
+            raise ValueError(f"No text has two tokens to learn from. Received {len(x)} texts.")
+        return rows
 
     def compile(self, *args, compilation_cache: str | None = None, **kwargs) -> None:
         """As `keras_hub.models.CausalLM.compile`.

@@ -8,6 +8,7 @@ from keras import ops
 from keras_mamba2.conversion import open_preset
 from keras_mamba2.models import Mamba2Backbone
 from keras_mamba2.models import Mamba2Tokenizer
+from keras_mamba2.tasks.packing import pack
 
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
@@ -17,12 +18,18 @@ class Mamba2CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
     For training, texts are tokenized, an end token is added, and all are cut or padded on the
     right to `sequence_length`; the targets are the next tokens, and padding has no weight.
 
+    With `packing=True` several texts share a row, so that next to nothing is padding. The mask
+    numbers them (0 padding, 1, 2, ...), and the model gives each what it gives it alone. Texts
+    longer than a row are cut into pieces instead of being cut off, each read on its own. A batch
+    of texts then gives another number of rows; `fit` and `evaluate` make batches of equal size.
+
     Args:
         tokenizer: a `keras_mamba2.Mamba2Tokenizer`.
         sequence_length: int, the length of training rows, and the default total length of
             generated ones.
         add_start_token: bool. Mamba-2 checkpoints were trained without a start token.
         add_end_token: bool, whether texts end with the end token in training.
+        packing: bool, whether texts share rows in training.
         **kwargs: see `keras.layers.Layer`.
 
     Call arguments:
@@ -47,6 +54,7 @@ class Mamba2CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         sequence_length: int = 1024,
         add_start_token: bool = False,
         add_end_token: bool = True,
+        packing: bool = False,
         **kwargs,
     ):
         super().__init__(
@@ -56,6 +64,7 @@ class Mamba2CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             add_end_token=add_end_token,
             **kwargs,
         )
+        self.packing = packing
 
     @classmethod
     def from_preset(cls, preset: str, **kwargs) -> "Mamba2CausalLMPreprocessor":
@@ -64,6 +73,35 @@ class Mamba2CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         if loader is not None:
             return loader.load_preprocessor(cls, **kwargs)
         return super().from_preset(preset, **kwargs)
+
+    def _call_python(self, x, y=None, sample_weight=None, sequence_length=None):
+        if not self.packing:
+            return super()._call_python(x, y, sample_weight, sequence_length)
+        texts = [x] if isinstance(x, (str, bytes)) else list(x)
+        last = [self.tokenizer.end_token_id] if self.add_end_token else []
+        documents = [[*prompt, *last] for prompt in self.prompts(texts)]
+        return pack(documents, sequence_length or self.sequence_length, self._pad_token_id)
+
+    def _call_tf(self, x, y=None, sample_weight=None, sequence_length=None):
+        if not self.packing:
+            return super()._call_tf(x, y, sample_weight, sequence_length=sequence_length)
+        import tensorflow as tf
+
+        def flat_rows(texts):
+            texts = [text.decode("utf-8") for text in texts]
+            x, y, sample_weight = self._call_python(texts, sequence_length=sequence_length)
+            return x["token_ids"], x["padding_mask"], y, sample_weight
+
+        dtypes = (tf.int32, tf.int32, tf.int32, tf.bool)
+        rows = tf.numpy_function(flat_rows, [tf.reshape(x, [-1])], dtypes)
+        for part in rows:
+            part.set_shape((None, sequence_length or self.sequence_length))
+        token_ids, padding_mask, y, sample_weight = rows
+        return {"token_ids": token_ids, "padding_mask": padding_mask}, y, sample_weight
+
+    @property
+    def _pad_token_id(self) -> int:
+        return self.tokenizer.pad_token_id or 0
 
     def prompts(self, texts: Sequence[str], continued: bool = False) -> list[np.ndarray]:
         """The token ids of each text, for generation.
@@ -106,6 +144,9 @@ class Mamba2CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
                     f"Prompt {i} has {length} tokens, more than the total length of "
                     f"{sequence_length}. Pass a larger `max_length`, or `max_new_tokens` instead."
                 )
+
+    def get_config(self):
+        return {**super().get_config(), "packing": self.packing}
 
     def generate_postprocess(self, x):
         # The inherited one takes a mask of integers, from numpy, for indices.

@@ -92,6 +92,25 @@ def test_continuing_is_the_whole_at_every_split(k):
         assert_is_the_convolution(ops.concatenate([first, second], axis=1), state, inputs)
 
 
+@kernel_sizes
+@with_and_without_state
+@examples
+@given(ids=st.lists(st.integers(0, 2), min_size=6, max_size=6), seed=st.integers(0, 9))
+def test_each_segment_is_alone(k, with_state, ids, seed):
+    """Also with padding around the row, that has the ids next to it. Ids may come back."""
+    inputs = random_inputs(seed, k, with_state=with_state) | {"segment_ids": np.int32([ids] * 4)}
+    truth, true_state = reference.causal_conv1d(**inputs)
+    around = {
+        "x": np.pad(inputs["x"], [(0, 0), (2, 1), (0, 0)], constant_values=np.float32("nan")),
+        "segment_ids": np.pad(inputs["segment_ids"], [(0, 0), (2, 1)], mode="edge"),
+        "mask": np.pad(np.ones((4, 6), bool), [(0, 0), (2, 1)]),
+    }
+    for changes, start in (({}, 0), (around, 2)):
+        y, state = causal_conv1d(**inputs | changes)
+        np.testing.assert_allclose(y[:, start : start + 6], truth, rtol=0, atol=50 * EPS)
+        np.testing.assert_array_equal(state, true_state)
+
+
 @pytest.mark.parametrize("with_mask", [False, True])
 def test_outputs_and_state_have_the_dtype_of_the_input(with_mask):
     inputs = random_inputs(3, 4)
@@ -168,6 +187,7 @@ class TestGradients:
         ({"conv_state": np.ones((4, 4, 3))}, r"`conv_state`.*k-1=3 .*\(4, 4, 3\).*\(4, 3\)"),
         ({"conv_state": np.ones((3, 3, 3))}, r"`conv_state`.*b=4, as in `x`.*\(3, 3, 3\)"),
         ({"mask": np.ones((4, 5), bool)}, r"`mask`.*t=6, as in `x`.*\(4, 5\)"),
+        ({"segment_ids": np.ones((4, 5))}, r"`segment_ids`.*t=6, as in `x`.*\(4, 5\)"),
     ],
 )
 def test_bad_input_is_refused_by_name_and_value(change, message):

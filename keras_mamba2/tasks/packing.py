@@ -1,0 +1,94 @@
+"""Documents in rows without waste: each whole, and told apart by the numbers in the mask."""
+
+import bisect
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+
+# Documents of a dataset that are packed together: enough that rows are full, few enough that
+# the first batch does not wait.
+WINDOW = 1024
+
+
+def pack(
+    documents: Sequence[Sequence[int]], sequence_length: int, pad_token_id: int = 0
+) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """Packs documents into training rows `(b t)`, `t = sequence_length`.
+
+    A document of `n` tokens gives `n - 1` positions, each with the next token as target, so that
+    no position is spent on a token after which nothing comes. One with more positions than a row
+    is cut into pieces that are documents of their own.
+
+    Returns:
+        Tuple `(x, y, sample_weight)`: `x["padding_mask"]` has 0 at padding and the documents'
+        numbers, from 1, elsewhere.
+    """
+    pieces = [
+        np.asarray(document[i : i + sequence_length + 1], "int32")
+        for document in documents
+        for i in range(0, len(document) - 1, sequence_length)
+    ]
+    rows = best_fit([len(piece) - 1 for piece in pieces], sequence_length)
+    shape = (len(rows), sequence_length)
+    token_ids, targets = np.full((2, *shape), pad_token_id, "int32")
+    padding_mask = np.zeros(shape, "int32")
+    for i, row in enumerate(rows):
+        start = 0
+        for number, piece in enumerate((pieces[j] for j in row), start=1):
+            here = slice(start, start + len(piece) - 1)
+            token_ids[i, here], targets[i, here] = piece[:-1], piece[1:]
+            padding_mask[i, here] = number
+            start = here.stop
+    return {"token_ids": token_ids, "padding_mask": padding_mask}, targets, padding_mask > 0
+
+
+def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Which documents share a row: longest first, each into the row that it fills best."""
+    rows, room = [], []  # room: sorted pairs of (positions left, row)
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = bisect.bisect_left(room, (lengths[i], 0))
+        left, row = room.pop(place) if place < len(room) else (size, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(i)
+        bisect.insort(room, (left - lengths[i], row))
+    return sorted(sorted(row) for row in rows)  # in the order of the documents
+
+
+def is_dataset(x) -> bool:
+    """Whether `x` is a `tf.data.Dataset` or a `grain` dataset."""
+    return hasattr(x, "element_spec") or isinstance(x, (grain.MapDataset, grain.IterDataset))
+
+
+def packed_dataset(dataset, preprocessor: Callable):
+    """Batches of texts as batches of packed rows, as many rows each as there were texts.
+
+    Args:
+        dataset: a `tf.data.Dataset`, `grain.MapDataset` or `grain.IterDataset` of batches of
+            strings, or of tuples that begin with one.
+        preprocessor: maps a batch of strings to packed rows.
+
+    Returns:
+        The same kind of dataset. If its elements are preprocessed rows already, `dataset`.
+    """
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError("The dataset is empty.")
+    texts = _texts(first)
+    if isinstance(texts, Mapping):
+        return dataset
+    if hasattr(dataset, "element_spec"):
+        windows = dataset.map(lambda *element: element[0]).unbatch().batch(WINDOW)
+        return windows.map(preprocessor).unbatch().batch(len(texts))
+    if isinstance(dataset, grain.MapDataset):
+        dataset = dataset.to_iter_dataset()
+    rebatch = grain.experimental.RebatchIterDataset
+    windows = rebatch(dataset.map(lambda element: np.array(_texts(element), object)), WINDOW)
+    return rebatch(windows.map(lambda texts: preprocessor(texts.tolist())), len(texts))
+
+
+def _texts(element):
+    return element[0] if isinstance(element, tuple) else element

@@ -1,0 +1,111 @@
+"""Documents that share a row get what they get alone: logits, gradients, and the state after."""
+
+import jax
+import keras
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
+from keras import ops
+
+from keras_mamba2 import Mamba2Backbone
+from keras_mamba2 import Mamba2CausalLM
+from keras_mamba2.ops.segments import segment_ids_of
+from tests import reference
+
+LENGTHS = (5, 1, 7, 2)  # shorter and longer than chunk and kernel
+T = sum(LENGTHS)
+EPS = np.finfo("float32").eps
+
+
+@pytest.fixture(scope="module")
+def lm():
+    arguments = {"state_dim": 4, "head_dim": 4, "num_groups": 2, "chunk_size": 4}
+    lm = Mamba2CausalLM(Mamba2Backbone(20, 2, 8, **arguments))
+    reference.randomize(lm)
+    return lm
+
+
+@pytest.fixture(scope="module")
+def documents():
+    rng = np.random.default_rng(0)
+    return [rng.integers(20, size=(1, length)) for length in LENGTHS]
+
+
+def packed(documents, left=0, right=0):
+    numbers = [np.full(document.shape, i + 1) for i, document in enumerate(documents)]
+    pad = [(0, 0), (left, right)]
+    return np.pad(np.concatenate(documents, 1), pad), np.pad(np.concatenate(numbers, 1), pad)
+
+
+def close(actual, expected, roundings=64):
+    expected = np.asarray(expected)
+    np.testing.assert_allclose(actual, expected, 0, roundings * EPS * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("left", "right"), [(0, 0), (3, 0), (0, 2), (1, 4)])
+def test_logits_and_state_are_those_of_each_document_alone(lm, documents, left, right):
+    token_ids, padding_mask = packed(documents, left, right)
+    row = lm({"token_ids": token_ids, "padding_mask": padding_mask})[:, left : left + T]
+    alone = [lm({"token_ids": d, "padding_mask": np.ones(d.shape)}) for d in documents]
+    close(row, ops.concatenate(alone, axis=1))
+    _, state = lm.backbone.call_with_state(token_ids, padding_mask=ops.array(padding_mask))
+    _, last = lm.backbone.call_with_state(documents[-1])
+    jax.tree.map(close, state.layers, last.layers)
+    assert state.length == T
+
+
+def test_the_state_before_belongs_to_the_first_document(lm, documents):
+    before, *rest = documents
+    _, state = lm.backbone.call_with_state(before)
+    token_ids, padding_mask = packed(rest, left=1)
+    hidden_states, _ = lm.backbone.call_with_state(token_ids, state, ops.array(padding_mask))
+    joined = np.concatenate([before, rest[0]], axis=1)
+    expected, _ = lm.backbone.call_with_state(joined)
+    close(hidden_states[:, 1 : 1 + LENGTHS[1]], expected[:, LENGTHS[0] :])
+    alone, _ = lm.backbone.call_with_state(rest[1])
+    close(hidden_states[:, 1 + LENGTHS[1] :][:, : LENGTHS[2]], alone)
+
+
+def test_a_mask_of_booleans_is_one_document(lm, documents):
+    token_ids, padding_mask = packed(documents)
+    ones, _ = lm.backbone.call_with_state(token_ids, padding_mask=ops.ones_like(padding_mask))
+    true, _ = lm.backbone.call_with_state(token_ids, padding_mask=ops.array(padding_mask > 0))
+    np.testing.assert_array_equal(ones, true)
+
+
+@pytest.mark.skipif(keras.config.backend() != "jax", reason="takes gradients with jax.grad")
+def test_gradients_are_the_sum_over_documents_alone(lm, documents):
+    rng = np.random.default_rng(1)
+    weights = [np.float32(rng.normal(size=(1, length, 8))) for length in LENGTHS]
+    variables = lm.trainable_variables
+
+    @jax.jit
+    def gradients(values, token_ids, padding_mask, weights):
+        def loss(values):
+            with keras.StatelessScope(list(zip(variables, values, strict=True))):
+                y = lm.backbone({"token_ids": token_ids, "padding_mask": padding_mask})
+            return (y * weights).sum()
+
+        return jax.grad(loss)(values)
+
+    values = [variable.value for variable in variables]
+    row = gradients(values, *packed(documents), np.concatenate(weights, axis=1))
+    alone = [
+        gradients(values, document, np.ones(document.shape, int), weight)
+        for document, weight in zip(documents, weights, strict=True)
+    ]
+    for i, gradient in enumerate(row):
+        total = np.sum([parts[i] for parts in alone], axis=0, dtype="float64")
+        assert np.abs(total).max() > 0
+        close(gradient, total, 512)
+
+
+@settings(deadline=None, derandomize=True, max_examples=30)
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=5), st.integers(0, 3), st.integers(0, 3))
+def test_segments_begin_where_documents_do(lengths, left, right):
+    numbers = np.repeat(np.arange(len(lengths)), lengths)
+    mask = np.pad(numbers + 1, (left, right))
+    segment_ids = ops.convert_to_numpy(segment_ids_of(ops.array(mask[None])))[0]
+    np.testing.assert_array_equal(segment_ids, np.pad(numbers, (left, right), mode="edge"))
