@@ -6,10 +6,10 @@ from keras import initializers
 from keras import ops
 from keras import random
 
+from keras_mamba2.layers.distributed_ssd import distributed_ssd
 from keras_mamba2.layers.gated_rms_normalization import GatedRMSNormalization
 from keras_mamba2.ops import causal_conv1d
 from keras_mamba2.ops import causal_conv1d_step
-from keras_mamba2.ops import ssd
 from keras_mamba2.ops import ssd_step
 from keras_mamba2.ops.chunk_size import default_chunk_size
 
@@ -209,7 +209,8 @@ class Mamba2Mixer(keras.layers.Layer):
         dt = self._step_sizes(dt)  # (b t h)
         if mask is not None:
             dt = dt * ops.cast(mask, dt.dtype)[..., None]  # a pad leaves the state as it was
-        y, ssm_state = ssd(
+        y, ssm_state = distributed_ssd(
+            self.path,
             ops.reshape(x, (b, t, self.num_heads, self.head_dim)),
             dt,
             self._A(),

@@ -5,6 +5,8 @@ from keras import ops
 from keras_mamba2.conversion import open_preset
 from keras_mamba2.layers.gated_rms_normalization import GatedRMSNormalization
 from keras_mamba2.layers.mamba2_block import Mamba2Block
+from keras_mamba2.models.mamba2_layout import check_layout
+from keras_mamba2.models.mamba2_layout import layout_map
 from keras_mamba2.models.mamba2_state import NO_TOKEN
 from keras_mamba2.models.mamba2_state import Mamba2State
 
@@ -97,6 +99,23 @@ class Mamba2Backbone(keras_hub.models.Backbone):
                 f"unpadded_vocabulary_size={unpadded_vocabulary_size}, "
                 f"vocabulary_size={vocabulary_size}"
             )
+
+        inner_dim = round(expansion * hidden_dim)
+        num_heads = inner_dim // head_dim
+        in_proj_dim = 2 * inner_dim + 2 * num_groups * state_dim + num_heads
+        check_layout(
+            {
+                "token_embedding/embeddings": {
+                    "vocabulary_size": vocabulary_size,
+                    "hidden_dim": hidden_dim,
+                },
+                "block_0/mixer/out_proj/kernel": {"num_heads": num_heads, "hidden_dim": hidden_dim},
+                "block_0/mixer/in_proj/kernel": {
+                    "hidden_dim": hidden_dim,
+                    "2 * inner_dim + 2 * num_groups * state_dim + num_heads": in_proj_dim,
+                },
+            }
+        )
 
         # === Layers ===
         self.token_embedding = keras.layers.ReversibleEmbedding(
@@ -226,6 +245,43 @@ class Mamba2Backbone(keras_hub.models.Backbone):
         if loader is not None:
             return loader.load_backbone(cls, load_weights, **kwargs)
         return super().from_preset(preset, load_weights=load_weights, **kwargs)
+
+    @staticmethod
+    def get_layout_map(
+        device_mesh: keras.distribution.DeviceMesh,
+        model_parallel_dim_name: str = "model",
+        data_parallel_dim_name: str = "batch",
+        sequence_parallel_dim_name: str = "sequence",
+    ) -> keras.distribution.LayoutMap:
+        """How weights and sequences are distributed over the devices of a mesh.
+
+        Its axes say what is cut. `data_parallel_dim_name` is always there: rows of the batch,
+        and every matrix, so that weights, gradients and optimizer need a share of the memory
+        (fully sharded). `model_parallel_dim_name` cuts heads and vocabulary (tensor parallel).
+        `sequence_parallel_dim_name` cuts positions: each device runs its part of every sequence,
+        if their number is divisible, and passes on the state.
+
+        Args:
+            device_mesh: `keras.distribution.DeviceMesh` with one or two of the axes.
+            model_parallel_dim_name: string, the axis that cuts heads.
+            data_parallel_dim_name: string, the axis that cuts the batch.
+            sequence_parallel_dim_name: string, the axis that cuts sequences.
+
+        Example:
+        ```python
+        mesh = keras.distribution.DeviceMesh((2, 4), ["batch", "sequence"])
+        layout_map = keras_mamba2.Mamba2Backbone.get_layout_map(mesh)
+        distribution = keras.distribution.ModelParallel(layout_map=layout_map)
+        with distribution.scope():
+            lm = keras_mamba2.Mamba2CausalLM.from_preset("mamba2_130m_en")
+        ```
+        """
+        return layout_map(
+            device_mesh,
+            model_parallel_dim_name,
+            data_parallel_dim_name,
+            sequence_parallel_dim_name,
+        )
 
     def default_lora_layer_names(self) -> list[str]:
         return ["in_proj", "out_proj"]

@@ -1,0 +1,42 @@
+import keras
+
+from keras_mamba2.ops import ssd
+
+
+def distributed_ssd(path: str, x, dt, A, B, C, D, **options):
+    """`ops.ssd`, on several devices where the current `keras.distribution` lays it out so.
+
+    A layout map names the layouts of `<path>/x`, `<path>/dt`, `<path>/B` and `<path>/C`. They are
+    set here, before the loop over the chunks, or XLA would exchange B and C anew in each. If that
+    of `x` `(b t h p)` cuts `t`, and its devices divide it, each runs its own part of the sequence.
+
+    Args:
+        path: string, of the layer that computes it.
+        x: as in `ops.ssd`, like all others.
+        dt: as there.
+        A: as there.
+        B: as there.
+        C: as there.
+        D: as there.
+        **options: as there.
+    """
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return ssd(x, dt, A, B, C, D, **options)
+
+    layouts = [distribution.get_tensor_layout(f"{path}/{name}") for name in ("x", "dt", "B", "C")]
+    x, dt, B, C = (
+        a if layout is None else keras.distribution.distribute_tensor(a, layout)
+        for a, layout in zip((x, dt, B, C), layouts, strict=True)
+    )
+    sequence_axis = None if layouts[0] is None else layouts[0].axes[1]
+    if sequence_axis is None or x.shape[1] % _size(layouts[0].device_mesh, sequence_axis):
+        return ssd(x, dt, A, B, C, D, **options)
+    # Distribution is JAX's alone: there is no such module to import on other backends.
+    from keras_mamba2.ops.ssd_sequence_parallel import ssd_sequence_parallel
+
+    return ssd_sequence_parallel(x, dt, A, B, C, D, **options, sharding=layouts[0].backend_layout)
+
+
+def _size(mesh: keras.distribution.DeviceMesh, axis: str) -> int:
+    return mesh.shape[mesh.axis_names.index(axis)]
