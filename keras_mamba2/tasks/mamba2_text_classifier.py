@@ -151,7 +151,7 @@ class Mamba2TextClassifier(keras_hub.models.TextClassifier):
             _check_rows(ops.convert_to_numpy(padding_mask))
         if labels is not None and _takes_class_numbers(self.loss):
             ignored = getattr(self.loss, "ignore_class", None)
-            _check_labels(np.asarray(labels), self.num_classes, ignored)
+            _check_labels(ops.convert_to_numpy(labels), self.num_classes, ignored)
 
     def get_config(self):
         config = super().get_config()
