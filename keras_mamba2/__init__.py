@@ -10,6 +10,9 @@ from keras_mamba2.models import Mamba2State as Mamba2State
 from keras_mamba2.models import Mamba2Tokenizer as Mamba2Tokenizer
 from keras_mamba2.tasks import Mamba2CausalLM as Mamba2CausalLM
 from keras_mamba2.tasks import Mamba2CausalLMPreprocessor as Mamba2CausalLMPreprocessor
+from keras_mamba2.tasks import Mamba2Forecaster as Mamba2Forecaster
 from keras_mamba2.tasks import Mamba2Session as Mamba2Session
+from keras_mamba2.tasks import Mamba2TextClassifier as Mamba2TextClassifier
+from keras_mamba2.tasks import Mamba2TextClassifierPreprocessor as Mamba2TextClassifierPreprocessor
 
 __version__ = "0.1.0"

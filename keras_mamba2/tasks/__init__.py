@@ -1,7 +1,12 @@
-"""What a user calls: the language model, and what turns text into its inputs and back."""
+"""What a user calls: models of language and of series, and what turns text into their inputs."""
 
 from keras_mamba2.tasks.mamba2_causal_lm import Mamba2CausalLM as Mamba2CausalLM
 from keras_mamba2.tasks.mamba2_causal_lm_preprocessor import (
     Mamba2CausalLMPreprocessor as Mamba2CausalLMPreprocessor,
 )
+from keras_mamba2.tasks.mamba2_forecaster import Mamba2Forecaster as Mamba2Forecaster
 from keras_mamba2.tasks.mamba2_session import Mamba2Session as Mamba2Session
+from keras_mamba2.tasks.mamba2_text_classifier import Mamba2TextClassifier as Mamba2TextClassifier
+from keras_mamba2.tasks.mamba2_text_classifier_preprocessor import (
+    Mamba2TextClassifierPreprocessor as Mamba2TextClassifierPreprocessor,
+)

@@ -1,0 +1,277 @@
+from collections.abc import Sequence
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_mamba2.layers import GatedRMSNormalization
+from keras_mamba2.layers import Mamba2Block
+from keras_mamba2.ops.checks import float32_at_least
+
+
+@keras.saving.register_keras_serializable(package="keras_mamba2")
+class Mamba2Forecaster(keras.Model):
+    """Forecasts time series: the values of some features, many steps on, at once.
+
+    Each feature of each row is scaled by the mean and the deviation of its own observed values,
+    and forecasts are scaled back, so that the forecast of `a * x + c` is `a * forecast + c` for
+    any positive `a`. A series that does not vary is forecast as what it is.
+
+    Values may be missing. Steps before the first observed one are no part of the series; at later
+    ones a missing value is read as the mean, next to a flag that it is missing. In targets,
+    missing values are errors of 0: they have no gradient, and lower the reported means.
+
+    Losses and metrics are in the units of the targets. Where those differ much from target to
+    target or from row to row, bring the series to one unit first, or the largest is learned most.
+
+    Args:
+        horizon: int, the number of steps forecast.
+        num_features: int, f, the features of the inputs.
+        output_features: which features are forecast: an int for so many first ones, or their
+            indices. `None` for all.
+        num_layers: int.
+        hidden_dim: int, d.
+        state_dim: int, n, the size of the state of each channel.
+        head_dim: int, p, channels a head; divides expansion * hidden_dim.
+        num_groups: int, g, groups of heads that share B and C; divides the number of heads.
+        expansion: float, the inner size is expansion * hidden_dim.
+        conv_kernel_size: int, k.
+        chunk_size: int, positions computed at once. `None` takes the value that is fast on the
+            platform.
+        dropout: float, the rate at which the outputs of mixers are dropped in training.
+        **kwargs: `name`, `dtype` and `trainable`. Inputs and outputs are scaled, and the last
+            layer is computed, in float32 whatever the dtype policy.
+
+    Call arguments:
+        inputs: float tensor `(b t f)`, with NaN (or infinity) for what is missing; or a dict of
+            such `values` and a boolean `mask` `(b t f)` or `(b t)`, true where they are observed.
+            Returns `(b horizon o)`. A feature without any observed value is forecast as 0, and
+            refused by `fit`, `evaluate` and `predict` on arrays.
+
+    Example:
+    ```python
+    forecaster = keras_mamba2.Mamba2Forecaster(horizon=24, num_features=3, output_features=1)
+    forecaster.compile(optimizer=keras.optimizers.Adam(1e-3), loss="mae")
+    forecaster.fit(windows, next_days)  # (b 168 3), (b 24 1)
+    forecaster.predict(windows)  # (b 24 1)
+    ```
+
+    Reference:
+        - [Dao and Gu, 2024](https://arxiv.org/abs/2405.21060)
+        - [Kim et al., 2022](https://openreview.net/forum?id=cGDAkQo1C0p), of the scaling
+    """
+
+    def __init__(
+        self,
+        horizon: int,
+        num_features: int = 1,
+        output_features: int | Sequence[int] | None = None,
+        num_layers: int = 2,
+        hidden_dim: int = 64,
+        state_dim: int = 32,
+        head_dim: int = 16,
+        num_groups: int = 1,
+        expansion: float = 2,
+        conv_kernel_size: int = 4,
+        chunk_size: int | None = None,
+        dropout: float = 0.0,
+        **kwargs,
+    ):
+        # Not cast at the door: a value of 1003 is 1000 in bfloat16.
+        super().__init__(autocast=False, **kwargs)
+        for name, value in (
+            ("horizon", horizon),
+            ("num_features", num_features),
+            ("num_layers", num_layers),
+        ):
+            if value < 1:
+                raise ValueError(f"`{name}` must be positive. Received: {name}={value}")
+        self.horizon = horizon
+        self.num_features = num_features
+        self.output_features = _indices(output_features, num_features)
+        self.num_layers = num_layers
+        self.hidden_dim = hidden_dim
+        self.state_dim = state_dim
+        self.head_dim = head_dim
+        self.num_groups = num_groups
+        self.expansion = expansion
+        self.conv_kernel_size = conv_kernel_size
+        self.chunk_size = chunk_size
+        self.dropout = dropout
+
+        self.embedding = keras.layers.Dense(hidden_dim, dtype=self.dtype_policy, name="embedding")
+        self.blocks = [
+            Mamba2Block(
+                hidden_dim=hidden_dim,
+                state_dim=state_dim,
+                head_dim=head_dim,
+                num_groups=num_groups,
+                expansion=expansion,
+                conv_kernel_size=conv_kernel_size,
+                chunk_size=chunk_size,
+                num_residual_layers=num_layers,
+                dropout=dropout,
+                dtype=self.dtype_policy,
+                name=f"block_{i}",
+            )
+            for i in range(num_layers)
+        ]
+        self.norm = GatedRMSNormalization(dtype=self.dtype_policy, name="final_norm")
+        self.head = keras.layers.Dense(
+            horizon * len(self.output_features), dtype=self._scaling_dtype, name="head"
+        )
+        self.build()
+
+    def build(self, input_shape=None):
+        self.embedding.build((None, None, 2 * self.num_features))
+        for block in self.blocks:
+            block.build((None, None, self.hidden_dim))
+        self.norm.build((None, self.hidden_dim))
+        self.head.build((None, self.hidden_dim))
+        self.built = True
+
+    @property
+    def _scaling_dtype(self) -> str:
+        return float32_at_least(self.compute_dtype)
+
+    def call(self, inputs):
+        values, observed = self._observations(inputs)  # (b t f), (b t f)
+        scaled, mean, scale = _standardize(values, observed)  # (b t f), (b 1 f), (b 1 f)
+        begun = ops.cumsum(ops.cast(ops.any(observed, axis=-1), "int32"), axis=1) > 0  # (b t)
+        flags = ops.cast(observed, scaled.dtype)
+        x = self.embedding(ops.concatenate([scaled, flags], axis=-1))  # (b t d)
+        for block in self.blocks:
+            x = block(x, padding_mask=begun)
+        y = self.head(self.norm(x[:, -1]))  # (b horizon*o)
+        y = ops.reshape(y, (-1, self.horizon, len(self.output_features)))
+        mean, scale = (ops.take(a, self.output_features, axis=-1) for a in (mean, scale))
+        return mean + scale * y
+
+    def _observations(self, inputs):
+        """The values, zero where they are missing, and where they are not: both `(b t f)`."""
+        values, mask = self._values_and_mask(inputs)
+        observed = ops.isfinite(values)
+        if mask is not None:
+            observed = ops.logical_and(observed, ops.cast(mask, "bool"))
+        values = ops.cast(values, self._scaling_dtype)
+        return ops.where(observed, values, ops.zeros_like(values)), observed
+
+    def _values_and_mask(self, inputs):
+        if not isinstance(inputs, dict):
+            values, mask = inputs, None
+        elif set(inputs) == {"values", "mask"}:
+            values, mask = inputs["values"], inputs["mask"]
+            if len(mask.shape) == 2:
+                mask = mask[..., None]  # (b t 1)
+        else:
+            raise ValueError(
+                f"A dict of inputs holds `values` and `mask`. Received: {sorted(inputs)}"
+            )
+        shape = tuple(values.shape)
+        if len(shape) != 3 or shape[1] == 0 or shape[2] != self.num_features:
+            raise ValueError(
+                f"Inputs must have shape (b t f), with t > 0 and f = num_features = "
+                f"{self.num_features}. Received: shape={shape}"
+            )
+        if mask is not None and tuple(mask.shape) not in (shape, (*shape[:2], 1)):
+            raise ValueError(
+                f"`mask` must have the shape {shape} of `values`, or {shape[:2]}. "
+                f"Received: shape={tuple(inputs['mask'].shape)}"
+            )
+        return values, mask
+
+    def fit(self, x=None, *args, **kwargs):
+        self._check_arrays(x)
+        return super().fit(x, *args, **kwargs)
+
+    def evaluate(self, x=None, *args, **kwargs):
+        self._check_arrays(x)
+        return super().evaluate(x, *args, **kwargs)
+
+    def predict(self, x=None, *args, **kwargs):
+        self._check_arrays(x)
+        return super().predict(x, *args, **kwargs)
+
+    def _check_arrays(self, x) -> None:
+        """Raises for a row that lacks all values of a feature to forecast. Looks at arrays only."""
+        if not all(isinstance(a, np.ndarray) for a in (x.values() if isinstance(x, dict) else [x])):
+            return
+        values, mask = self._values_and_mask(x)
+        observed = np.isfinite(values) & (True if mask is None else mask.astype(bool))
+        missing = np.argwhere(~observed[:, :, self.output_features].any(axis=1))
+        if len(missing):
+            row, i = missing[0]
+            raise ValueError(
+                f"Row {row} has no observed value of feature {self.output_features[i]}, so there "
+                f"is nothing to forecast it from. Leave out such rows: there are "
+                f"{len(np.unique(missing[:, 0]))} in {len(values)}."
+            )
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        return super().compute_loss(x, self._filled(y, y_pred), y_pred, sample_weight, training)
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        return super().compute_metrics(x, self._filled(y, y_pred), y_pred, sample_weight)
+
+    def _filled(self, y, y_pred):
+        """The targets, with the forecasts, as constants, in the place of what is missing."""
+        if tuple(y.shape[1:]) != tuple(y_pred.shape[1:]):  # or they would be broadcast
+            raise ValueError(
+                "Targets must have shape (b horizon o), as the outputs, "
+                f"{tuple(y_pred.shape)}. Received: shape={tuple(y.shape)}"
+            )
+        y = ops.cast(y, y_pred.dtype)
+        return ops.where(ops.isfinite(y), y, ops.stop_gradient(y_pred))
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(
+            {
+                "horizon": self.horizon,
+                "num_features": self.num_features,
+                "output_features": self.output_features,
+                "num_layers": self.num_layers,
+                "hidden_dim": self.hidden_dim,
+                "state_dim": self.state_dim,
+                "head_dim": self.head_dim,
+                "num_groups": self.num_groups,
+                "expansion": self.expansion,
+                "conv_kernel_size": self.conv_kernel_size,
+                "chunk_size": self.chunk_size,
+                "dropout": self.dropout,
+            }
+        )
+        return config
+
+
+def _indices(output_features, num_features: int) -> tuple[int, ...]:
+    if output_features is None:
+        output_features = num_features
+    if isinstance(output_features, int):
+        indices = tuple(range(output_features))
+    else:
+        indices = tuple(int(i) for i in output_features)
+    if not indices or not 0 <= min(indices) <= max(indices) < num_features:
+        raise ValueError(
+            "`output_features` must be a number of features, or their indices, from the "
+            f"num_features={num_features} of the inputs. Received: {output_features}"
+        )
+    return indices
+
+
+def _standardize(values, observed):
+    """Brings the observed values of each row and feature to mean 0 and deviation 1.
+
+    Returns:
+        Tuple `(scaled, mean, scale)`, `scaled` `(b t f)` with zeros where nothing is observed, the
+        others `(b 1 f)`. The scale of values that do not vary is 0.
+    """
+    count = ops.sum(ops.cast(observed, values.dtype), axis=1, keepdims=True)
+    count = ops.maximum(count, 1)
+    mean = ops.sum(values, axis=1, keepdims=True) / count
+    centered = ops.where(observed, values - mean, ops.zeros_like(values))
+    variance = ops.sum(ops.square(centered), axis=1, keepdims=True) / count
+    varies = variance > 0
+    # Ones before the root and the division: the derivatives of both are infinite at 0.
+    scale = ops.sqrt(ops.where(varies, variance, ops.ones_like(variance)))
+    return centered / scale, mean, ops.where(varies, scale, ops.zeros_like(scale))

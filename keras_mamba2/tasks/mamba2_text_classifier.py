@@ -1,0 +1,204 @@
+import keras
+import keras_hub
+import numpy as np
+from keras import ops
+from keras_hub.src.utils.tensor_utils import in_tf_function
+
+from keras_mamba2.conversion import open_preset
+from keras_mamba2.models import Mamba2Backbone
+from keras_mamba2.tasks.mamba2_text_classifier_preprocessor import Mamba2TextClassifierPreprocessor
+
+
+@keras.saving.register_keras_serializable(package="keras_mamba2")
+class Mamba2TextClassifier(keras_hub.models.TextClassifier):
+    """Classifies texts by what a Mamba-2 backbone knows at the last token of each.
+
+    `fit`, `evaluate` and `predict` refuse rows without a token, and labels that are no class:
+    for arrays before the first step, for datasets when the batch is read.
+
+    Args:
+        backbone: a `keras_mamba2.Mamba2Backbone`.
+        num_classes: int.
+        preprocessor: a `keras_mamba2.Mamba2TextClassifierPreprocessor`. Without it, inputs are
+            dicts of `token_ids` and `padding_mask`.
+        activation: of the outputs, a name or a function. `None` for logits.
+        hidden_dim: int, the size of a dense layer with tanh before the last. `None` for none.
+        dropout: float, the rate at which the inputs of the dense layers are dropped in training.
+        **kwargs: see `keras.Model`.
+
+    Call arguments:
+        inputs: dict of `token_ids` and `padding_mask`, int tensors `(b t)`. The mask alone says
+            which tokens are real; padding may be on either side. Returns `(b num_classes)`; for
+            a row without a real token numbers without a meaning.
+
+    Example:
+    ```python
+    classifier = keras_mamba2.Mamba2TextClassifier.from_preset(
+        "mamba2_tiny_shakespeare", num_classes=2
+    )
+    classifier.backbone.enable_lora(4)  # or train all of it
+    classifier.compile(optimizer=keras.optimizers.Adam(1e-3))
+    classifier.fit(["O happy day!", "Out, damned spot!"], [1, 0])
+    classifier.predict(["Good night, sweet prince."])  # logits (1 2)
+    ```
+
+    Reference:
+        - [Dao and Gu, 2024](https://arxiv.org/abs/2405.21060)
+    """
+
+    backbone_cls = Mamba2Backbone
+    preprocessor_cls = Mamba2TextClassifierPreprocessor
+
+    def __init__(
+        self,
+        backbone: Mamba2Backbone,
+        num_classes: int,
+        preprocessor: Mamba2TextClassifierPreprocessor | None = None,
+        activation=None,
+        hidden_dim: int | None = None,
+        dropout: float = 0.0,
+        **kwargs,
+    ):
+        for name, value in (("num_classes", num_classes), ("hidden_dim", hidden_dim)):
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be positive. Received: {name}={value}")
+
+        # === Layers ===
+        self.backbone = backbone
+        self.preprocessor = preprocessor
+        dtype = backbone.dtype_policy
+        hidden_layers = []
+        if hidden_dim is not None:
+            hidden_layers = [
+                keras.layers.Dropout(dropout, dtype=dtype, name="pooled_dropout"),
+                keras.layers.Dense(hidden_dim, "tanh", dtype=dtype, name="pooled_dense"),
+            ]
+        self.output_dropout = keras.layers.Dropout(dropout, dtype=dtype, name="output_dropout")
+        self.output_dense = keras.layers.Dense(
+            num_classes,
+            activation,
+            # Small, so that at first all classes are about as likely.
+            kernel_initializer=keras.initializers.TruncatedNormal(stddev=0.02),
+            dtype=dtype,
+            name="logits",
+        )
+
+        # === Functional Model ===
+        inputs = backbone.input
+        x = _last_real(backbone(inputs), inputs["padding_mask"])  # (b d)
+        for layer in (*hidden_layers, self.output_dropout):
+            x = layer(x)
+        super().__init__(inputs=inputs, outputs=self.output_dense(x), **kwargs)
+
+        # === Config ===
+        self.num_classes = num_classes
+        self.activation = keras.activations.get(activation)
+        self.hidden_dim = hidden_dim
+        self.dropout = dropout
+
+    @classmethod
+    def from_preset(
+        cls, preset: str, load_weights: bool = True, **kwargs
+    ) -> "Mamba2TextClassifier":
+        """Loads a model by name or folder. See `keras_hub.models.TextClassifier.from_preset`.
+
+        The preset may be a classifier's, or of any other task: with `num_classes`, the head is
+        new.
+        """
+        tokenizer = kwargs.get("preprocessor", "from the preset") == "from the preset"
+        loader, preset = open_preset(preset, weights=load_weights, tokenizer=tokenizer)
+        if loader is None:
+            return super().from_preset(preset, load_weights=load_weights, **kwargs)
+        if "num_classes" not in kwargs:
+            raise ValueError(f"{preset} has no head of a classifier. Pass `num_classes`.")
+        return loader.load_task(cls, load_weights, **kwargs)
+
+    def preprocess_samples(self, x, y=None, sample_weight=None):
+        samples = super().preprocess_samples(x, y, sample_weight)
+        x, y, _ = keras.utils.unpack_x_y_sample_weight(samples)
+        if in_tf_function():
+            import tensorflow as tf
+
+            # An operation with a side effect, which runs though nothing needs its result.
+            arguments = [x["padding_mask"], *([] if y is None else [y])]
+            tf.numpy_function(self._check_batch, arguments, [], stateful=True)
+        else:
+            self._check_batch(x["padding_mask"], y)
+        return samples
+
+    def fit(self, x=None, y=None, *args, **kwargs):
+        self._check_arrays(x, y)
+        if isinstance(kwargs.get("validation_data"), tuple):
+            self._check_arrays(*kwargs["validation_data"][:2])
+        return super().fit(x, y, *args, **kwargs)
+
+    def evaluate(self, x=None, y=None, *args, **kwargs):
+        self._check_arrays(x, y)
+        return super().evaluate(x, y, *args, **kwargs)
+
+    def predict(self, x=None, *args, **kwargs):
+        self._check_arrays(x)
+        return super().predict(x, *args, **kwargs)
+
+    def _check_arrays(self, x, y=None) -> None:
+        # All of them at once: KerasHub's pipeline would find the first wrong batch in `tf.data`,
+        # whose errors are of another type, and later ones after training steps.
+        mask = x["padding_mask"] if self.preprocessor is None and isinstance(x, dict) else None
+        self._check_batch(mask, y)
+
+    def _check_batch(self, padding_mask, labels=None) -> None:
+        if padding_mask is not None:
+            _check_rows(ops.convert_to_numpy(padding_mask))
+        if labels is not None and _takes_class_numbers(self.loss):
+            ignored = getattr(self.loss, "ignore_class", None)
+            _check_labels(ops.convert_to_numpy(labels), self.num_classes, ignored)
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(
+            {
+                "num_classes": self.num_classes,
+                "activation": keras.activations.serialize(self.activation),
+                "hidden_dim": self.hidden_dim,
+                "dropout": self.dropout,
+            }
+        )
+        return config
+
+
+def _last_real(x, padding_mask):
+    """What `x` `(b t d)` is at the last real token of each row: `(b d)`."""
+    real = ops.cast(ops.not_equal(padding_mask, 0), "int32")
+    # The count of real tokens is first at its largest where the last one is.
+    last = ops.argmax(ops.cumsum(real, axis=1), axis=1)  # (b)
+    return ops.squeeze(ops.take_along_axis(x, last[:, None, None], axis=1), axis=1)
+
+
+def _takes_class_numbers(loss) -> bool:
+    return isinstance(loss, keras.losses.SparseCategoricalCrossentropy) or (
+        loss == "sparse_categorical_crossentropy"
+    )
+
+
+def _check_rows(padding_mask: np.ndarray) -> None:
+    empty = np.flatnonzero(~(padding_mask != 0).any(axis=-1))
+    if len(empty):
+        raise ValueError(
+            f"Row {empty[0]} has no tokens: its `padding_mask` is all zero. Leave out empty texts, "
+            "or let the preprocessor end every text with the end token (`add_end_token=True`)."
+        )
+
+
+def _check_labels(labels: np.ndarray, num_classes: int, ignored: int | None) -> None:
+    if labels.dtype.kind not in "biuf":
+        raise ValueError(
+            f"Labels must be class numbers, below num_classes={num_classes}. "
+            f"Received: labels of dtype {labels.dtype}"
+        )
+    is_class = (labels >= 0) & (labels < num_classes) | (labels == ignored)
+    wrong = np.argwhere(~is_class)
+    if len(wrong):
+        raise ValueError(
+            f"Labels must lie between 0 and {num_classes - 1}, since num_classes={num_classes}. "
+            f"Received: {labels[tuple(wrong[0])]} in row {wrong[0][0]}"
+        )

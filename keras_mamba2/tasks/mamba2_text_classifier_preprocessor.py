@@ -1,0 +1,113 @@
+import keras
+import keras_hub
+import numpy as np
+from keras_hub.src.utils.tensor_utils import convert_preprocessing_outputs_python
+from keras_hub.src.utils.tensor_utils import preprocessing_function
+
+from keras_mamba2.conversion import open_preset
+from keras_mamba2.models import Mamba2Backbone
+from keras_mamba2.models import Mamba2Tokenizer
+
+NO_TOKEN = -1
+
+
+@keras.saving.register_keras_serializable(package="keras_mamba2")
+class Mamba2TextClassifierPreprocessor(keras_hub.models.TextClassifierPreprocessor):
+    """Turns text into what `Mamba2TextClassifier` reads: token ids, and which of them are real.
+
+    Texts that are too long lose their end, but never the end token. The segments of a tuple are
+    joined with the end token between them.
+
+    Args:
+        tokenizer: a `keras_mamba2.Mamba2Tokenizer`.
+        sequence_length: int, to which rows are padded on the right, or cut.
+        truncate: `"round_robin"` or `"waterfall"`, how several segments share that length. See
+            `keras_hub.layers.MultiSegmentPacker`.
+        add_start_token: bool. Mamba-2 checkpoints were trained without a start token.
+        add_end_token: bool, whether texts end with the end token, at which the model then pools.
+        **kwargs: see `keras.layers.Layer`.
+
+    Call arguments:
+        x: a string, a batch of strings, or a tuple of batches of segments.
+        y: labels, passed through.
+        sample_weight: passed through.
+
+    Example:
+    ```python
+    preprocessor = keras_mamba2.Mamba2TextClassifierPreprocessor.from_preset(
+        "mamba2_tiny_shakespeare", sequence_length=64
+    )
+    x, y = preprocessor(["What a piece of work!", "O horrible, most horrible!"], [1, 0])
+    ```
+    """
+
+    backbone_cls = Mamba2Backbone
+    tokenizer_cls = Mamba2Tokenizer
+
+    def __init__(
+        self,
+        tokenizer: Mamba2Tokenizer,
+        sequence_length: int = 512,
+        truncate: str = "round_robin",
+        add_start_token: bool = False,
+        add_end_token: bool = True,
+        **kwargs,
+    ):
+        if sequence_length < 1:
+            raise ValueError(
+                f"`sequence_length` must be positive. Received: sequence_length={sequence_length}"
+            )
+        super().__init__(
+            tokenizer=tokenizer, sequence_length=sequence_length, truncate=truncate, **kwargs
+        )
+        self.add_start_token = add_start_token
+        self.add_end_token = add_end_token
+
+    def build(self, input_shape):
+        # In `build`, since the tokenizer may have no vocabulary yet when `__init__` runs.
+        def added(token_id):
+            return [] if token_id is None else [token_id]
+
+        end = added(self.tokenizer.end_token_id)
+        self.packer = keras_hub.layers.MultiSegmentPacker(
+            start_value=added(self.tokenizer.start_token_id) if self.add_start_token else [],
+            sep_value=end,
+            end_value=end if self.add_end_token else [],
+            # No token has this id, so padding is told from tokens; the pad token may be the end.
+            pad_value=NO_TOKEN,
+            truncate=self.truncate,
+            sequence_length=self.sequence_length,
+        )
+        self.built = True
+
+    @classmethod
+    def from_preset(cls, preset: str, **kwargs) -> "Mamba2TextClassifierPreprocessor":
+        """Loads a preprocessor by name or folder. See `keras_hub.models.Preprocessor`."""
+        loader, preset = open_preset(preset, weights=False)
+        if loader is not None:
+            return loader.load_preprocessor(cls, **kwargs)
+        return super().from_preset(preset, **kwargs)
+
+    @preprocessing_function
+    def _call_tf(self, x, y=None, sample_weight=None):
+        import tensorflow as tf
+
+        return keras.utils.pack_x_y_sample_weight(self._pack(x, tf.where), y, sample_weight)
+
+    def _call_python(self, x, y=None, sample_weight=None):
+        x = convert_preprocessing_outputs_python(self._pack(x, np.where))
+        return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+
+    def _pack(self, x, where):
+        segments = x if isinstance(x, tuple) else (x,)
+        token_ids, _ = self.packer(tuple(self.tokenizer(segment) for segment in segments))
+        padding_mask = token_ids != NO_TOKEN
+        pad = self.tokenizer.pad_token_id or 0
+        return {"token_ids": where(padding_mask, token_ids, pad), "padding_mask": padding_mask}
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(
+            {"add_start_token": self.add_start_token, "add_end_token": self.add_end_token}
+        )
+        return config
