@@ -17,6 +17,8 @@ class Mamba2Block(keras.layers.Layer):
         residual_in_fp32: bool, whether the residual stream is float32 whatever the dtype
             policy. If so, the output is float32.
         dropout: float, the rate at which the mixer's output is dropped in training.
+        remat: bool, whether norm and mixer are computed again in the backward pass instead of
+            being stored.
         layer_norm_epsilon: float, of both norms.
         dtype: dtype policy.
         name: str.
@@ -33,6 +35,7 @@ class Mamba2Block(keras.layers.Layer):
         hidden_dim: int,
         residual_in_fp32: bool = True,
         dropout: float = 0.0,
+        remat: bool = False,
         layer_norm_epsilon: float = 1e-5,
         dtype=None,
         name: str | None = None,
@@ -45,6 +48,7 @@ class Mamba2Block(keras.layers.Layer):
         self.hidden_dim = hidden_dim
         self.residual_in_fp32 = residual_in_fp32
         self.dropout = dropout
+        self.remat = remat
         self.layer_norm_epsilon = layer_norm_epsilon
         self.mixer_arguments = kwargs
         self.norm = GatedRMSNormalization(
@@ -64,14 +68,25 @@ class Mamba2Block(keras.layers.Layer):
         self.mixer.build(x_shape)
 
     def call(self, x, padding_mask=None):
-        mask, segment_ids = _masks(padding_mask)
-        y = self.mixer(self.norm(x), mask=mask, segment_ids=segment_ids)
-        return self._add(x, self.dropout_layer(y))
+        def mix(x):
+            mask, segment_ids = _masks(padding_mask)
+            return self.mixer(self.norm(x), mask=mask, segment_ids=segment_ids)
+
+        return self._add(x, self.dropout_layer(self._remat(mix)(x)))
 
     def call_with_state(self, x, state: MixerState | None = None, padding_mask=None):
         """Returns the output for `x` `(b t d)` after `state`, and the state after `x`."""
-        y, state = self.mixer.call_with_state(self.norm(x), state, *_masks(padding_mask))
+
+        def mix(x, state):
+            return self.mixer.call_with_state(self.norm(x), state, *_masks(padding_mask))
+
+        y, state = self._remat(mix)(x, state)
         return self._add(x, self.dropout_layer(y)), state
+
+    def _remat(self, mix):
+        # Without dropout, whose random generator moves on, which is no part of a function that
+        # may be computed twice.
+        return keras.remat(mix) if self.remat else mix
 
     def step(self, x, state: MixerState, mask=None):
         """Returns the output for one token `x` `(b d)` after `state`, and the state after it.
@@ -98,6 +113,7 @@ class Mamba2Block(keras.layers.Layer):
                 "hidden_dim": self.hidden_dim,
                 "residual_in_fp32": self.residual_in_fp32,
                 "dropout": self.dropout,
+                "remat": self.remat,
                 "layer_norm_epsilon": self.layer_norm_epsilon,
                 **self.mixer_arguments,
             }

@@ -40,6 +40,8 @@ class Mamba2Backbone(keras_hub.models.Backbone):
             and are never sampled. `None` for v.
         dropout: float, the rate at which embeddings and the outputs of mixers are dropped in
             training.
+        remat: bool, whether the inside of blocks is computed again in the backward pass instead of
+            being stored: less memory on GPU and TPU, for about a third more time.
         dtype: string or `keras.DTypePolicy`. The parameters of the recurrence, its state and
             the norms are float32 whatever the policy.
         **kwargs: `name` and `trainable`.
@@ -84,6 +86,7 @@ class Mamba2Backbone(keras_hub.models.Backbone):
         tie_word_embeddings: bool = True,
         unpadded_vocabulary_size: int | None = None,
         dropout: float = 0.0,
+        remat: bool = False,
         dtype=None,
         **kwargs,
     ):
@@ -149,6 +152,7 @@ class Mamba2Backbone(keras_hub.models.Backbone):
                 num_residual_layers=num_layers,
                 residual_in_fp32=residual_in_fp32,
                 dropout=dropout,
+                remat=remat,
                 dtype=dtype,
                 name=f"block_{i}",
             )
@@ -193,6 +197,7 @@ class Mamba2Backbone(keras_hub.models.Backbone):
         self.tie_word_embeddings = tie_word_embeddings
         self.unpadded_vocabulary_size = unpadded_vocabulary_size
         self.dropout = dropout
+        self.remat = remat
 
     def call_with_state(self, token_ids, state: Mamba2State | None = None, padding_mask=None):
         """Runs the model on `(b t)` token ids after `state`.
@@ -311,6 +316,7 @@ class Mamba2Backbone(keras_hub.models.Backbone):
                 "tie_word_embeddings": self.tie_word_embeddings,
                 "unpadded_vocabulary_size": self.unpadded_vocabulary_size,
                 "dropout": self.dropout,
+                "remat": self.remat,
             }
         )
         return config

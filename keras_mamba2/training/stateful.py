@@ -1,0 +1,136 @@
+"""Truncated back-propagation through time: training on a stream, with the state carried over."""
+
+import keras
+import numpy as np
+from keras import ops
+from keras import tree
+
+
+class ConsecutiveWindows(keras.utils.PyDataset):
+    """Cuts one long text into batches of windows, each going on where the one before ended.
+
+    The text is cut into `batch_size` parts of equal length, which are read side by side: row `i`
+    of a batch continues row `i` of the batch before. Less than a window is left over in each part.
+
+    Args:
+        token_ids: int array `(n)`.
+        batch_size: int, b.
+        window: int, t, tokens a row.
+
+    Example:
+    ```python
+    windows = keras_mamba2.training.ConsecutiveWindows(token_ids, batch_size=8, window=512)
+    x, y = windows[0]  # x["token_ids"] (8 512), y (8 512), the tokens after each
+    ```
+    """
+
+    def __init__(self, token_ids, batch_size: int, window: int, **kwargs):
+        super().__init__(**kwargs)
+        token_ids = np.asarray(token_ids, "int32")
+        for name, value in (("batch_size", batch_size), ("window", window)):
+            if value < 1:
+                raise ValueError(f"`{name}` must be positive. Received: {name}={value}")
+        if token_ids.ndim != 1 or len(token_ids) <= batch_size * window:
+            raise ValueError(
+                f"`token_ids` must be one row of more than batch_size * window = "
+                f"{batch_size * window} tokens. Received: shape={token_ids.shape}"
+            )
+        self.batch_size = batch_size
+        self.window = window
+        part = (len(token_ids) - 1) // batch_size
+        starts = part * np.arange(batch_size)[:, None]
+        self._rows = token_ids[starts + np.arange(part + 1)]
+
+    def __len__(self) -> int:
+        return (self._rows.shape[1] - 1) // self.window
+
+    def __getitem__(self, index: int):
+        here = index * self.window
+        rows = self._rows[:, here : here + self.window + 1]
+        token_ids = rows[:, :-1]
+        return {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}, rows[:, 1:]
+
+
+class StatefulTraining(keras.Model):
+    """Trains a language model on a stream of windows, each after the state of the one before.
+
+    Gradients stop at the beginning of a window, its context does not. The model is trained in
+    place. The state is back at zero at the start of each epoch and of each evaluation.
+
+    Args:
+        lm: a `keras_mamba2.Mamba2CausalLM`.
+        batch_size: int, b, rows of every batch.
+        **kwargs: see `keras.Model`.
+
+    Call arguments:
+        inputs: dict of `token_ids` and `padding_mask`, int tensors `(b t)`. Numbers of documents
+            in the mask restart the state, as in `Mamba2Backbone`. Returns logits `(b t v)`.
+
+    Example:
+    ```python
+    windows = keras_mamba2.training.ConsecutiveWindows(token_ids, batch_size=8, window=512)
+    training = keras_mamba2.training.StatefulTraining(lm, batch_size=8)
+    training.compile(keras_mamba2.training.adamw_recipe(1e-3, steps=4 * len(windows)))
+    training.fit(windows, epochs=4)
+    lm.generate("Once upon a time")
+    ```
+    """
+
+    def __init__(self, lm, batch_size: int, **kwargs):
+        super().__init__(**kwargs)
+        self.lm = lm
+        self.batch_size = batch_size
+        self._state = tree.map_structure(
+            self._add_weight_for, lm.backbone.initial_state(batch_size)
+        )
+        self.built = True
+
+    def _add_weight_for(self, leaf):
+        dtype = keras.backend.standardize_dtype(leaf.dtype)
+        options = {"trainable": False, "autocast": False}
+        return self.add_weight(leaf.shape, "zeros", dtype, name="state", **options)
+
+    def reset_state(self) -> None:
+        """Forgets what was read."""
+        initial_state = self.lm.backbone.initial_state(self.batch_size)
+        tree.map_structure(lambda weight, leaf: weight.assign(leaf), self._state, initial_state)
+
+    def compile(self, optimizer="adamw", loss="auto", **kwargs) -> None:
+        """As `keras.Model.compile`; `"auto"` is the loss of the next token."""
+        if loss == "auto":
+            loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        super().compile(optimizer=optimizer, loss=loss, **kwargs)
+
+    def call(self, inputs):
+        token_ids, padding_mask = inputs["token_ids"], inputs["padding_mask"]
+        if token_ids.shape[0] not in (None, self.batch_size):
+            raise ValueError(
+                f"Every batch must have batch_size={self.batch_size} rows. "
+                f"Received: shape={tuple(token_ids.shape)}"
+            )
+        backbone = self.lm.backbone
+        state = tree.map_structure(ops.convert_to_tensor, self._state)
+        hidden_states, state = backbone.call_with_state(token_ids, state, padding_mask)
+        tree.map_structure(
+            lambda weight, leaf: weight.assign(ops.stop_gradient(leaf)), self._state, state
+        )
+        return backbone.token_embedding(hidden_states, reverse=True)
+
+    def fit(self, x=None, *args, callbacks=None, **kwargs) -> keras.callbacks.History:
+        """As `keras.Model.fit`, in order: `x` is not shuffled."""
+        callbacks = [*(callbacks or ()), _ResetState(self)]
+        return super().fit(x, *args, callbacks=callbacks, **{**kwargs, "shuffle": False})
+
+    def evaluate(self, x=None, *args, **kwargs):
+        """As `keras.Model.evaluate`."""
+        self.reset_state()
+        return super().evaluate(x, *args, **kwargs)
+
+
+class _ResetState(keras.callbacks.Callback):
+    def __init__(self, training: StatefulTraining):
+        super().__init__()
+        self._training = training
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._training.reset_state()
