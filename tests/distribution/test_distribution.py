@@ -1,9 +1,15 @@
 """Several devices: virtual ones in one process, and two processes with one each."""
 
+import json
 import os
 import pathlib
+import signal
+import socket
 import subprocess
 import sys
+
+import numpy as np
+import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -25,3 +31,48 @@ def test_eight_devices_give_the_numbers_of_one():
         "check_memory",
         "check_prefill_of_one_long_sequence",
     ]
+
+
+def run_together(num_processes, folder, epoch_to_die_in=""):
+    """Results of processes that train one model; the last dies in an epoch, if one is given."""
+    folder.mkdir(exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for i in range(num_processes):
+        arguments = [str(port), str(num_processes), str(i), str(folder)]
+        arguments += [epoch_to_die_in] if epoch_to_die_in and i == num_processes - 1 else []
+        command = [sys.executable, "-m", "tests.distribution.two_processes", *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(command, cwd=ROOT, **pipes))
+    return [(process.communicate(timeout=300), process.returncode) for process in processes]
+
+
+def losses_of(results):
+    for (_, errors), returncode in results:
+        assert returncode == 0, errors[-3000:]
+    return [json.loads(output.splitlines()[-1]) for (output, _), _ in results]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    [losses] = losses_of(run_together(1, folder))
+    return losses, np.load(folder / "weights.npz")
+
+
+def test_a_dead_process_stops_the_others_and_together_they_go_on(uninterrupted, tmp_path):
+    losses, weights = uninterrupted
+    (_, errors), survived = run_together(2, tmp_path, epoch_to_die_in="2")[0]
+    assert survived not in (0, -signal.SIGKILL)
+    assert "another task died" in errors or "closed by peer" in errors, errors[-3000:]
+    resumed = losses_of(run_together(2, tmp_path))
+    for others in resumed:  # both see the loss of all rows
+        np.testing.assert_allclose(others, losses[2:], rtol=1e-5)
+    together = np.load(tmp_path / "weights.npz")
+    for name, weight in weights.items():
+        # Adam's steps: the sign of a gradient near zero is chance, and a step is 0.01 at most.
+        error = np.abs(together[name] - weight)
+        assert error.max() < 0.09
+        assert np.mean(error > 1e-3) < 0.02
