@@ -30,16 +30,7 @@ class KerasMamba2:
 
     def __init__(self, workload: Workload):
         self.jax, _, keras_mamba2 = map(import_module, self.packages)
-        backbone = keras_mamba2.Mamba2Backbone(
-            vocabulary_size=workload.vocabulary_size,
-            num_layers=workload.num_layers,
-            hidden_dim=workload.hidden_dim,
-            state_dim=workload.state_dim,
-            head_dim=workload.head_dim,
-            conv_kernel_size=workload.conv_kernel_size,
-            dtype="float32",
-        )
-        lm = keras_mamba2.Mamba2CausalLM(backbone)
+        lm = keras_mamba2.Mamba2CausalLM(keras_mamba2.Mamba2Backbone(**workload.model))
         lm.compile(sampler="greedy")
         self.generator = lm.make_generate_function()
 

@@ -34,10 +34,9 @@ from jax.sharding import PartitionSpec
 from keras.src.backend.common import global_state
 
 import keras_mamba2
+from benchmarks.programs import decode_program
+from benchmarks.programs import prefill_program
 from keras_mamba2.conversion import constructor_arguments
-from keras_mamba2.generation import Generator
-from keras_mamba2.generation.decode import Rows
-from keras_mamba2.generation.decode import model_variables
 from keras_mamba2.preset_files import Preset
 
 SIZES = ("130m", "370m", "780m", "1.3b", "2.7b")
@@ -69,19 +68,9 @@ def main(
 def programs(preset: str, batch_size: int, prefill_tokens: int):
     """Yields the programs of generation by name, lowered for a TPU, in bfloat16."""
     lm = abstract_model(preset)
-    generator = Generator(lm)
-    weights = [on_tpu(v.shape, v.dtype) for v in model_variables(lm)]
-    state = jax.tree.map(
-        lambda leaf: on_tpu(leaf.shape, leaf.dtype),
-        jax.eval_shape(lambda: lm.backbone.initial_state(batch_size)),
-    )
-    rows = Rows(state, on_tpu((batch_size,), "int32"), on_tpu((batch_size, 0), "bool"))
-    stops = (on_tpu((), "int32"), on_tpu((8,), "int32"))
-    yield "decode", generator._decode.program.lower(weights, rows, stops)
+    yield "decode", decode_program(lm, batch_size, on_tpu)
     if batch_size == 1:
-        block = (batch_size, prefill_tokens)
-        inputs = (on_tpu(block, "int32"), on_tpu(block, "bool"))
-        yield "prefill", generator._prefill_block.program.lower(weights, state, inputs)
+        yield "prefill", prefill_program(lm, batch_size, prefill_tokens, on_tpu)
 
 
 def abstract_model(preset: str) -> keras_mamba2.Mamba2CausalLM:

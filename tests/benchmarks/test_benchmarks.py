@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -100,17 +101,14 @@ def test_noise_of_a_round_cancels_in_ratios(results):
     assert summary["keras_mamba2"]["decode_gb_per_s_1"]["median"] == pytest.approx(0.8)
 
 
-def test_counted_bytes_are_those_of_the_model():
-    backbone = Mamba2Backbone(
-        vocabulary_size=QUICK.vocabulary_size,
-        num_layers=QUICK.num_layers,
-        hidden_dim=QUICK.hidden_dim,
-        state_dim=QUICK.state_dim,
-        head_dim=QUICK.head_dim,
-    )
-    assert QUICK.decode_bytes(0) == 4 * backbone.count_params()
-    state_bytes = QUICK.decode_bytes(3) - QUICK.decode_bytes(0)
-    assert state_bytes == 2 * backbone.initial_state(3).nbytes
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_counted_bytes_are_those_of_the_model(dtype):
+    workload = replace(QUICK, dtype=dtype)
+    backbone = Mamba2Backbone(**workload.model)
+    values = [v.value for v in backbone.weights]
+    assert workload.weight_bytes() == sum(value.nbytes for value in values)
+    assert workload.state_bytes(3) == backbone.initial_state(3).nbytes
+    assert workload.decode_bytes(3) == workload.weight_bytes() + 2 * workload.state_bytes(3)
 
 
 def test_operations_of_a_prefill_are_about_twice_the_weights():
