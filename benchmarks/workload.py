@@ -1,6 +1,7 @@
 """What is measured: the model's shapes, the numbers of tokens, and the floors set by arithmetic."""
 
 from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 # What numbers take; those of the recurrence and its state are float32 whatever the dtype.
@@ -19,13 +20,15 @@ class Workload:
     head_dim: int = 64
     conv_kernel_size: int = 4
     dtype: str = "float32"
+    platform: str = "cpu"
 
     prompt_tokens: int = 128
     long_prompt_tokens: int = 16384
+    long_batch_sizes: tuple[int, ...] = (1,)
     decode_tokens: int = 32
     prefill_tokens: tuple[int, ...] = (512, 2048)
     repeats: int = 3
-    chunk_size: int = 64  # what keras_mamba2 takes on a CPU; for the count of operations
+    chunk_size: int = 64  # what keras_mamba2 takes on the platform; for the count of operations
 
     bandwidth_bytes: int = 2**29
     matmul_size: int = 2048
@@ -78,6 +81,14 @@ class Workload:
 
 
 FULL = Workload()
+# Layers and hidden_dim of the published checkpoints, which share the rest.
+SIZES = {
+    "130m": (24, 768),
+    "370m": (48, 1024),
+    "780m": (48, 1536),
+    "1.3b": (48, 2048),
+    "2.7b": (64, 2560),
+}
 QUICK = Workload(
     vocabulary_size=256,
     num_layers=2,
@@ -92,3 +103,9 @@ QUICK = Workload(
     bandwidth_bytes=2**22,
     matmul_size=128,
 )
+
+
+def of_size(size: str, **changes: Any) -> Workload:
+    """The full workload at the shapes of a published checkpoint, with other `changes`."""
+    num_layers, hidden_dim = SIZES[size]
+    return replace(FULL, num_layers=num_layers, hidden_dim=hidden_dim, **changes)

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.__main__ import HERE
-from benchmarks.__main__ import run_subject
+from benchmarks.__main__ import SUBJECTS
 from benchmarks.adapters import ADAPTERS
+from benchmarks.report import MACHINE
 from benchmarks.report import summarize
 from benchmarks.report import table
-from benchmarks.subject import MACHINE
+from benchmarks.rounds import HERE
+from benchmarks.rounds import run_subject
 from benchmarks.workload import FULL
 from benchmarks.workload import QUICK
 from keras_mamba2 import Mamba2Backbone
@@ -36,7 +37,7 @@ def results(folder) -> dict:
     return json.loads((folder / "results" / "try.json").read_text())
 
 
-@pytest.mark.parametrize("subject", [MACHINE, *ADAPTERS])
+@pytest.mark.parametrize("subject", SUBJECTS)
 def test_every_subject_is_measured_or_absent(results, subject):
     found = results["rounds"][0][subject]
     packages = ADAPTERS[subject].packages if subject in ADAPTERS else ()
