@@ -53,8 +53,8 @@ class KerasMamba2:
 
     def decode_program_text(self) -> str:
         programs = import_module("benchmarks.programs")
-        lowered = programs.decode_program(self.lm, 1, self.jax.ShapeDtypeStruct)
-        return lowered.compile().as_text()
+        traced = programs.decode_program(self.lm, 1, self.jax.ShapeDtypeStruct)
+        return traced.lower().compile().as_text()
 
     def device_peak_bytes(self) -> int | None:
         return jax_device_peak_bytes(self.jax)

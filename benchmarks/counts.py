@@ -108,12 +108,12 @@ def measure() -> Counts:
     lm.compile(sampler="greedy", optimizer="adamw", loss="sparse_categorical_crossentropy")
     # First, since what is made before `generate` would be compiled already.
     compilations = count_compilations(lm)
-    decode = decode_program(lm, BATCH, jax.ShapeDtypeStruct)
+    decode = decode_program(lm, BATCH, jax.ShapeDtypeStruct).lower()
     return {
         "ssd": counts(jax.jit(ssd_output).lower(*ssd_arguments())),
         "ssd gradient": counts(jax.jit(jax.grad(ssd_sum, range(5))).lower(*ssd_arguments())),
         "training step": counts(training_step(lm)),
-        "prefill": counts(prefill_program(lm, BATCH, TOKENS, jax.ShapeDtypeStruct)),
+        "prefill": counts(prefill_program(lm, BATCH, TOKENS, jax.ShapeDtypeStruct).lower()),
         "decode": counts(decode) | {"operations": operations_in_loop(decode)},
         "generate": {"compilations": compilations},
     }
