@@ -12,7 +12,7 @@ from typing import NamedTuple
 import typer
 
 OURS, MACHINE, LOOP = "keras_mamba2", "machine", "loop"
-BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
+MARKERS = ("<!-- {0}: begin -->", "<!-- {0}: end -->")
 
 
 class Row(NamedTuple):
@@ -30,7 +30,7 @@ def main(path: Path):
     results["summary"] = summarize(results)
     path.write_text(json.dumps(results, indent=2) + "\n")
     plot(results, path.with_suffix(".png"))
-    write_table(results, path.parents[1] / "README.md")
+    write_table(table(results), path.parents[1] / "README.md")
 
 
 def subjects(results: dict[str, Any]) -> list[str]:
@@ -88,12 +88,13 @@ def summarize(results: dict[str, Any]) -> dict[str, Any]:
     return summary
 
 
-def write_table(results: dict[str, Any], readme: Path) -> None:
-    """Replaces what is between the two markers; the rest of the page is written by hand."""
-    text = readme.read_text() if readme.exists() else f"{BEGIN}\n{END}\n"
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    readme.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{after}")
+def write_table(table: str, readme: Path, name: str = "table") -> None:
+    """Replaces what is between two markers; the rest of the page is written by hand."""
+    begin, end = (marker.format(name) for marker in MARKERS)
+    text = readme.read_text() if readme.exists() else f"{begin}\n{end}\n"
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    readme.write_text(f"{before}{begin}\n{table}\n{end}{after}")
 
 
 def table(results: dict[str, Any]) -> str:

@@ -52,6 +52,8 @@ from benchmarks.hlo import Module
 from benchmarks.programs import decode_program
 from benchmarks.programs import prefill_program
 from benchmarks.programs import product_flops
+from benchmarks.report import number
+from benchmarks.report import write_table
 from benchmarks.workload import SIZES
 from benchmarks.workload import Workload
 from benchmarks.workload import of_size
@@ -72,7 +74,7 @@ def main(
     layers: Annotated[int | None, typer.Option(help="of each size the first so many")] = None,
     file: Annotated[Path, typer.Option()] = Path(__file__).parent / "results" / "tpu_aot.json",
 ):
-    """Compiles all sizes, and writes what the compiler says to a JSON file."""
+    """Compiles all sizes; writes what the compiler says to a JSON file and the README's table."""
     packages = {"jax", "libtpu", "keras", *subject} - {OURS}
     versions = {name: metadata.version(name) for name in sorted(packages)}
     found = {"date": datetime.now(UTC).date().isoformat(), "versions": versions, "programs": []}
@@ -83,11 +85,44 @@ def main(
             workload = replace(workload, num_layers=layers or workload.num_layers)
             for kind, b, traced in programs(who, workload, batch_size, prefill_tokens):
                 row = {"subject": who, "size": name, "program": kind, "batch_size": b}
+                row["tokens"] = b if kind == "decode" else prefill_tokens
                 row |= describe(traced, in_loop=who == OURS and kind == "decode")
-                row |= compare(row, workload, prefill_tokens)
+                row |= compare(row, workload)
                 print(json.dumps(row), flush=True)
                 found["programs"].append(row)
                 file.write_text(json.dumps(found, indent=2) + "\n")
+    write_table(table(found["programs"]), file.resolve().parents[1] / "README.md", "tpu")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line a program; of the peer only what is compared."""
+    lines = [
+        "| | HBM, GB | at least | of mamba2-jax | accessed, GB | of mamba2-jax | GFLOP "
+        "| temporaries, GB | peak, GB | fits | estimate, at best |",
+        "| --- |" + " --- |" * 10,
+    ]
+    peers = {(r["size"], r["program"], r["batch_size"]): r for r in rows if r["subject"] == PEER}
+    for row in (row for row in rows if row["subject"] == OURS):
+        peer = peers.get((row["size"], row["program"], row["batch_size"]), {})
+        what = f"batch {row['batch_size']}" if row["program"] == "decode" else row["tokens"]
+        shares = [
+            f"{row[key] / peer[key]:.0%}" if peer else "" for key in ("hbm_gb", "gb_accessed")
+        ]
+        cells = [
+            f"{row['size'].upper()} {row['program']}, {what}",
+            number(row["hbm_gb"]),
+            number(row["least_gb"]),
+            shares[0],
+            number(row["gb_accessed"]),
+            shares[1],
+            number(row["gflop"] if row["program"] == "decode" else row["product_gflop"]),
+            number(row["temporaries_gb"]),
+            number(row["peak_gb"]),
+            ", ".join(row["fits"]),
+            f"{row['estimated_tokens_per_s_at_most']:,} tokens/s",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def programs(
@@ -189,13 +224,12 @@ def compile_and_read(traced: Traced) -> tuple[jax.stages.Compiled, Module]:
         return program, Module(text.read_text())
 
 
-def compare(row: dict[str, Any], workload: Workload, prefill_tokens: int) -> dict[str, Any]:
+def compare(row: dict[str, Any], workload: Workload) -> dict[str, Any]:
     """With what has to be done, and what a chip can do at best."""
+    tokens, least = row["tokens"], workload.decode_bytes(row["batch_size"])
     if row["program"] == "decode":
-        tokens, least = row["batch_size"], workload.decode_bytes(row["batch_size"])
         by_hand, gflop = {}, row["gflop"]
     else:
-        tokens, least = prefill_tokens, workload.decode_bytes(1)
         by_hand = {"gflop_by_hand": round(workload.prefill_flops(tokens) / 1e9, 2)}
         gflop = max(row["gflop"], row["product_gflop"])
     seconds = max(gflop * 1e9 / MATRIX_FLOP_PER_S, row["hbm_gb"] * 1e9 / HBM_BYTES_PER_S)

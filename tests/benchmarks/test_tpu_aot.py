@@ -25,7 +25,7 @@ needs_compiler = pytest.mark.skipif(not find_spec("libtpu"), reason="libtpu is n
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
-    file = tmp_path_factory.mktemp("tpu") / "found.json"
+    file = tmp_path_factory.mktemp("tpu") / "results" / "found.json"
     command = [sys.executable, "-m", "benchmarks.tpu_aot", "--size=2.7b", "--layers=2"]
     command += ["--subject=keras_mamba2", f"--prefill-tokens={TOKENS}", f"--file={file}"]
     subprocess.run(command, cwd=HERE.parent, check=True)
