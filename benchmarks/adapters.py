@@ -14,13 +14,16 @@ from benchmarks.workload import Workload
 
 
 class Adapter(Protocol):
-    """A model with random weights. `prefill` takes int32 token ids `(b t)`."""
+    """A model with random weights, made where it runs. `prefill` takes int32 ids `(b t)`."""
 
     packages: tuple[str, ...]
 
     def prefill(self, token_ids: np.ndarray) -> None: ...
 
     def decode(self, num_tokens: int) -> None: ...
+
+    def device_peak_bytes(self) -> int | None:
+        """The most memory held on the device; None where that is the process's own."""
 
 
 class KerasMamba2:
@@ -30,18 +33,9 @@ class KerasMamba2:
 
     def __init__(self, workload: Workload):
         self.jax, _, keras_mamba2 = map(import_module, self.packages)
-        backbone = keras_mamba2.Mamba2Backbone(
-            vocabulary_size=workload.vocabulary_size,
-            num_layers=workload.num_layers,
-            hidden_dim=workload.hidden_dim,
-            state_dim=workload.state_dim,
-            head_dim=workload.head_dim,
-            conv_kernel_size=workload.conv_kernel_size,
-            dtype="float32",
-        )
-        lm = keras_mamba2.Mamba2CausalLM(backbone)
-        lm.compile(sampler="greedy")
-        self.generator = lm.make_generate_function()
+        self.lm = keras_mamba2.Mamba2CausalLM(keras_mamba2.Mamba2Backbone(**workload.model))
+        self.lm.compile(sampler="greedy")
+        self.generator = self.lm.make_generate_function()
 
     def prefill(self, token_ids: np.ndarray) -> None:
         room = np.full(len(token_ids), 2**30)
@@ -52,34 +46,117 @@ class KerasMamba2:
         self.rows, _ = self.generator.advance(self.rows, num_tokens)
         self.jax.block_until_ready(self.rows.remaining)
 
+    def decode_by_step(self, num_tokens: int) -> None:
+        for _ in range(num_tokens):
+            self.rows, _ = self.generator.advance(self.rows, 1)
+        self.jax.block_until_ready(self.rows.remaining)
 
-class Transformers:
+    def decode_program_text(self) -> str:
+        programs = import_module("benchmarks.programs")
+        traced = programs.decode_program(self.lm, 1, self.jax.ShapeDtypeStruct)
+        return traced.lower().compile().as_text()
+
+    def device_peak_bytes(self) -> int | None:
+        return jax_device_peak_bytes(self.jax)
+
+
+class Torch:
+    """What the models on torch share: the device, one forward call a token."""
+
+    def __init__(self, workload: Workload):
+        self.torch, *_ = map(import_module, self.packages)
+        self.device = {"cpu": "cpu", "gpu": "cuda"}[workload.platform]
+        self.torch.set_default_dtype(getattr(self.torch, workload.dtype))
+        with self.torch.device(self.device):
+            self.model = self.create_model(workload).eval()
+
+    def prefill(self, token_ids: np.ndarray) -> None:
+        with self.torch.inference_mode():
+            token_ids = self.torch.from_numpy(token_ids).long().to(self.device)
+            self.token = self.first_token(token_ids)  # (b 1)
+        self._wait()
+
+    def decode(self, num_tokens: int) -> None:
+        with self.torch.inference_mode():
+            for _ in range(num_tokens):
+                self.token = self.next_token(self.token)
+        self._wait()
+
+    def device_peak_bytes(self) -> int | None:
+        return self.torch.cuda.max_memory_allocated() if self.device == "cuda" else None
+
+    def _wait(self) -> None:
+        if self.device == "cuda":
+            self.torch.cuda.synchronize()
+
+
+class Transformers(Torch):
     """Hugging Face transformers on torch: one forward call a token, as its `generate` does."""
 
     packages = ("torch", "transformers")
 
-    def __init__(self, workload: Workload):
-        self.torch, transformers = map(import_module, self.packages)
+    def create_model(self, workload: Workload):
+        transformers = import_module("transformers")
         config = transformers.Mamba2Config(
             num_heads=workload.num_heads,
             n_groups=1,
             tie_word_embeddings=True,
             **hugging_face_names(workload),
         )
-        self.model = transformers.Mamba2ForCausalLM(config).eval()
+        return transformers.Mamba2ForCausalLM(config)
 
-    def prefill(self, token_ids: np.ndarray) -> None:
-        self._forward(self.torch.from_numpy(token_ids).long(), None)
+    def first_token(self, token_ids):
+        self.cache = None
+        return self.next_token(token_ids)
 
-    def decode(self, num_tokens: int) -> None:
-        for _ in range(num_tokens):
-            self._forward(self.token, self.cache)
-
-    def _forward(self, token_ids, cache) -> None:
-        with self.torch.inference_mode():
-            output = self.model(token_ids, cache_params=cache, use_cache=True, logits_to_keep=1)
-            self.token = output.logits[:, -1].argmax(-1, keepdim=True)  # (b 1)
+    def next_token(self, token_ids):
+        output = self.model(token_ids, cache_params=self.cache, use_cache=True, logits_to_keep=1)
         self.cache = output.cache_params
+        return output.logits[:, -1].argmax(-1, keepdim=True)
+
+
+class MambaSSM(Torch):
+    """mamba_ssm, the authors' Triton kernels, decoding as its `generate(cg=True)`: a CUDA graph."""
+
+    packages = ("torch", "mamba_ssm")
+    max_tokens = 2**20  # it sizes nothing in a model without attention
+    graphs = None
+
+    def create_model(self, workload: Workload):
+        config = import_module("mamba_ssm.models.config_mamba").MambaConfig(
+            d_model=workload.hidden_dim,
+            n_layer=workload.num_layers,
+            vocab_size=workload.vocabulary_size,
+            ssm_cfg={
+                "layer": "Mamba2",
+                "d_state": workload.state_dim,
+                "headdim": workload.head_dim,
+                "d_conv": workload.conv_kernel_size,
+            },
+        )
+        dtype = getattr(self.torch, workload.dtype)
+        models = import_module("mamba_ssm.models.mixer_seq_simple")
+        return models.MambaLMHeadModel(config, device=self.device, dtype=dtype)
+
+    def first_token(self, token_ids):
+        b, t = token_ids.shape
+        generation, graphs = (
+            import_module("mamba_ssm.utils.generation"),
+            getattr(self, "graphs", None),
+        )
+        self.graphs = generation.update_graph_cache(self.model, graphs, b, t, self.max_tokens)
+        state = self.graphs.inference_params
+        state.reset(self.max_tokens, b)
+        output = self.model(token_ids, inference_params=state, num_last_tokens=1)
+        state.seqlen_offset = t
+        return output.logits[:, -1].argmax(-1, keepdim=True)
+
+    def next_token(self, token):
+        state = self.graphs.inference_params
+        positions = self.torch.full_like(token, state.seqlen_offset)
+        logits = self.graphs.run(token, positions, state.seqlen_offset)
+        state.seqlen_offset += 1
+        return logits[:, -1].argmax(-1, keepdim=True)
 
 
 class Mamba2Jax:
@@ -108,6 +185,9 @@ class Mamba2Jax:
             self._forward(self.token, self.cache)
         self.jax.block_until_ready(self.cache)
 
+    def device_peak_bytes(self) -> int | None:
+        return jax_device_peak_bytes(self.jax)
+
     def _forward(self, token_ids, cache) -> None:
         self.token, self.cache = self.forward(self.model, token_ids, cache)  # token (b 1)
 
@@ -123,4 +203,14 @@ def hugging_face_names(workload: Workload) -> dict[str, Any]:
     }
 
 
-ADAPTERS = {"keras_mamba2": KerasMamba2, "transformers": Transformers, "mamba2-jax": Mamba2Jax}
+def jax_device_peak_bytes(jax) -> int | None:
+    statistics = jax.local_devices()[0].memory_stats()  # None on a CPU
+    return statistics and statistics["peak_bytes_in_use"]
+
+
+ADAPTERS = {
+    "keras_mamba2": KerasMamba2,
+    "transformers": Transformers,
+    "mamba2-jax": Mamba2Jax,
+    "mamba_ssm": MambaSSM,
+}

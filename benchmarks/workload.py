@@ -1,11 +1,17 @@
 """What is measured: the model's shapes, the numbers of tokens, and the floors set by arithmetic."""
 
 from dataclasses import dataclass
+from dataclasses import replace
+from typing import Any
+
+# What numbers take; those of the recurrence and its state are float32 whatever the dtype.
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Mamba-2 130M: float32, one group, tied embeddings."""
+    """Mamba-2 130M: one group, tied embeddings."""
 
     vocabulary_size: int = 50288
     num_layers: int = 24
@@ -13,13 +19,16 @@ class Workload:
     state_dim: int = 128
     head_dim: int = 64
     conv_kernel_size: int = 4
+    dtype: str = "float32"
+    platform: str = "cpu"
 
     prompt_tokens: int = 128
     long_prompt_tokens: int = 16384
+    long_batch_sizes: tuple[int, ...] = (1,)
     decode_tokens: int = 32
     prefill_tokens: tuple[int, ...] = (512, 2048)
     repeats: int = 3
-    chunk_size: int = 64  # what keras_mamba2 takes on a CPU; for the count of operations
+    chunk_size: int = 64  # what keras_mamba2 takes on the platform; for the count of operations
 
     bandwidth_bytes: int = 2**29
     matmul_size: int = 2048
@@ -28,16 +37,27 @@ class Workload:
     def num_heads(self) -> int:
         return 2 * self.hidden_dim // self.head_dim
 
+    @property
+    def model(self) -> dict[str, Any]:
+        """The arguments of `Mamba2Backbone`."""
+        names = ("vocabulary_size", "num_layers", "hidden_dim", "state_dim", "head_dim")
+        return {name: getattr(self, name) for name in (*names, "conv_kernel_size", "dtype")}
+
     def decode_bytes(self, batch_size: int) -> int:
         """What one step has to move: every weight is read, every state read and written."""
+        return self.weight_bytes() + 2 * self.state_bytes(batch_size)
+
+    def weight_bytes(self) -> int:
         d, e, n, h, k = self._letters()
-        projections, vectors = (
-            d * (2 * e + 2 * n + h) + e * d,
-            (k + 1) * (e + 2 * n) + 3 * h + e + d,
-        )
+        projections = d * (2 * e + 2 * n + h) + e * d
+        vectors = (k + 1) * (e + 2 * n) + e + d
         weights = self.num_layers * (projections + vectors) + d + self.vocabulary_size * d
-        state = self.num_layers * (e * n + (k - 1) * (e + 2 * n))
-        return 4 * (weights + 2 * batch_size * state)
+        return DTYPE_BYTES[self.dtype] * weights + FLOAT32_BYTES * self.num_layers * 3 * h
+
+    def state_bytes(self, batch_size: int) -> int:
+        _, e, n, _, k = self._letters()
+        conv, ssm = DTYPE_BYTES[self.dtype] * (k - 1) * (e + 2 * n), FLOAT32_BYTES * e * n
+        return batch_size * self.num_layers * (conv + ssm)
 
     def prefill_flops(self, tokens: int) -> int:
         """Operations of a prefill, two a multiply-add, the head at the last position only.
@@ -61,6 +81,14 @@ class Workload:
 
 
 FULL = Workload()
+# Layers and hidden_dim of the published checkpoints, which share the rest.
+SIZES = {
+    "130m": (24, 768),
+    "370m": (48, 1024),
+    "780m": (48, 1536),
+    "1.3b": (48, 2048),
+    "2.7b": (64, 2560),
+}
 QUICK = Workload(
     vocabulary_size=256,
     num_layers=2,
@@ -75,3 +103,9 @@ QUICK = Workload(
     bandwidth_bytes=2**22,
     matmul_size=128,
 )
+
+
+def of_size(size: str, **changes: Any) -> Workload:
+    """The full workload at the shapes of a published checkpoint, with other `changes`."""
+    num_layers, hidden_dim = SIZES[size]
+    return replace(FULL, num_layers=num_layers, hidden_dim=hidden_dim, **changes)

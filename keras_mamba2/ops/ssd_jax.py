@@ -2,8 +2,12 @@
 
 Definition, notation and docstrings: `ops/ssd.py`, to which these are tested equal. What differs:
 
-- One `scan` goes over the chunks and carries the state, so that the (l s) arrays of one chunk
-  stay in the cache and memory does not grow with their number.
+- One loop goes over the chunks and carries the state, so that the (l s) arrays of one chunk
+  stay in the cache and memory does not grow with their number. It cuts chunks out of the sequence
+  and puts the output in place: as inputs and outputs of `scan` they would be copied before and
+  after, chunks first, which on a TPU is half of the traffic of a prefill.
+- Step sizes and the skip connection are applied in the loop too, so that nothing of the size of
+  the sequence is float32 where the model is not.
 - Products that share B or C between heads keep the order of the memory: one product serves the
   r heads of a group. Only the (l s) product, which differs by head, is head-first.
 - The gradient is written out. All decays of a chunk are exp(S_l - S_s) of one cumulative sum S,
@@ -12,6 +16,7 @@ Definition, notation and docstrings: `ops/ssd.py`, to which these are tested equ
   that are ten times slower, and it computes a cumsum anew for every element it is fused with.
 """
 
+import functools
 from typing import Any
 from typing import NamedTuple
 
@@ -27,14 +32,14 @@ from keras_mamba2.ops.ssd import links
 from keras_mamba2.ops.ssd import split_log_decay
 
 
-class Chunk(NamedTuple):
-    """One chunk of every input; for `scan`, all chunks stacked."""
+class Inputs(NamedTuple):
+    """Of a sequence, or of one chunk of it."""
 
-    xdt: Any  # (b q g r p)
-    B: Any  # (b q g n)
-    C: Any  # (b q g n)
-    log_decay: Any  # (2 b q g r), as an exact and a small part
-    linked: Any  # None, or `ops.ssd.ChunkDecays` of booleans
+    x: Any  # (b t g r p)
+    dt: Any  # (b t g r)
+    B: Any  # (b t g n)
+    C: Any  # (b t g n)
+    log_decay: Any  # (b t g r)
 
 
 def ssd(x, dt, A, B, C, D=None, initial_state=None, segment_ids=None, chunk_size=64):
@@ -46,55 +51,123 @@ def ssd(x, dt, A, B, C, D=None, initial_state=None, segment_ids=None, chunk_size
     x, B, C = (ops.convert_to_tensor(a) for a in (x, B, C))
     dt, A = (ops.convert_to_tensor(a, state_dtype) for a in (dt, A))
 
-    def chunks(a, *shape):  # (b t ...) -> (c b q *shape)
+    def whole_chunks(a, *shape):  # (b t ...) -> (b c*q *shape)
         a = jnp.pad(a, [(0, 0), (0, -t % q)] + [(0, 0)] * (a.ndim - 2))
-        return jnp.moveaxis(a.reshape(b, -1, q, *shape), 1, 0)
+        return a.reshape(b, -1, *shape)
 
-    linked = None
-    if segment_ids is not None:
-        linked = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), links(segment_ids, q))
+    linked = None if segment_ids is None else links(segment_ids, q)
     if initial_state is None:
         state = jnp.zeros((b, g, n, r, p), state_dtype)
     else:
         state = ops.convert_to_tensor(initial_state, state_dtype).reshape(b, g, r, p, n)
         state = jnp.moveaxis(state, -1, 2)  # (b g n r p)
-    xdt = scale(x.astype(state_dtype), dt).astype(x.dtype)
-    log_decay = chunks(dt * A, g, r)
-    log_decay = jnp.stack(split_log_decay(log_decay), axis=1)
-
-    state, y = lax.scan(
-        ssd_chunk,
-        state,
-        Chunk(chunks(xdt, g, r, p), chunks(B, g, n), chunks(C, g, n), log_decay, linked),
-    )
-    y = jnp.moveaxis(y, 0, 1).reshape(b, -1, h, p)[:, :t]
     if D is not None:
-        D = ops.convert_to_tensor(D, state_dtype)
-        y = y + scale(x.astype(state_dtype), jnp.broadcast_to(D, (b, t, h)))
-    return y.astype(x.dtype), jnp.moveaxis(state, 2, -1).reshape(b, h, p, n)
+        D = ops.convert_to_tensor(D, state_dtype).reshape(g, r)
+    inputs = Inputs(
+        whole_chunks(x, g, r, p),
+        whole_chunks(dt, g, r),
+        whole_chunks(B, g, n),
+        whole_chunks(C, g, n),
+        whole_chunks(dt * A, g, r),
+    )
+    state, y = ssd_chunks(q, D, state, inputs, linked)
+    return y.reshape(b, -1, h, p)[:, :t], jnp.moveaxis(state, 2, -1).reshape(b, h, p, n)
 
 
-@jax.custom_vjp
-def ssd_chunk(state, chunk):
-    """State `(b g n r p)` and `Chunk` in; the state after it and its output `(b l g r p)` out."""
-    to_end, from_start, across, within, scores = decays_and_scores(chunk)
-    weights = (scores[:, :, None] * within).astype(chunk.xdt.dtype)  # (b g r l s)
-    y = product("bgrls,bgrsp->bgrlp", weights, jnp.moveaxis(chunk.xdt, 1, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def ssd_chunks(q, D, state, inputs, linked):
+    """The state after a sequence of whole chunks, and y `(b t g r p)`.
+
+    Args:
+        q: int.
+        D: `(g r)`, or None.
+        state: `(b g n r p)`.
+        inputs: `Inputs`.
+        linked: None, or `ops.ssd.ChunkDecays` of booleans `(b c ...)`.
+    """
+    return ssd_chunks_forward(q, D, state, inputs, linked)[0]
+
+
+def ssd_chunks_forward(q, D, state, inputs, linked):
+    def step(carry, i):
+        state, out = carry
+        chunk = cut(inputs, i, q)
+        new_state, y = recurrence(state, chunk, at(linked, i))
+        return (new_state, put(out, skip(D, chunk.x, y), i)), (state, y)
+
+    out = jnp.zeros_like(inputs.x)
+    numbers = jnp.arange(inputs.x.shape[1] // q)
+    (final_state, out), (starts, y) = lax.scan(step, (state, out), numbers)
+    return (final_state, out), (D, inputs, linked, final_state, starts, y)
+
+
+def ssd_chunks_backward(q, saved, gradients):
+    D, inputs, linked, final_state, starts, y = saved
+    d_state, d_out = gradients
+
+    def step(carry, saved_chunk):
+        d_state, new_state, d_D, d_inputs = carry
+        i, state, y = saved_chunk
+        d_more_D, d_state, d_chunk = chunk_gradients(
+            D, state, cut(inputs, i, q), at(linked, i), new_state, y, d_state, cut(d_out, i, q)
+        )
+        d_D = jax.tree.map(jnp.add, d_D, d_more_D)
+        return (d_state, state, d_D, put(d_inputs, d_chunk, i)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, (D, inputs))
+    numbers = jnp.arange(len(starts))
+    (d_state, _, d_D, d_inputs), _ = lax.scan(
+        step, (d_state, final_state, *zeros), (numbers, starts, y), reverse=True
+    )
+    return d_D, d_state, d_inputs, None
+
+
+ssd_chunks.defvjp(ssd_chunks_forward, ssd_chunks_backward)
+
+
+def cut(arrays, i, q):
+    """Chunk `i` of arrays `(b t ...)`."""
+    return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, i * q, q, axis=1), arrays)
+
+
+def put(arrays, chunks, i):
+    """Arrays `(b t ...)` with chunk `i` in its place."""
+    return jax.tree.map(
+        lambda a, chunk: lax.dynamic_update_slice_in_dim(a, chunk, i * chunk.shape[1], axis=1),
+        arrays,
+        chunks,
+    )
+
+
+def at(arrays, i):
+    """Entry `i` of arrays `(b c ...)`."""
+    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, axis=1, keepdims=False), arrays)
+
+
+def recurrence(state, chunk, linked):
+    """The state after a chunk, and its output `(b l g r p)` without the skip connection."""
+    to_end, from_start, across, within, scores = decays_and_scores(chunk, linked)
+    xdt = scale_by_dt(chunk)
+    weights = (scores[:, :, None] * within).astype(xdt.dtype)  # (b g r l s)
+    y = product("bgrls,bgrsp->bgrlp", weights, jnp.moveaxis(xdt, 1, 3))
     y = jnp.moveaxis(y, 3, 1) + scale(product("blgn,bgnrp->blgrp", chunk.C, state), from_start)
-    new = product("bsgn,bsgrp->bgnrp", chunk.B, scale(chunk.xdt, to_end))
+    new = product("bsgn,bsgrp->bgnrp", chunk.B, scale(xdt, to_end))
     return state * across + new, y
 
 
-def ssd_chunk_forward(state, chunk):
-    new_state, y = ssd_chunk(state, chunk)
-    return (new_state, y), (state, chunk, new_state, y)
+def skip(D, x, y):
+    """`y + D x`, in the dtype of `x`."""
+    return (y if D is None else y + scale(x.astype(y.dtype), D)).astype(x.dtype)
 
 
-def ssd_chunk_backward(saved, gradients):
-    state, chunk, new_state, y = saved
-    d_state, d_y = gradients
-    xdt, B, C = chunk.xdt, chunk.B, chunk.C
-    to_end, from_start, across, within, scores = decays_and_scores(chunk)
+def chunk_gradients(D, state, chunk, linked, new_state, y, d_state, d_y):
+    """Those of D, of the state before the chunk, and of the chunk.
+
+    `y` is without the skip connection, `d_y` with it.
+    """
+    x, d_y = chunk.x.astype(y.dtype), d_y.astype(y.dtype)
+    xdt, B, C = scale_by_dt(chunk), chunk.B, chunk.C
+    to_end, from_start, across, within, scores = decays_and_scores(chunk, linked)
     q = xdt.shape[1]
 
     # The inner product: weights = scores * within, y = weights x.
@@ -119,35 +192,36 @@ def ssd_chunk_backward(saved, gradients):
     d_sums = d_sums.at[:, -1].add(d_end)
     ones = jnp.tril(jnp.ones((q, q), d_sums.dtype))
     d_log_decay = jnp.einsum("blgr,ls->bsgr", d_sums, ones, precision=lax.Precision.HIGHEST)
-    d_chunk = Chunk(
-        d_xdt.astype(xdt.dtype),
+    d_x, d_D = scale(d_xdt, chunk.dt), None
+    if D is not None:
+        d_x, d_D = d_x + scale(d_y, D), jnp.sum(sum_last(d_y * x), axis=(0, 1))
+    d_chunk = Inputs(
+        d_x.astype(chunk.x.dtype),
+        sum_last(d_xdt * x),
         d_B.astype(B.dtype),
         d_C.astype(C.dtype),
-        jnp.stack([jnp.zeros_like(d_log_decay), d_log_decay]),
-        None,
+        d_log_decay,
     )
-    return d_old_state, d_chunk
+    return d_D, d_old_state, d_chunk
 
 
-ssd_chunk.defvjp(ssd_chunk_forward, ssd_chunk_backward)
-
-
-def decays_and_scores(chunk):
+def decays_and_scores(chunk, linked):
     """The decays of `ops.ssd.ChunkDecays`, cut at segments, and the scores C B^T `(b g l s)`."""
-    q = chunk.xdt.shape[1]
+    q = chunk.x.shape[1]
     causal = jnp.tril(jnp.ones((q, q), bool))
-    ones = causal.astype(chunk.log_decay.dtype)
+    log_decay = jnp.stack(split_log_decay(chunk.log_decay))
+    ones = causal.astype(log_decay.dtype)
     # HIGHEST: on TPU the default would round the summands to bfloat16.
-    sums = jnp.einsum("kbsgr,ls->kbgrl", chunk.log_decay, ones, precision=lax.Precision.HIGHEST)
+    sums = jnp.einsum("kbsgr,ls->kbgrl", log_decay, ones, precision=lax.Precision.HIGHEST)
     to_end = jnp.moveaxis(decay_between(sums[..., -1:], sums), -1, 1)  # (b s g r)
     from_start = jnp.moveaxis(jnp.exp(sums[0] + sums[1]), -1, 1)  # (b l g r)
     across = from_start[:, -1]  # (b g r)
     within = decay_between(sums[..., :, None], sums[..., None, :])  # (b g r l s)
-    if chunk.linked is not None:
-        to_end = jnp.where(chunk.linked.to_end[..., None, None], to_end, 0.0)
-        from_start = jnp.where(chunk.linked.from_start[..., None, None], from_start, 0.0)
-        across = jnp.where(chunk.linked.across[:, None, None], across, 0.0)
-        causal = causal & chunk.linked.within[:, None, None]
+    if linked is not None:
+        to_end = jnp.where(linked.to_end[..., None, None], to_end, 0.0)
+        from_start = jnp.where(linked.from_start[..., None, None], from_start, 0.0)
+        across = jnp.where(linked.across[:, None, None], across, 0.0)
+        causal = causal & linked.within[:, None, None]
     scores = product("blgn,bsgn->bgls", chunk.C, chunk.B)
     return to_end, from_start, across[:, :, None, :, None], jnp.where(causal, within, 0.0), scores
 
@@ -164,18 +238,13 @@ def product(equation, a, b):
     return jnp.einsum(equation, a.astype(dtype), b.astype(dtype), preferred_element_type=accumulate)
 
 
-@jax.custom_vjp
 def scale(x, factor):
     """`x * factor[..., None]`, in the wider of the two dtypes."""
     return x * factor[..., None]
 
 
-def scale_backward(saved, d_y):
-    x, factor = saved
-    return scale(d_y, factor).astype(x.dtype), sum_last(d_y * x).astype(factor.dtype)
-
-
-scale.defvjp(lambda x, factor: (scale(x, factor), (x, factor)), scale_backward)
+def scale_by_dt(chunk):
+    return scale(chunk.x.astype(chunk.dt.dtype), chunk.dt).astype(chunk.x.dtype)
 
 
 def sum_last(x):
@@ -201,7 +270,9 @@ def ssd_step(x, dt, A, B, C, D=None, *, state):
     decay, xdt = lax.optimization_barrier((jnp.exp(dt * A), X * dt[..., None]))
     new = jnp.einsum("bgrp,bgn->bgrpn", xdt.reshape(b, g, h // g, p), B)
     state = state.reshape(new.shape) * decay.reshape(b, g, h // g, 1, 1)
-    state = lax.optimization_barrier(state + new)
+    state = lax.platform_dependent(
+        state + new, cpu=lax.optimization_barrier, default=lambda state: state
+    )
     y = jnp.einsum("bgrpn,bgn->bgrp", state, C).reshape(b, h, p)
     if D is not None:
         y = y + X * ops.convert_to_tensor(D, state_dtype)[:, None]

@@ -5,17 +5,19 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from benchmarks.__main__ import HERE
-from benchmarks.__main__ import run_subject
+from benchmarks.__main__ import SUBJECTS
 from benchmarks.adapters import ADAPTERS
+from benchmarks.report import MACHINE
 from benchmarks.report import summarize
 from benchmarks.report import table
-from benchmarks.subject import MACHINE
+from benchmarks.rounds import HERE
+from benchmarks.rounds import run_subject
 from benchmarks.workload import FULL
 from benchmarks.workload import QUICK
 from keras_mamba2 import Mamba2Backbone
@@ -35,7 +37,7 @@ def results(folder) -> dict:
     return json.loads((folder / "results" / "try.json").read_text())
 
 
-@pytest.mark.parametrize("subject", [MACHINE, *ADAPTERS])
+@pytest.mark.parametrize("subject", SUBJECTS)
 def test_every_subject_is_measured_or_absent(results, subject):
     found = results["rounds"][0][subject]
     packages = ADAPTERS[subject].packages if subject in ADAPTERS else ()
@@ -100,17 +102,14 @@ def test_noise_of_a_round_cancels_in_ratios(results):
     assert summary["keras_mamba2"]["decode_gb_per_s_1"]["median"] == pytest.approx(0.8)
 
 
-def test_counted_bytes_are_those_of_the_model():
-    backbone = Mamba2Backbone(
-        vocabulary_size=QUICK.vocabulary_size,
-        num_layers=QUICK.num_layers,
-        hidden_dim=QUICK.hidden_dim,
-        state_dim=QUICK.state_dim,
-        head_dim=QUICK.head_dim,
-    )
-    assert QUICK.decode_bytes(0) == 4 * backbone.count_params()
-    state_bytes = QUICK.decode_bytes(3) - QUICK.decode_bytes(0)
-    assert state_bytes == 2 * backbone.initial_state(3).nbytes
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_counted_bytes_are_those_of_the_model(dtype):
+    workload = replace(QUICK, dtype=dtype)
+    backbone = Mamba2Backbone(**workload.model)
+    values = [v.value for v in backbone.weights]
+    assert workload.weight_bytes() == sum(value.nbytes for value in values)
+    assert workload.state_bytes(3) == backbone.initial_state(3).nbytes
+    assert workload.decode_bytes(3) == workload.weight_bytes() + 2 * workload.state_bytes(3)
 
 
 def test_operations_of_a_prefill_are_about_twice_the_weights():
