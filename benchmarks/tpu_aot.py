@@ -140,15 +140,20 @@ def programs(
         yield "prefill", 1, peer_program(workload, 1, prefill_tokens)
 
 
-def abstract_model(workload: Workload) -> keras_mamba2.Mamba2CausalLM:
+def abstract_model(workload: Workload, **arguments) -> keras_mamba2.Mamba2CausalLM:
     """A model whose variables have shapes and no values: 2.7B would not fit everywhere."""
+    arguments = {**workload.model, "chunk_size": workload.chunk_size, **arguments}
     with keras.StatelessScope(initialize_variables=False):
-        backbone = keras_mamba2.Mamba2Backbone(**workload.model, chunk_size=workload.chunk_size)
-    # Or the next scope that ends would give them values after all.
-    global_state.set_global_attribute("uninitialized_variables", [])
+        backbone = keras_mamba2.Mamba2Backbone(**arguments)
+    forget_to_initialize()
     lm = keras_mamba2.Mamba2CausalLM(backbone)
     lm.compile(sampler="greedy")
     return lm
+
+
+def forget_to_initialize() -> None:
+    """Or the next scope that ends would give variables without values some after all."""
+    global_state.set_global_attribute("uninitialized_variables", [])
 
 
 def peer_program(workload: Workload, batch_size: int, tokens: int) -> Traced:
@@ -212,7 +217,13 @@ def describe(traced: Traced, in_loop: bool) -> dict[str, Any]:
 
 
 def compile_and_read(traced: Traced) -> tuple[jax.stages.Compiled, Module]:
-    """The program, and what is scheduled.
+    """The program, and what is scheduled."""
+    program, text = compile_and_dump(traced)
+    return program, Module(text)
+
+
+def compile_and_dump(traced: Traced) -> tuple[jax.stages.Compiled, str]:
+    """The program, and its text as it is scheduled.
 
     `as_text()` cannot read back a program with an asynchronous gather (jax 0.10.2), so the
     compiler writes the text itself.
@@ -221,7 +232,7 @@ def compile_and_read(traced: Traced) -> tuple[jax.stages.Compiled, Module]:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         program = traced.lower().compile(compiler_options=options)
         (text,) = Path(folder).glob("*.after_codegen.txt")
-        return program, Module(text.read_text())
+        return program, text.read_text()
 
 
 def compare(row: dict[str, Any], workload: Workload) -> dict[str, Any]:
