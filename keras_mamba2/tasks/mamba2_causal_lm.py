@@ -19,6 +19,7 @@ from keras_mamba2.generation import search
 from keras_mamba2.generation import use_compilation_cache
 from keras_mamba2.models import Mamba2Backbone
 from keras_mamba2.models import Mamba2State
+from keras_mamba2.models import quantization
 from keras_mamba2.models.mamba2_state import load_with_text
 from keras_mamba2.tasks.mamba2_causal_lm_preprocessor import Mamba2CausalLMPreprocessor
 from keras_mamba2.tasks.mamba2_session import Mamba2Session
@@ -98,6 +99,32 @@ class Mamba2CausalLM(keras_hub.models.CausalLM):
         """
         tokenizer = None if self.preprocessor is None else self.preprocessor.tokenizer
         export_to_transformers(self.backbone, tokenizer, path, dtype)
+
+    def quantize(self, mode: str | None = None, config=None, filters=None, **kwargs) -> None:
+        """Quantizes the projections, and in int8 and int4 the embedding with its head.
+
+        As `keras.Model.quantize`. The recurrence stays in float32. LoRA adapters can be trained
+        on weights in int8 and int4.
+
+        Args:
+            mode: `"int8"`, `"int4"`, `"float8"`, `"gptq"` or `"awq"`.
+            config: a configuration of `keras.quantizers`. `"gptq"` and `"awq"` need one, with
+                texts to calibrate with.
+            filters: which layers to quantize, by regular expressions for their names or a function
+                of a layer. `None` for all that Keras can.
+            **kwargs: as there.
+
+        Raises:
+            ValueError: for a model that is quantized already, one with LoRA adapters in a mode
+                that Keras does not combine with them, and a configuration that does not fit.
+        """
+        quantization.check(self.backbone, config)
+        filters = quantization.is_quantizable if filters is None else filters
+        super().quantize(mode, config=config, filters=filters, **kwargs)
+        quantization.remember_policies(self.backbone)
+
+    def get_quantization_layer_structure(self, mode: str):
+        return self.backbone.get_quantization_layer_structure(mode)
 
     def call_with_cache(
         self,
