@@ -246,7 +246,9 @@ class Mamba2Backbone(keras_hub.models.Backbone):
         """
         if rank < 1:
             raise ValueError(f"`rank` must be positive. Received: rank={rank}")
-        names = self.default_lora_layer_names() if target_layer_names is None else target_layer_names
+        names = (
+            self.default_lora_layer_names() if target_layer_names is None else target_layer_names
+        )
         lora.enable(self, {layer: (rank, rank) for layer in lora.projections_named(self, names)})
 
     def merge_lora(self) -> None:
