@@ -196,8 +196,8 @@ def write_peft_adapter(
         write_safetensors(temporary / ADAPTER_WEIGHTS[0], weights)
     if any(layer.name == "out_proj" for layer in adapted):
         warnings.warn(
-            "There are adapters of out_proj, which `peft` refuses for Mamba-2, since the fused CUDA "
-            "kernels would pass them by. For `peft`, adapt in_proj alone, or call "
+            "There are adapters of out_proj, which `peft` refuses for Mamba-2, since the fused "
+            "CUDA kernels would pass them by. For `peft`, adapt in_proj alone, or call "
             "`backbone.merge_lora()` and export the model.",
             stacklevel=3,
         )

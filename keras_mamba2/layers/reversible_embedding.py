@@ -5,9 +5,9 @@ import keras
 class ReversibleEmbedding(keras.layers.ReversibleEmbedding):
     """`keras.layers.ReversibleEmbedding`, whose quantized head lets gradients through.
 
-    The head, `reverse=True`, multiplies hidden states with quantized weights as they are. Keras 3.15
-    rounds them to int8 first, in int4 only once the model was saved and loaded. No gradient passes
-    a rounding, so that LoRA adapters below the head would not learn.
+    The head, `reverse=True`, multiplies hidden states with quantized weights as they are. Keras
+    3.15 rounds them to int8 first, in int4 only once the model was saved and loaded. No gradient
+    passes a rounding, so that LoRA adapters below the head would not learn.
 
     float8, GPTQ and AWQ are for matrix products alone; they leave this layer as it is.
 

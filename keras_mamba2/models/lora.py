@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import h5py
 from keras import ops
 
 from keras_mamba2.layers.projection import LORA_MODES
@@ -62,16 +63,21 @@ def check_trainable(layers) -> None:
     for layer in layers:
         if layer.quantization_mode not in LORA_MODES:
             raise ValueError(
-                f"LoRA needs weights in float, int8 or int4. Layer {layer.path!r} is quantized with "
-                f"mode={layer.quantization_mode!r}."
+                f"LoRA needs weights in float, int8 or int4. Layer {layer.path!r} is quantized "
+                f"with mode={layer.quantization_mode!r}."
             )
+
+
+def _numbered_layers(backbone) -> list:
+    """The layers as KerasHub's files of adapters number them."""
+    return [layer for layer in backbone._flatten_layers(include_self=False) if layer.weights]
 
 
 def _remember(backbone) -> None:
     """Tells KerasHub's `save_lora_weights` and `load_lora_weights` which layers there are."""
-    layers = [layer for layer in backbone._flatten_layers(include_self=False) if layer.weights]
     adapted = set(adapted_projections(backbone))
-    backbone._lora_enabled_layers = [i for i, layer in enumerate(layers) if layer in adapted]
+    numbered = enumerate(_numbered_layers(backbone))
+    backbone._lora_enabled_layers = [i for i, layer in numbered if layer in adapted]
     ranks = {layer.lora_rank for layer in adapted}
     backbone._lora_rank = ranks.pop() if len(ranks) == 1 else None
 
@@ -118,7 +124,39 @@ def check_uniform(backbone) -> None:
     for layer in adapted_projections(backbone):
         if backbone._lora_rank is None or layer.lora_alpha != backbone._lora_rank:
             raise ValueError(
-                "A file of `save_lora_weights` holds adapters of one rank, with an alpha equal to it. "
-                "Use `save_peft_adapter` of the model instead. Received: "
+                "A file of `save_lora_weights` holds adapters of one rank, with an alpha equal to "
+                "it. Use `save_peft_adapter` of the model instead. Received: "
                 f"layer {layer.path!r} with rank={layer.lora_rank}, alpha={layer.lora_alpha}"
             )
+
+
+def read_file(backbone, filepath) -> tuple[list[Projection], int]:
+    """The layers that a file of `save_lora_weights` has adapters for, and their rank.
+
+    Raises:
+        ValueError: if these are not all projections of some names, those of LoRA where it is
+            enabled, or of another size: KerasHub would load what it can.
+    """
+    with h5py.File(filepath) as file:
+        rank = int(file["lora"]["vars"]["rank"][()])
+        shapes = {
+            int(i): tuple(group["vars"][name].shape for name in ("lora_kernel_a", "lora_kernel_b"))
+            for i, group in file["lora"].items()
+            if i.isdigit()
+        }
+    numbered = dict(enumerate(_numbered_layers(backbone)))
+    layers = [numbered.get(i) for i in shapes]
+    names = {layer.name for layer in layers if isinstance(layer, Projection)}
+    expected = {layer for layer in projections(backbone) if layer.name in names}
+    if set(layers) != expected or any(
+        (shape_of_a[0], shape_of_b[1]) != (numbered[i].input_spec.axes[-1], numbered[i].units)
+        for i, (shape_of_a, shape_of_b) in shapes.items()
+    ):
+        raise ValueError(f"{filepath} holds the adapters of another model.")
+    adapted = set(adapted_projections(backbone))
+    if adapted and adapted != expected:
+        raise ValueError(
+            f"{filepath} holds adapters of {sorted(names)}, but LoRA is enabled on "
+            f"{sorted({layer.name for layer in adapted})}."
+        )
+    return [layer for layer in projections(backbone) if layer in expected], rank

@@ -264,6 +264,18 @@ class Mamba2Backbone(keras_hub.models.Backbone):
         lora.check_uniform(self)
         super().save_lora_weights(filepath)
 
+    def load_lora_weights(self, filepath) -> None:
+        """Loads a file of `save_lora_weights`, and enables LoRA as it needs where it is not.
+
+        Raises:
+            ValueError: for the file of another model, and if LoRA is enabled on other layers than
+                those in the file or with another rank.
+        """
+        layers, rank = lora.read_file(self, filepath)
+        if not lora.adapted_projections(self):
+            lora.enable(self, {layer: (rank, rank) for layer in layers})
+        super().load_lora_weights(filepath)
+
     def quantize(self, mode: str | None = None, config=None, filters=None, **kwargs) -> None:
         """As `Mamba2CausalLM.quantize`."""
         quantization.check(self, config)
@@ -308,5 +320,10 @@ def _check_dtype(dtype):
     policy = keras.dtype_policies.get(dtype)
     if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
         policy = policy.default_policy
+    if policy.quantization_mode is not None:
+        raise ValueError(
+            "Weights are quantized once they are there: build or load the model in a floating "
+            f"point dtype, then call `quantize({policy.quantization_mode!r})`. Received: {dtype}"
+        )
     if "float" not in str(policy.compute_dtype):
         raise ValueError(f"`dtype` must be a floating point dtype or policy. Received: {dtype}")

@@ -146,7 +146,8 @@ class Mamba2CausalLM(keras_hub.models.CausalLM):
         """Quantizes the projections, and in int8 and int4 the embedding with its head.
 
         As `keras.Model.quantize`. The recurrence stays in float32. LoRA adapters can be trained
-        on weights in int8 and int4.
+        on weights in int8 and int4. A saved model keeps the mode and sizes of groups, but not the
+        quantizers of a `config`, of which it takes Keras' own when it is loaded.
 
         Args:
             mode: `"int8"`, `"int4"`, `"float8"`, `"gptq"` or `"awq"`.
