@@ -27,7 +27,6 @@ CASES = {
     "list": {"target_modules": ["in_proj"], "r": 4, "lora_alpha": 7},
     "rslora": {"target_modules": ["in_proj"], "r": 3, "use_rslora": True},
     "regex": {"target_modules": r".*layers\.1\.mixer\.in_proj", "r": 2},
-    "one layer": {"target_modules": ["in_proj"], "layers_to_transform": [1], "r": 2},
     "both": {"target_modules": BOTH, "r": 4, "lora_dropout": 0.1},
     "all-linear": {"target_modules": "all-linear", "r": 2},
     "patterns": {
