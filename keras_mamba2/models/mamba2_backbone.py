@@ -269,8 +269,9 @@ class Mamba2Backbone(keras_hub.models.Backbone):
 
         Raises:
             ValueError: for the file of another model, and if LoRA is enabled on other layers than
-                those in the file or with another rank.
+                those in the file, with another rank, or an alpha that is not the rank.
         """
+        lora.check_uniform(self)
         layers, rank = lora.read_file(self, filepath)
         if not lora.adapted_projections(self):
             lora.enable(self, {layer: (rank, rank) for layer in layers})

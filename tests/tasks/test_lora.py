@@ -122,6 +122,8 @@ def test_an_alpha_is_not_forgotten_in_a_file(lm, tmp_path):
     lora.enable(lm.backbone, {layer: (2, 8) for layer in layers})
     with pytest.raises(ValueError, match="Use `save_peft_adapter`.*rank=2, alpha=8"):
         lm.backbone.save_lora_weights(tmp_path / "new.lora.h5")
+    with pytest.raises(ValueError, match="an alpha equal to it"):
+        lm.backbone.load_lora_weights(tmp_path / "new.lora.h5")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
