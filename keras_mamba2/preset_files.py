@@ -11,6 +11,7 @@ from typing import Any
 from keras_mamba2 import hub
 
 CONFIG_FILE = "config.json"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
 SOURCES_FILE = "sources.json"
 BACKBONE_NAME = "keras_mamba2>Mamba2Backbone"
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -23,6 +24,7 @@ CHECKPOINT_WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 SHARDS = {
     "model.weights.json": "model_*.weights.h5",
     "model.safetensors.index.json": "model-*.safetensors",
@@ -107,6 +109,27 @@ class Preset:
 
     def _fetch(self, choose: hub.Choice) -> pathlib.Path:
         return hub.fetch(self.name, choose) if self.name.startswith(hub.PREFIX) else self.folder
+
+
+def adapter_folder(name) -> pathlib.Path:
+    """A folder with the files of a PEFT adapter: a local one, or from `hf://user/name`."""
+
+    def choose(names):
+        return [*_present([ADAPTER_CONFIG_FILE], names), *_weights(ADAPTER_WEIGHTS, names)]
+
+    if str(name).startswith(hub.PREFIX):
+        return hub.fetch(str(name), choose)
+    folder = pathlib.Path(name)
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder} is not a folder. An adapter on the Hugging Face hub is written "
+            "'hf://user/name'."
+        )
+    try:
+        choose([file.name for file in folder.iterdir()])
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    return folder
 
 
 def is_foreign(preset) -> bool:

@@ -7,6 +7,8 @@ from keras_mamba2.conversion.config import transformers_config as transformers_c
 from keras_mamba2.conversion.describe import describe as describe
 from keras_mamba2.conversion.export import export_to_transformers as export_to_transformers
 from keras_mamba2.conversion.load import load_weights as load_weights
+from keras_mamba2.conversion.peft import read_peft_adapter as read_peft_adapter
+from keras_mamba2.conversion.peft import write_peft_adapter as write_peft_adapter
 from keras_mamba2.conversion.preset_loader import CheckpointLoader as CheckpointLoader
 from keras_mamba2.conversion.preset_loader import open_preset as open_preset
 from keras_mamba2.conversion.preset_loader import register as register

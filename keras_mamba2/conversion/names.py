@@ -72,7 +72,8 @@ def weight_name(path: str, spelling: str = TRANSFORMERS) -> tuple[str, Layout]:
     if path not in OUTSIDE:
         raise ValueError(
             "A checkpoint has no place for this variable; models with LoRA adapters or quantized "
-            f"weights have such ones, and cannot be converted. Received: path={path!r}"
+            "weights have such ones. Call `backbone.merge_lora()` first, or `save_peft_adapter`; "
+            f"export a model before it is quantized. Received: path={path!r}"
         )
     name, layout = OUTSIDE[path]
     return (name[spelling] if path == "token_embedding/embeddings" else name), layout

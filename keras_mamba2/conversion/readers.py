@@ -54,7 +54,7 @@ def read_tensors(folder) -> dict[str, StoredTensor]:
             f"{folder} holds no weights. Expected one of: {', '.join(CHECKPOINT_WEIGHTS)}"
         )
     if found[0].suffix != ".json":
-        return _read_file(found[0])
+        return read_file(found[0])
     return _read_shards(found[0])
 
 
@@ -69,14 +69,15 @@ def _read_shards(index: pathlib.Path) -> dict[str, StoredTensor]:
         shard = index.with_name(name)
         if not shard.is_file():
             raise ValueError(f"{shard} is missing, a shard that {index.name} names.")
-        tensors.update(_read_file(shard))
+        tensors.update(read_file(shard))
     missing = sorted(set(weight_map) - set(tensors))
     if missing:
         raise ValueError(f"{index} names tensors that no shard holds: {', '.join(missing)}")
     return tensors
 
 
-def _read_file(file: pathlib.Path) -> dict[str, StoredTensor]:
+def read_file(file: pathlib.Path) -> dict[str, StoredTensor]:
+    """The tensors of one file, safetensors or `.bin`, by name."""
     check_not_pointer(file)
     return read_safetensors(file) if file.suffix == ".safetensors" else read_bin(file)
 

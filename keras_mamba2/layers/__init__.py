@@ -6,3 +6,5 @@ from keras_mamba2.layers.gated_rms_normalization import (
 from keras_mamba2.layers.mamba2_block import Mamba2Block as Mamba2Block
 from keras_mamba2.layers.mamba2_mixer import Mamba2Mixer as Mamba2Mixer
 from keras_mamba2.layers.mamba2_mixer import MixerState as MixerState
+from keras_mamba2.layers.projection import Projection as Projection
+from keras_mamba2.layers.reversible_embedding import ReversibleEmbedding as ReversibleEmbedding

@@ -8,6 +8,7 @@ from keras import random
 
 from keras_mamba2.layers.distributed_ssd import distributed_ssd
 from keras_mamba2.layers.gated_rms_normalization import GatedRMSNormalization
+from keras_mamba2.layers.projection import Projection
 from keras_mamba2.ops import causal_conv1d
 from keras_mamba2.ops import causal_conv1d_step
 from keras_mamba2.ops import ssd_step
@@ -109,7 +110,7 @@ class Mamba2Mixer(keras.layers.Layer):
         self.group_dim = num_groups * state_dim
         self.conv_dim = self.inner_dim + 2 * self.group_dim
 
-        self.in_proj = keras.layers.Dense(
+        self.in_proj = Projection(
             self.inner_dim + self.conv_dim + self.num_heads,
             use_bias=use_bias,
             kernel_initializer=_uniform(),
@@ -122,7 +123,7 @@ class Mamba2Mixer(keras.layers.Layer):
             dtype=self.dtype_policy,
             name="norm",
         )
-        self.out_proj = keras.layers.Dense(
+        self.out_proj = Projection(
             hidden_dim,
             use_bias=use_bias,
             kernel_initializer=_uniform(1 / num_residual_layers),

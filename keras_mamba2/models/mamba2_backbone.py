@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import keras
 import keras_hub
 from keras import ops
@@ -5,6 +7,9 @@ from keras import ops
 from keras_mamba2.conversion import open_preset
 from keras_mamba2.layers.gated_rms_normalization import GatedRMSNormalization
 from keras_mamba2.layers.mamba2_block import Mamba2Block
+from keras_mamba2.layers.reversible_embedding import ReversibleEmbedding
+from keras_mamba2.models import lora
+from keras_mamba2.models import quantization
 from keras_mamba2.models.mamba2_layout import check_layout
 from keras_mamba2.models.mamba2_layout import layout_map
 from keras_mamba2.models.mamba2_state import NO_TOKEN
@@ -121,7 +126,7 @@ class Mamba2Backbone(keras_hub.models.Backbone):
         )
 
         # === Layers ===
-        self.token_embedding = keras.layers.ReversibleEmbedding(
+        self.token_embedding = ReversibleEmbedding(
             input_dim=vocabulary_size,
             output_dim=hidden_dim,
             tie_weights=tie_word_embeddings,
@@ -291,6 +296,63 @@ class Mamba2Backbone(keras_hub.models.Backbone):
     def default_lora_layer_names(self) -> list[str]:
         return ["in_proj", "out_proj"]
 
+    def enable_lora(self, rank: int, target_layer_names: Sequence[str] | None = None) -> None:
+        """Freezes the model, and adds LoRA adapters to its projections, to be trained instead.
+
+        Compile the model afterwards. A bias of a projection is frozen too, so that the adapters
+        hold all that training changes.
+
+        Args:
+            rank: int.
+            target_layer_names: sequence of strings, `"in_proj"`, `"out_proj"`. `None` for both.
+
+        Raises:
+            ValueError: for another name, if LoRA is enabled already, and for weights quantized
+                to anything but int8 and int4.
+        """
+        if rank < 1:
+            raise ValueError(f"`rank` must be positive. Received: rank={rank}")
+        names = (
+            self.default_lora_layer_names() if target_layer_names is None else target_layer_names
+        )
+        lora.enable(self, {layer: (rank, rank) for layer in lora.projections_named(self, names)})
+
+    def merge_lora(self) -> None:
+        """Adds the LoRA adapters to the weights: the model is a plain one, with the same outputs.
+
+        Everything is trainable again; compile the model before it is trained on. Weights in int8
+        or int4 are quantized anew, so that outputs change by the rounding.
+        """
+        lora.merge(self)
+
+    def save_lora_weights(self, filepath) -> None:
+        """As `keras_hub.models.Backbone.save_lora_weights`: a file that ends in `.lora.h5`."""
+        lora.check_uniform(self)
+        super().save_lora_weights(filepath)
+
+    def load_lora_weights(self, filepath) -> None:
+        """Loads a file of `save_lora_weights`, and enables LoRA as it needs where it is not.
+
+        Raises:
+            ValueError: for the file of another model, and if LoRA is enabled on other layers than
+                those in the file, with another rank, or an alpha that is not the rank.
+        """
+        lora.check_uniform(self)
+        layers, rank = lora.read_file(self, filepath)
+        if not lora.adapted_projections(self):
+            lora.enable(self, {layer: (rank, rank) for layer in layers})
+        super().load_lora_weights(filepath)
+
+    def quantize(self, mode: str | None = None, config=None, filters=None, **kwargs) -> None:
+        """As `Mamba2CausalLM.quantize`."""
+        quantization.check(self, config)
+        filters = quantization.is_quantizable if filters is None else filters
+        super().quantize(mode, config=config, filters=filters, **kwargs)
+        quantization.remember_policies(self)
+
+    def get_quantization_layer_structure(self, mode: str):
+        return quantization.layer_structure(self, mode)
+
     def get_config(self):
         config = super().get_config()
         config.update(
@@ -326,5 +388,10 @@ def _check_dtype(dtype):
     policy = keras.dtype_policies.get(dtype)
     if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
         policy = policy.default_policy
+    if policy.quantization_mode is not None:
+        raise ValueError(
+            "Weights are quantized once they are there: build or load the model in a floating "
+            f"point dtype, then call `quantize({policy.quantization_mode!r})`. Received: {dtype}"
+        )
     if "float" not in str(policy.compute_dtype):
         raise ValueError(f"`dtype` must be a floating point dtype or policy. Received: {dtype}")

@@ -203,7 +203,8 @@ def describe(backbone) -> str:
 def fingerprint(backbone) -> str:
     """A hash of samples of every weight: training changes it, saving and loading does not."""
     digest = hashlib.sha256()
-    for variable in backbone.weights:
+    # In an order of its own: layers quantized in memory list their weights in another than loaded.
+    for variable in sorted(backbone.weights, key=lambda variable: variable.path):
         size = math.prod(variable.shape)
         where = np.linspace(0, size - 1, min(size, FINGERPRINT_SAMPLES)).astype("int32")
         sample = ops.take(ops.reshape(variable.value, (-1,)), where)

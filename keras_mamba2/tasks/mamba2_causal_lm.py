@@ -11,6 +11,8 @@ from keras import ops
 
 from keras_mamba2.conversion import export_to_transformers
 from keras_mamba2.conversion import open_preset
+from keras_mamba2.conversion import read_peft_adapter
+from keras_mamba2.conversion import write_peft_adapter
 from keras_mamba2.generation import Generator
 from keras_mamba2.generation import picks_tokens
 from keras_mamba2.generation import prompts_of
@@ -19,6 +21,8 @@ from keras_mamba2.generation import search
 from keras_mamba2.generation import use_compilation_cache
 from keras_mamba2.models import Mamba2Backbone
 from keras_mamba2.models import Mamba2State
+from keras_mamba2.models import lora
+from keras_mamba2.models import quantization
 from keras_mamba2.models.mamba2_state import load_with_text
 from keras_mamba2.tasks.mamba2_causal_lm_preprocessor import Mamba2CausalLMPreprocessor
 from keras_mamba2.tasks.mamba2_session import Mamba2Session
@@ -100,6 +104,72 @@ class Mamba2CausalLM(keras_hub.models.CausalLM):
         """
         tokenizer = None if self.preprocessor is None else self.preprocessor.tokenizer
         export_to_transformers(self.backbone, tokenizer, path, dtype)
+
+    def load_peft_adapter(self, preset) -> None:
+        """Loads a LoRA adapter of the `peft` library for transformers' Mamba-2.
+
+        It replaces the adapters that the model has. `backbone.merge_lora()` makes it part of the
+        weights; to train it further, compile the model.
+
+        Args:
+            preset: the path of a folder with `adapter_config.json` and `adapter_model.safetensors`,
+                or a handle `hf://user/name`.
+
+        Raises:
+            ValueError: before anything changes, for an adapter of another kind than LoRA, with
+                parts that there is no place for, or of another architecture or size.
+        """
+        adapters = read_peft_adapter(lora.projections(self.backbone), preset)
+        lora.check_trainable(adapters)
+        lora.remove(self.backbone)
+        lora.enable(self.backbone, {layer: (a.rank, a.alpha) for layer, a in adapters.items()})
+        for layer, adapter in adapters.items():
+            adapter.assign_to(layer)
+        # Compiled programs hold the scale of the adapters before.
+        self.generate_function = self.predict_function = None
+        self.train_function = self.test_function = None
+
+    def save_peft_adapter(self, path, base_model_name_or_path: str | None = None) -> None:
+        """Writes the LoRA adapters for the `peft` library: `PeftModel.from_pretrained`.
+
+        Args:
+            path: a folder that does not exist yet, or is empty. It appears when it is complete.
+            base_model_name_or_path: string, the model that is adapted, for `peft`'s `Auto` classes.
+
+        Warns:
+            UserWarning: if out_proj is adapted, which `peft` refuses for Mamba-2.
+
+        Raises:
+            ValueError: if LoRA is not enabled, and for a folder with files in it.
+        """
+        write_peft_adapter(lora.projections(self.backbone), path, base_model_name_or_path)
+
+    def quantize(self, mode: str | None = None, config=None, filters=None, **kwargs) -> None:
+        """Quantizes the projections, and in int8 and int4 the embedding with its head.
+
+        As `keras.Model.quantize`. The recurrence stays in float32. LoRA adapters can be trained
+        on weights in int8 and int4. A saved model keeps the mode and sizes of groups, but not the
+        quantizers of a `config`, of which it takes Keras' own when it is loaded.
+
+        Args:
+            mode: `"int8"`, `"int4"`, `"float8"`, `"gptq"` or `"awq"`.
+            config: a configuration of `keras.quantizers`. `"gptq"` and `"awq"` need one, with
+                texts to calibrate with.
+            filters: which layers to quantize, by regular expressions for their names or a function
+                of a layer. `None` for all that Keras can.
+            **kwargs: as there.
+
+        Raises:
+            ValueError: for a model that is quantized already, one with LoRA adapters in a mode
+                that Keras does not combine with them, and a configuration that does not fit.
+        """
+        quantization.check(self.backbone, config)
+        filters = quantization.is_quantizable if filters is None else filters
+        super().quantize(mode, config=config, filters=filters, **kwargs)
+        quantization.remember_policies(self.backbone)
+
+    def get_quantization_layer_structure(self, mode: str):
+        return self.backbone.get_quantization_layer_structure(mode)
 
     def call_with_cache(
         self,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import quantization
 from benchmarks.__main__ import SUBJECTS
 from benchmarks.adapters import ADAPTERS
 from benchmarks.report import MACHINE
@@ -115,3 +116,15 @@ def test_counted_bytes_are_those_of_the_model(dtype):
 def test_operations_of_a_prefill_are_about_twice_the_weights():
     weights_without_embedding = FULL.decode_bytes(0) / 4 - FULL.vocabulary_size * FULL.hidden_dim
     assert FULL.prefill_flops(512) / 512 / 2 == pytest.approx(weights_without_embedding, rel=0.2)
+
+
+def test_quantization_is_measured(tmp_path, capsys):
+    text = tmp_path / "text"
+    text.write_text("To be, or not to be, that is the question.\n" * 20)
+    file = tmp_path / "found.json"
+    quantization.main(text, tokens=60, variant=["float32", "bfloat16"], file=file)
+    variants = json.loads(file.read_text())["variants"]
+    plain, half = variants["float32"], variants["bfloat16"]
+    assert half["weight_bytes"] < 0.51 * plain["weight_bytes"]
+    assert half["nats_per_character"] == pytest.approx(plain["nats_per_character"], rel=0.01)
+    assert "| float32 | " in capsys.readouterr().out

@@ -1,0 +1,225 @@
+"""LoRA adapters of the `peft` library for transformers' Mamba-2: read, and written back."""
+
+import collections
+import json
+import math
+import re
+import warnings
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+from typing import NamedTuple
+
+import keras
+
+from keras_mamba2.atomic_files import atomic_folder
+from keras_mamba2.conversion.export import Weight
+from keras_mamba2.conversion.export import write_safetensors
+from keras_mamba2.conversion.names import LINEAR
+from keras_mamba2.conversion.names import weight_name
+from keras_mamba2.conversion.readers import read_file
+from keras_mamba2.conversion.stored_tensor import StoredTensor
+from keras_mamba2.conversion.stored_tensor import numpy_dtype
+from keras_mamba2.preset_files import ADAPTER_CONFIG_FILE
+from keras_mamba2.preset_files import ADAPTER_WEIGHTS
+from keras_mamba2.preset_files import adapter_folder
+from keras_mamba2.preset_files import read_json
+
+PREFIX = "base_model.model."
+TENSOR_NAME = re.compile(rf"(?:{re.escape(PREFIX)})?(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+# Keys of the configuration that are read, and those that change nothing in a trained adapter. Of
+# which modules there are adapters, the tensors tell.
+KNOWN_KEYS = {
+    *("peft_type", "task_type", "bias", "init_lora_weights", "r", "lora_alpha", "use_rslora"),
+    *("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_pattern"),
+    *("layers_to_transform", "lora_dropout", "inference_mode", "base_model_name_or_path"),
+    *("revision", "auto_mapping", "peft_version", "runtime_config", "megatron_core", "eva_config"),
+    *("qalora_group_size", "ensure_weight_tying"),
+}
+# What a key may be. Other initialisations change the weights that are adapted.
+POSSIBLE = {
+    "peft_type": ("LORA",),
+    "task_type": (None, "CAUSAL_LM"),
+    "bias": ("none",),
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
+}
+DEFAULT_RANK = DEFAULT_ALPHA = 8  # of `peft.LoraConfig`
+
+
+class Adapter(NamedTuple):
+    """What a file says of one projection. The layer adds `alpha / rank` times the product."""
+
+    rank: int
+    alpha: float
+    A: StoredTensor  # (rank in)
+    B: StoredTensor  # (out rank)
+
+    def assign_to(self, layer: keras.layers.Dense) -> None:
+        layer.lora_kernel_a.assign(LINEAR.to_variable(self.A.read()).astype("float32"))
+        layer.lora_kernel_b.assign(LINEAR.to_variable(self.B.read()).astype("float32"))
+
+
+def read_peft_adapter(layers: Sequence[keras.layers.Dense], preset) -> dict[Any, Adapter]:
+    """The adapters in a folder, or in a repository `hf://user/name`, by layer.
+
+    Args:
+        layers: the projections that can be adapted.
+        preset: the path of a folder, or a handle.
+
+    Raises:
+        ValueError: that names the folder, for an adapter of another kind than LoRA, one with
+            parts that there is no place for, and one of another architecture or size.
+    """
+    folder = adapter_folder(preset)
+    config = read_json(folder / ADAPTER_CONFIG_FILE)
+    file = next(folder / name for name in ADAPTER_WEIGHTS if (folder / name).is_file())
+    try:
+        _check_config(config)
+        pairs = _pairs(read_file(file))
+        modules = {module_name(layer): layer for layer in layers}
+        _check_modules(pairs, modules)
+        return {
+            modules[module]: _adapter(module, pair, modules[module], config)
+            for module, pair in pairs.items()
+        }
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def module_name(layer: keras.layers.Dense) -> str:
+    """The name in transformers, such as `backbone.layers.0.mixer.in_proj`."""
+    return weight_name(f"{layer.path}/kernel")[0].removesuffix(".weight")
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    for key, values in POSSIBLE.items():
+        if config.get(key, values[0]) not in values:
+            raise ValueError(
+                f"`{key}` must be one of {values} in {ADAPTER_CONFIG_FILE}. "
+                f"Received: {key}={config[key]!r}"
+            )
+    for key, value in config.items():
+        if key not in KNOWN_KEYS and value:
+            raise ValueError(
+                f"The adapter uses `{key}`, which is not supported. Merge it with `peft`'s "
+                f"`merge_and_unload`, and load the whole model. Received: {key}={value!r}"
+            )
+
+
+def _pairs(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
+    """The factors A and B of each module."""
+    pairs: dict[str, dict[str, StoredTensor]] = collections.defaultdict(dict)
+    unknown = []
+    for name, tensor in tensors.items():
+        match = TENSOR_NAME.fullmatch(name)
+        if match:
+            pairs[match["module"]][match["factor"]] = tensor
+        else:
+            unknown.append(name)
+    if unknown:
+        raise ValueError(f"There is no place for these tensors: {_some(unknown)}")
+    alone = [module for module, pair in pairs.items() if len(pair) < 2]
+    if alone or not pairs:
+        raise ValueError(f"Modules without both lora_A and lora_B: {_some(alone) or 'all'}")
+    return pairs
+
+
+def _check_modules(pairs: Mapping[str, Any], modules: Mapping[str, Any]) -> None:
+    unknown = [module for module in pairs if module not in modules]
+    if unknown:
+        raise ValueError(
+            "The adapter is one of another architecture, or of modules that cannot be adapted "
+            f"here. Without a place: {_some(unknown)}. The model has: {_some(list(modules))}"
+        )
+
+
+def _adapter(module: str, pair: Mapping[str, StoredTensor], layer, config) -> Adapter:
+    rank = _by_module(module, config.get("rank_pattern"), config.get("r", DEFAULT_RANK))
+    alpha = _by_module(module, config.get("alpha_pattern"), config.get("lora_alpha", DEFAULT_ALPHA))
+    expected = {"A": (rank, layer.input_spec.axes[-1]), "B": (layer.units, rank)}
+    for factor, shape in expected.items():
+        if pair[factor].shape != shape:
+            raise ValueError(
+                f"The adapter is one of a model of another size. {module}.lora_{factor} has shape "
+                f"{pair[factor].shape}, and needs {shape} for rank {rank} in this model."
+            )
+    if config.get("use_rslora"):
+        alpha = alpha * math.sqrt(rank)  # alpha / sqrt(rank) is the scale
+    return Adapter(rank, alpha, pair["A"], pair["B"])
+
+
+def _by_module(module: str, pattern: Mapping[str, Any] | None, default):
+    """The value for the first key that is the end of a module's name, or a pattern for it."""
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def _some(names: Sequence[str], count: int = 4) -> str:
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" * (len(names) > count))
+
+
+def write_peft_adapter(
+    layers: Sequence[keras.layers.Dense], folder, base_model_name_or_path: str | None = None
+) -> None:
+    """Writes the adapters of `layers` for `peft.PeftModel.from_pretrained`.
+
+    Args:
+        layers: all projections that can be adapted.
+        folder: the path of a folder that does not exist yet, or is empty.
+        base_model_name_or_path: string, where `peft`'s `Auto` classes find the model.
+
+    Warns:
+        UserWarning: if out_proj is adapted, which `peft` refuses for Mamba-2.
+
+    Raises:
+        ValueError: if no layer is adapted, and for a folder with files in it.
+    """
+    adapted = [layer for layer in layers if layer.lora_enabled]
+    if not adapted:
+        raise ValueError("There is no LoRA adapter to save. Call `backbone.enable_lora` first.")
+    config = {**_config(layers), "base_model_name_or_path": base_model_name_or_path}
+    weights = [
+        Weight(
+            f"{PREFIX}{module_name(layer)}.lora_{factor}.weight",
+            variable,
+            LINEAR,
+            numpy_dtype(variable.dtype),
+        )
+        for layer in adapted
+        for factor, variable in (("A", layer.lora_kernel_a), ("B", layer.lora_kernel_b))
+    ]
+    with atomic_folder(folder) as temporary:
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (temporary / ADAPTER_CONFIG_FILE).write_text(text, "utf-8")
+        write_safetensors(temporary / ADAPTER_WEIGHTS[0], weights)
+    if any(layer.name == "out_proj" for layer in adapted):
+        warnings.warn(
+            "There are adapters of out_proj, which `peft` refuses for Mamba-2, since the fused "
+            "CUDA kernels would pass them by. For `peft`, adapt in_proj alone, or call "
+            "`backbone.merge_lora()` and export the model.",
+            stacklevel=3,
+        )
+
+
+def _config(layers: Sequence[keras.layers.Dense]) -> dict[str, Any]:
+    """What `peft.LoraConfig` is to say: the commonest rank and alpha, and who differs."""
+    adapted = {module_name(layer): layer for layer in layers if layer.lora_enabled}
+    ranks = {module: layer.lora_rank for module, layer in adapted.items()}
+    alphas = {module: layer.lora_alpha for module, layer in adapted.items()}
+    rank, alpha = (collections.Counter(v.values()).most_common(1)[0][0] for v in (ranks, alphas))
+    names = {layer.name for layer in adapted.values()}
+    everywhere = sum(layer.name in names for layer in layers) == len(adapted)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "bias": "none",
+        "inference_mode": True,
+        "lora_dropout": 0.0,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {m: value for m, value in ranks.items() if value != rank},
+        "alpha_pattern": {m: value for m, value in alphas.items() if value != alpha},
+        "target_modules": sorted(names) if everywhere else list(adapted),
+    }
