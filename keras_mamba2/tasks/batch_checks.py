@@ -12,6 +12,15 @@ from keras import ops
 from keras_hub.src.utils.tensor_utils import in_tf_function
 
 
+def real_positions(padding_mask):
+    """Booleans, true where the mask is not zero; in a `tf.data` pipeline too."""
+    if in_tf_function():
+        import tensorflow as tf
+
+        return tf.cast(padding_mask, "bool")
+    return ops.convert_to_numpy(padding_mask) != 0
+
+
 def check_batch(check: Callable[..., None], *arrays) -> None:
     """Calls `check` with the arrays: now, or whenever a `tf.data` pipeline makes such a batch.
 

@@ -23,6 +23,8 @@ from keras_mamba2.models.mamba2_state import load_with_text
 from keras_mamba2.tasks.batch_checks import check_batch
 from keras_mamba2.tasks.batch_checks import check_labels
 from keras_mamba2.tasks.batch_checks import check_token_ids
+from keras_mamba2.tasks.batch_checks import real_positions
+from keras_mamba2.tasks.compile_config import compile_from_config
 from keras_mamba2.tasks.mamba2_causal_lm_preprocessor import Mamba2CausalLMPreprocessor
 from keras_mamba2.tasks.mamba2_session import Mamba2Session
 from keras_mamba2.tasks.packing import first_batch
@@ -211,7 +213,7 @@ class Mamba2CausalLM(keras_hub.models.CausalLM):
     def preprocess_samples(self, x, y=None, sample_weight=None):
         if isinstance(x, Mapping):  # preprocessed already
             if y is not None and sample_weight is None:
-                sample_weight = x["padding_mask"] != 0
+                sample_weight = real_positions(x["padding_mask"])
             samples = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
         else:
             samples = super().preprocess_samples(x, y, sample_weight)
@@ -277,6 +279,9 @@ class Mamba2CausalLM(keras_hub.models.CausalLM):
         if compilation_cache is not None:
             use_compilation_cache(compilation_cache)
         super().compile(*args, **kwargs)
+
+    def compile_from_config(self, config: dict) -> None:
+        compile_from_config(self, config)
 
     def make_generate_function(self) -> Generator:
         if self.generate_function is None:

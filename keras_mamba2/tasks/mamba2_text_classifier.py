@@ -7,6 +7,7 @@ from keras_mamba2.models import Mamba2Backbone
 from keras_mamba2.tasks.batch_checks import check_batch
 from keras_mamba2.tasks.batch_checks import check_labels
 from keras_mamba2.tasks.batch_checks import check_rows
+from keras_mamba2.tasks.compile_config import compile_from_config
 from keras_mamba2.tasks.mamba2_text_classifier_preprocessor import Mamba2TextClassifierPreprocessor
 
 
@@ -145,6 +146,9 @@ class Mamba2TextClassifier(keras_hub.models.TextClassifier):
             check_rows(ops.convert_to_numpy(padding_mask))
         if labels is not None:
             check_labels(ops.convert_to_numpy(labels), self.loss, self.num_classes)
+
+    def compile_from_config(self, config: dict) -> None:
+        compile_from_config(self, config)
 
     def get_config(self):
         config = super().get_config()
