@@ -25,6 +25,7 @@ from keras_mamba2.tasks.batch_checks import check_labels
 from keras_mamba2.tasks.batch_checks import check_token_ids
 from keras_mamba2.tasks.batch_checks import real_positions
 from keras_mamba2.tasks.compile_config import compile_from_config
+from keras_mamba2.tasks.compile_config import with_optimizer_built
 from keras_mamba2.tasks.mamba2_causal_lm_preprocessor import Mamba2CausalLMPreprocessor
 from keras_mamba2.tasks.mamba2_session import Mamba2Session
 from keras_mamba2.tasks.packing import first_batch
@@ -279,6 +280,9 @@ class Mamba2CausalLM(keras_hub.models.CausalLM):
         if compilation_cache is not None:
             use_compilation_cache(compilation_cache)
         super().compile(*args, **kwargs)
+
+    def get_compile_config(self) -> dict:
+        return with_optimizer_built(super().get_compile_config(), self)
 
     def compile_from_config(self, config: dict) -> None:
         compile_from_config(self, config)

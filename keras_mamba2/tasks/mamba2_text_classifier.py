@@ -8,6 +8,7 @@ from keras_mamba2.tasks.batch_checks import check_batch
 from keras_mamba2.tasks.batch_checks import check_labels
 from keras_mamba2.tasks.batch_checks import check_rows
 from keras_mamba2.tasks.compile_config import compile_from_config
+from keras_mamba2.tasks.compile_config import with_optimizer_built
 from keras_mamba2.tasks.mamba2_text_classifier_preprocessor import Mamba2TextClassifierPreprocessor
 
 
@@ -146,6 +147,9 @@ class Mamba2TextClassifier(keras_hub.models.TextClassifier):
             check_rows(ops.convert_to_numpy(padding_mask))
         if labels is not None:
             check_labels(ops.convert_to_numpy(labels), self.loss, self.num_classes)
+
+    def get_compile_config(self) -> dict:
+        return with_optimizer_built(super().get_compile_config(), self)
 
     def compile_from_config(self, config: dict) -> None:
         compile_from_config(self, config)
