@@ -8,6 +8,7 @@ from keras import ops
 from keras_mamba2.conversion import open_preset
 from keras_mamba2.models import Mamba2Backbone
 from keras_mamba2.models import Mamba2Tokenizer
+from keras_mamba2.tasks.build_once import build_once
 from keras_mamba2.tasks.packing import pack
 
 
@@ -65,6 +66,10 @@ class Mamba2CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             **kwargs,
         )
         self.packing = packing
+
+    @build_once
+    def build(self, input_shape):
+        super().build(input_shape)
 
     @classmethod
     def from_preset(cls, preset: str, **kwargs) -> "Mamba2CausalLMPreprocessor":

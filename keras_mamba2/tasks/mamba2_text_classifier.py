@@ -1,11 +1,14 @@
 import keras
 import keras_hub
-import numpy as np
 from keras import ops
-from keras_hub.src.utils.tensor_utils import in_tf_function
 
 from keras_mamba2.conversion import open_preset
 from keras_mamba2.models import Mamba2Backbone
+from keras_mamba2.tasks.batch_checks import check_batch
+from keras_mamba2.tasks.batch_checks import check_labels
+from keras_mamba2.tasks.batch_checks import check_rows
+from keras_mamba2.tasks.compile_config import compile_from_config
+from keras_mamba2.tasks.compile_config import with_optimizer_built
 from keras_mamba2.tasks.mamba2_text_classifier_preprocessor import Mamba2TextClassifierPreprocessor
 
 
@@ -116,14 +119,7 @@ class Mamba2TextClassifier(keras_hub.models.TextClassifier):
     def preprocess_samples(self, x, y=None, sample_weight=None):
         samples = super().preprocess_samples(x, y, sample_weight)
         x, y, _ = keras.utils.unpack_x_y_sample_weight(samples)
-        if in_tf_function():
-            import tensorflow as tf
-
-            # An operation with a side effect, which runs though nothing needs its result.
-            arguments = [x["padding_mask"], *([] if y is None else [y])]
-            tf.numpy_function(self._check_batch, arguments, [], stateful=True)
-        else:
-            self._check_batch(x["padding_mask"], y)
+        check_batch(self._check_batch, x["padding_mask"], y)
         return samples
 
     def fit(self, x=None, y=None, *args, **kwargs):
@@ -148,10 +144,15 @@ class Mamba2TextClassifier(keras_hub.models.TextClassifier):
 
     def _check_batch(self, padding_mask, labels=None) -> None:
         if padding_mask is not None:
-            _check_rows(ops.convert_to_numpy(padding_mask))
-        if labels is not None and _takes_class_numbers(self.loss):
-            ignored = getattr(self.loss, "ignore_class", None)
-            _check_labels(ops.convert_to_numpy(labels), self.num_classes, ignored)
+            check_rows(ops.convert_to_numpy(padding_mask))
+        if labels is not None:
+            check_labels(ops.convert_to_numpy(labels), self.loss, self.num_classes)
+
+    def get_compile_config(self) -> dict:
+        return with_optimizer_built(super().get_compile_config(), self)
+
+    def compile_from_config(self, config: dict) -> None:
+        compile_from_config(self, config)
 
     def get_config(self):
         config = super().get_config()
@@ -172,33 +173,3 @@ def _last_real(x, padding_mask):
     # The count of real tokens is first at its largest where the last one is.
     last = ops.argmax(ops.cumsum(real, axis=1), axis=1)  # (b)
     return ops.squeeze(ops.take_along_axis(x, last[:, None, None], axis=1), axis=1)
-
-
-def _takes_class_numbers(loss) -> bool:
-    return isinstance(loss, keras.losses.SparseCategoricalCrossentropy) or (
-        loss == "sparse_categorical_crossentropy"
-    )
-
-
-def _check_rows(padding_mask: np.ndarray) -> None:
-    empty = np.flatnonzero(~(padding_mask != 0).any(axis=-1))
-    if len(empty):
-        raise ValueError(
-            f"Row {empty[0]} has no tokens: its `padding_mask` is all zero. Leave out empty texts, "
-            "or let the preprocessor end every text with the end token (`add_end_token=True`)."
-        )
-
-
-def _check_labels(labels: np.ndarray, num_classes: int, ignored: int | None) -> None:
-    if labels.dtype.kind not in "biuf":
-        raise ValueError(
-            f"Labels must be class numbers, below num_classes={num_classes}. "
-            f"Received: labels of dtype {labels.dtype}"
-        )
-    is_class = (labels >= 0) & (labels < num_classes) | (labels == ignored)
-    wrong = np.argwhere(~is_class)
-    if len(wrong):
-        raise ValueError(
-            f"Labels must lie between 0 and {num_classes - 1}, since num_classes={num_classes}. "
-            f"Received: {labels[tuple(wrong[0])]} in row {wrong[0][0]}"
-        )

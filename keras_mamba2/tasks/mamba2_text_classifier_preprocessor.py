@@ -7,6 +7,7 @@ from keras_hub.src.utils.tensor_utils import preprocessing_function
 from keras_mamba2.conversion import open_preset
 from keras_mamba2.models import Mamba2Backbone
 from keras_mamba2.models import Mamba2Tokenizer
+from keras_mamba2.tasks.build_once import build_once
 
 NO_TOKEN = -1
 
@@ -63,6 +64,7 @@ class Mamba2TextClassifierPreprocessor(keras_hub.models.TextClassifierPreprocess
         self.add_start_token = add_start_token
         self.add_end_token = add_end_token
 
+    @build_once
     def build(self, input_shape):
         # In `build`, since the tokenizer may have no vocabulary yet when `__init__` runs.
         def added(token_id):

@@ -63,6 +63,14 @@ def is_dataset(x) -> bool:
     return hasattr(x, "element_spec") or isinstance(x, (grain.MapDataset, grain.IterDataset))
 
 
+def first_batch(dataset):
+    """The first element of a dataset, which must have one."""
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError("The dataset is empty.")
+    return first
+
+
 def packed_dataset(dataset, preprocessor: Callable):
     """Batches of texts as batches of packed rows, as many rows each as there were texts.
 
@@ -74,10 +82,7 @@ def packed_dataset(dataset, preprocessor: Callable):
     Returns:
         The same kind of dataset. If its elements are preprocessed rows already, `dataset`.
     """
-    first = next(iter(dataset), None)
-    if first is None:
-        raise ValueError("The dataset is empty.")
-    texts = _texts(first)
+    texts = _texts(first_batch(dataset))
     if isinstance(texts, Mapping):
         return dataset
     if hasattr(dataset, "element_spec"):

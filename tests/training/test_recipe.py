@@ -1,3 +1,6 @@
+import json
+
+import keras
 import numpy as np
 import pytest
 
@@ -6,13 +9,17 @@ from keras_mamba2.training import adamw_recipe
 
 
 @pytest.mark.parametrize("decay_embeddings", [True, False])
-def test_weight_decay_is_for_matrices_only(decay_embeddings):
+@pytest.mark.parametrize("loaded", [False, True])
+def test_weight_decay_is_for_matrices_only(decay_embeddings, loaded):
     backbone = keras_mamba2.Mamba2Backbone(
         33, 2, 16, head_dim=8, state_dim=4, use_bias=True, tie_word_embeddings=False
     )
     optimizer = adamw_recipe(
         0.5, steps=2, warmup_steps=0, weight_decay=0.1, decay_embeddings=decay_embeddings
     )
+    if loaded:
+        config = json.loads(json.dumps(keras.optimizers.serialize(optimizer)))
+        optimizer = keras.optimizers.deserialize(config)
     optimizer.build(backbone.trainable_variables)
     before = {v.path: v.numpy() for v in backbone.trainable_variables}
     for variable in backbone.trainable_variables:

@@ -1,0 +1,87 @@
+"""What `fit` and its kin refuse: token ids and labels that do not exist.
+
+Keras on JAX takes them: an id outside the vocabulary makes the loss NaN, or is counted from the
+end, and a label that is no class costs nothing.
+"""
+
+from collections.abc import Callable
+
+import keras
+import numpy as np
+from keras import ops
+from keras_hub.src.utils.tensor_utils import in_tf_function
+
+
+def real_positions(padding_mask):
+    """Booleans, true where the mask is not zero; in a `tf.data` pipeline too."""
+    if in_tf_function():
+        import tensorflow as tf
+
+        return tf.cast(padding_mask, "bool")
+    return ops.convert_to_numpy(padding_mask) != 0
+
+
+def check_batch(check: Callable[..., None], *arrays) -> None:
+    """Calls `check` with the arrays: now, or whenever a `tf.data` pipeline makes such a batch.
+
+    Those that are `None`, at the end, are left out.
+    """
+    arrays = [array for array in arrays if array is not None]
+    if in_tf_function():
+        import tensorflow as tf
+
+        # An operation with a side effect, which runs though nothing needs its result.
+        tf.numpy_function(check, arrays, [], stateful=True)
+    else:
+        check(*map(ops.convert_to_numpy, arrays))
+
+
+def check_rows(padding_mask: np.ndarray) -> None:
+    empty = np.flatnonzero(~(padding_mask != 0).any(axis=-1))
+    if len(empty):
+        raise ValueError(
+            f"Row {empty[0]} has no tokens: its `padding_mask` is all zero. Leave out empty texts, "
+            "or let the preprocessor end every text with the end token (`add_end_token=True`)."
+        )
+
+
+def check_token_ids(token_ids: np.ndarray, vocabulary_size: int) -> None:
+    _check_range(token_ids, vocabulary_size, "Token ids", "vocabulary_size")
+
+
+def check_labels(
+    labels: np.ndarray,
+    loss,
+    num_classes: int,
+    name: str = "num_classes",
+    weights: np.ndarray | None = None,
+) -> None:
+    """Refuses labels that are no class, where they have a weight; one-hot labels may be anything.
+
+    `name` is what the user calls the number of classes.
+    """
+    if not _takes_class_numbers(loss):
+        return
+    if labels.dtype.kind not in "biuf":
+        raise ValueError(
+            f"Labels must be class numbers, below {name}={num_classes}. "
+            f"Received: labels of dtype {labels.dtype}"
+        )
+    if weights is not None:
+        labels = np.where(weights != 0, labels, 0)
+    _check_range(labels, num_classes, "Labels", name, getattr(loss, "ignore_class", None))
+
+
+def _takes_class_numbers(loss) -> bool:
+    return isinstance(loss, keras.losses.SparseCategoricalCrossentropy) or (
+        loss == "sparse_categorical_crossentropy"
+    )
+
+
+def _check_range(values: np.ndarray, size: int, what: str, name: str, allowed=None) -> None:
+    wrong = np.argwhere(((values < 0) | (values >= size)) & (values != allowed))
+    if len(wrong):
+        raise ValueError(
+            f"{what} must lie between 0 and {size - 1}, since {name}={size}. "
+            f"Received: {values[tuple(wrong[0])]} in row {wrong[0][0]}"
+        )

@@ -1,0 +1,61 @@
+import keras
+import numpy as np
+
+
+class SeedByEpoch(keras.callbacks.Callback):
+    """Makes the random numbers of an epoch, such as dropout's, depend on its number alone.
+
+    `keras.callbacks.BackupAndRestore` keeps weights and optimizer, but no random numbers. With
+    this beside it, a run that was killed in an epoch and started again repeats that epoch, and
+    ends with the weights of a run that was not killed.
+
+    Args:
+        seed: int.
+
+    Example:
+    ```python
+    backup = keras.callbacks.BackupAndRestore("backup")
+    lm.fit(texts, epochs=10, callbacks=[keras_mamba2.training.SeedByEpoch(), backup])
+    ```
+    """
+
+    def __init__(self, seed: int = 0):
+        super().__init__()
+        self.seed = seed
+
+    def on_epoch_begin(self, epoch, logs=None):
+        seeds = [v for v in self.model.non_trainable_variables if v.name == "seed_generator_state"]
+        for i, state in enumerate(seeds):
+            state.assign(np.random.SeedSequence([self.seed, epoch, i]).generate_state(2))
+
+
+def restore(model: keras.Model, backup: keras.callbacks.BackupAndRestore) -> int:
+    """Restores a compiled model now, and not only when `fit` begins.
+
+    For data whose order changes from epoch to epoch: `fit` begins to read them where they begin,
+    so they must begin where the backup was made.
+
+    Args:
+        model: a `keras.Model` after `compile`.
+        backup: the callback that `fit` gets too.
+
+    Returns:
+        The number of batches that were trained on before the backup; 0 if there is none.
+
+    Example:
+    ```python
+    batches = grain.MapDataset.source(texts).seed(0).shuffle().repeat(3).batch(8)
+    backup = keras.callbacks.BackupAndRestore("backup")
+    done = keras_mamba2.training.restore(lm, backup)
+    lm.fit(
+        batches[done:],
+        steps_per_epoch=100,  # and then a backup
+        epochs=len(batches) // 100,
+        callbacks=[keras_mamba2.training.SeedByEpoch(), backup],
+    )
+    ```
+    """
+    backup.set_model(model)
+    backup.on_train_begin()
+    # Counts every batch, where `iterations` counts those on which gradients were applied.
+    return int(model.optimizer._iterations)
