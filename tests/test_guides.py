@@ -54,3 +54,20 @@ def test_a_forecaster_beats_what_is_free(tmp_path, monkeypatch):
     assert mae.pop("Mamba2Forecaster") < 0.9 * min(mae.values())
     # Two days of silence before the forecast, and still.
     assert found["without"][48] < min(mae.values())
+
+
+def test_fine_tuning_teaches_another_style(tmp_path, monkeypatch):
+    """With fewer recipes than in the guide, which are enough to see it."""
+    monkeypatch.chdir(tmp_path)
+    source = (GUIDES / "fine_tune.py").read_text()
+    assert "BATCH_SIZE = 600, 50, 2, 8" in source
+    shorter = tmp_path / "guide.py"
+    shorter.write_text(source.replace("BATCH_SIZE = 600, 50, 2, 8", "BATCH_SIZE = 96, 12, 1, 4"))
+    results = runpy.run_path(str(shorter), run_name="__main__")["results"]
+    trained, recipes, shakespeare = zip(*results.values(), strict=True)
+    assert trained[0] == 0 < trained[2] < trained[1] / 10
+    before, after, with_lora = recipes
+    assert after < 0.4 * before  # 0.12 in the guide
+    assert with_lora < 0.6 * before
+    assert min(shakespeare) == shakespeare[0]  # nothing is for free
+    assert not list(tmp_path.glob("fine_tuned/*backup"))  # all trainings are complete
