@@ -12,3 +12,4 @@ from keras_mamba2.conversion.peft import write_peft_adapter as write_peft_adapte
 from keras_mamba2.conversion.preset_loader import CheckpointLoader as CheckpointLoader
 from keras_mamba2.conversion.preset_loader import open_preset as open_preset
 from keras_mamba2.conversion.preset_loader import register as register
+from keras_mamba2.conversion.preset_loader import task_arguments as task_arguments

@@ -99,6 +99,19 @@ def open_preset(
     return None, files.keras_folder(weights, tokenizer)
 
 
+def task_arguments(preset: str, arguments: dict) -> dict:
+    """Arguments for KerasHub's `from_preset` of a task, which are enough for any `preset`.
+
+    Without a `dtype`, it takes the current policy for a model saved under another of floating
+    point, but does not know a mixed one for such.
+    """
+    if arguments.get("dtype") is None and not is_foreign(preset):
+        policy = preset_utils.load_json(preset, CONFIG_FILE)["config"].get("dtype") or {}
+        if str(policy.get("config", {}).get("name")).startswith("mixed_"):
+            return {**arguments, "dtype": keras.config.dtype_policy()}
+    return arguments
+
+
 def register() -> None:
     """Lets KerasHub's own `from_preset` load Mamba-2 checkpoints of other libraries.
 

@@ -12,6 +12,7 @@ from keras import ops
 from keras_mamba2.conversion import export_to_transformers
 from keras_mamba2.conversion import open_preset
 from keras_mamba2.conversion import read_peft_adapter
+from keras_mamba2.conversion import task_arguments
 from keras_mamba2.conversion import write_peft_adapter
 from keras_mamba2.generation import Generator
 from keras_mamba2.generation import picks_tokens
@@ -95,7 +96,9 @@ class Mamba2CausalLM(keras_hub.models.CausalLM):
         loader, preset = open_preset(preset, weights=load_weights, tokenizer=tokenizer)
         if loader is not None:
             return loader.load_task(cls, load_weights, **kwargs)
-        return super().from_preset(preset, load_weights=load_weights, **kwargs)
+        return super().from_preset(
+            preset, load_weights=load_weights, **task_arguments(preset, kwargs)
+        )
 
     def export_to_transformers(self, path, dtype: str | None = None) -> None:
         """Writes a folder for `AutoModelForCausalLM` and `AutoTokenizer` of transformers.

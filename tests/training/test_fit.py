@@ -253,7 +253,7 @@ def test_nan_stops_gently_too(lm):
 
 
 @pytest.mark.parametrize("dtype", ["mixed_bfloat16", "bfloat16"])
-def test_reduced_precision_learns(dtype):
+def test_reduced_precision_learns_and_is_kept(dtype, tmp_path):
     # Not Adam's own `beta_2=0.999`: in bfloat16 that is 1, and nothing would move.
     lm = runs.make_lm(keras_mamba2.training.adamw_recipe(5e-2, steps=36), dtype=dtype)
     losses = runs.use(lm.fit, TEXTS, epochs=12).history["loss"]
@@ -263,6 +263,13 @@ def test_reduced_precision_learns(dtype):
     assert dtypes["kernel"] == dtypes["embeddings"] == lm.dtype_policy.variable_dtype
     assert lm.dtype_policy.variable_dtype == ("bfloat16" if dtype == "bfloat16" else "float32")
     assert lm.compute_dtype == "bfloat16"
+
+    lm.save_to_preset(tmp_path)
+    loaded = keras_mamba2.Mamba2CausalLM.from_preset(tmp_path)
+    assert loaded.dtype_policy.name == "float32"  # what is current, not what was
+    assert_same(runs.weights_of(loaded), [w.astype("float32") for w in runs.weights_of(lm)])
+    loaded = keras_mamba2.Mamba2CausalLM.from_preset(tmp_path, dtype=dtype)
+    assert loaded.dtype_policy.name == dtype
 
 
 def test_gradients_of_two_halves_are_those_of_the_whole():
