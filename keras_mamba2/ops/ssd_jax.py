@@ -62,7 +62,9 @@ def ssd(x, dt, A, B, C, D=None, initial_state=None, segment_ids=None, chunk_size
         state = ops.convert_to_tensor(initial_state, state_dtype).reshape(b, g, r, p, n)
         state = jnp.moveaxis(state, -1, 2)  # (b g n r p)
     if D is not None:
-        D = ops.convert_to_tensor(D, state_dtype).reshape(g, r)
+        # A row each: the gradient is summed over rows, which may be on several devices, once and
+        # not in every round of the loop.
+        D = jnp.broadcast_to(ops.convert_to_tensor(D, state_dtype).reshape(g, r), (b, g, r))
     inputs = Inputs(
         whole_chunks(x, g, r, p),
         whole_chunks(dt, g, r),
@@ -80,7 +82,7 @@ def ssd_chunks(q, D, state, inputs, linked):
 
     Args:
         q: int.
-        D: `(g r)`, or None.
+        D: `(b g r)`, or None.
         state: `(b g n r p)`.
         inputs: `Inputs`.
         linked: None, or `ops.ssd.ChunkDecays` of booleans `(b c ...)`.
@@ -157,7 +159,7 @@ def recurrence(state, chunk, linked):
 
 def skip(D, x, y):
     """`y + D x`, in the dtype of `x`."""
-    return (y if D is None else y + scale(x.astype(y.dtype), D)).astype(x.dtype)
+    return (y if D is None else y + scale(x.astype(y.dtype), D[:, None])).astype(x.dtype)
 
 
 def chunk_gradients(D, state, chunk, linked, new_state, y, d_state, d_y):
@@ -194,7 +196,7 @@ def chunk_gradients(D, state, chunk, linked, new_state, y, d_state, d_y):
     d_log_decay = jnp.einsum("blgr,ls->bsgr", d_sums, ones, precision=lax.Precision.HIGHEST)
     d_x, d_D = scale(d_xdt, chunk.dt), None
     if D is not None:
-        d_x, d_D = d_x + scale(d_y, D), jnp.sum(sum_last(d_y * x), axis=(0, 1))
+        d_x, d_D = d_x + scale(d_y, D[:, None]), jnp.sum(sum_last(d_y * x), axis=1)
     d_chunk = Inputs(
         d_x.astype(chunk.x.dtype),
         sum_last(d_xdt * x),
