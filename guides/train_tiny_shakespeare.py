@@ -12,6 +12,7 @@ with tcmalloc (LD_PRELOAD=libtcmalloc_minimal.so.4 TCMALLOC_RELEASE_RATE=0) it i
 
 import argparse
 import csv
+import math
 import os
 import pathlib
 
@@ -22,7 +23,6 @@ import keras
 import keras_hub
 import matplotlib.pyplot as plt
 import numpy as np
-import tqdm
 
 import keras_mamba2
 from keras_mamba2.models.mamba2_tokenizer import byte_vocabulary
@@ -137,17 +137,6 @@ def make_model(arguments: argparse.Namespace) -> keras_mamba2.Mamba2CausalLM:
     return lm
 
 
-def validation_loss(lm: keras_mamba2.Mamba2CausalLM, text_ids: np.ndarray) -> float:
-    """Nats a character over the whole text, the state carried from its start to its end."""
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="sum")
-    state, total = None, 0.0
-    for start in tqdm.trange(0, len(text_ids) - 1, 4096, desc="validate"):
-        piece = text_ids[None, start : start + 4097]
-        logits, _, state = lm.call_with_cache(piece[:, :-1], state)
-        total += float(loss(piece[:, 1:], logits))
-    return total / (len(text_ids) - 1)
-
-
 def plot(history: list[dict[str, str]], path: pathlib.Path) -> None:
     steps = STEPS_PER_EPOCH * (1 + np.arange(len(history)))
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
@@ -213,7 +202,9 @@ def main() -> None:
     )
     lm.compile(sampler=keras_hub.samplers.TopPSampler(p=0.95, temperature=0.8, seed=1))
     sample = lm.generate("ROMEO:\n", max_new_tokens=500)
-    save_preset(lm, arguments, history, validation_loss(lm, text_ids[split:]), sample)
+    # Over the whole text, the state carried from its start to its end.
+    loss = math.log(lm.perplexity(arguments.text.read_text()[split:]))
+    save_preset(lm, arguments, history, loss, sample)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,20 @@
 """Set before anything imports Keras. Fixtures that more than one module uses belong here."""
 
+import atexit
 import os
+import tempfile
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # The tests compare with float64. GPUs and TPUs would round float32 factors to fewer bits.
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+# Many tests compile the same small programs, in two workers and many processes.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    folder = tempfile.TemporaryDirectory(prefix="compiled_by_tests")
+    atexit.register(folder.cleanup)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import pathlib
 

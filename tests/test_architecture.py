@@ -81,7 +81,8 @@ def test_the_tokenizer_needs_no_jax(path):
 
 @pytest.mark.parametrize("path", FILES, ids=of)
 def test_programs_are_compiled_under_generation_only(path):
-    if not is_in(module_of(path), ["generation"]):
+    """Beside the one loop of an operation, which would be compiled in every eager call."""
+    if not is_in(module_of(path), ["generation", "ops.ssd_jax"]):
         assert not uses(path, ["jax.jit", "StatelessScope"])
 
 

@@ -11,14 +11,7 @@ def distributed_ssd(path: str, x, dt, A, B, C, D, **options):
     of `x` `(b t h p)` cuts `t`, and its devices divide it, each runs its own part of the sequence.
 
     Args:
-        path: string, of the layer that computes it.
-        x: as in `ops.ssd`, like all others.
-        dt: as there.
-        A: as there.
-        B: as there.
-        C: as there.
-        D: as there.
-        **options: as there.
+        path: string, of the layer that computes it. The others are those of `ops.ssd`.
     """
     distribution = keras.distribution.distribution()
     if distribution is None:

@@ -72,7 +72,7 @@ def ssd(x, dt, A, B, C, D=None, initial_state=None, segment_ids=None, chunk_size
         whole_chunks(C, g, n),
         whole_chunks(dt * A, g, r),
     )
-    state, y = ssd_chunks(q, D, state, inputs, linked)
+    state, y = compiled_ssd_chunks(q, D, state, inputs, linked)
     return y.reshape(b, -1, h, p)[:, :t], jnp.moveaxis(state, 2, -1).reshape(b, h, p, n)
 
 
@@ -125,6 +125,9 @@ def ssd_chunks_backward(q, saved, gradients):
 
 
 ssd_chunks.defvjp(ssd_chunks_forward, ssd_chunks_backward)
+# Outside of a compiled program JAX would compile the loop anew in every call. Inside one this
+# is nothing, since it is inlined.
+compiled_ssd_chunks = jax.jit(ssd_chunks, static_argnums=0, inline=True)
 
 
 def cut(arrays, i, q):

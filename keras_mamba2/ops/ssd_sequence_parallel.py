@@ -38,15 +38,7 @@ def ssd_sequence_parallel(
     """Computes `ssd` with the positions of a sequence on several devices.
 
     Args:
-        x: tensor `(b t h p)`; the number of devices divides `t`.
-        dt: as in `ssd`, like the following.
-        A: as there.
-        B: as there.
-        C: as there.
-        D: as there.
-        initial_state: as there.
-        segment_ids: as there.
-        chunk_size: as there.
+        x: tensor `(b t h p)`; the number of devices divides `t`. The next are those of `ssd`.
         sharding: of `x`: its spec names the mesh axes that `b` and `t` are cut along.
 
     Returns:
@@ -64,11 +56,8 @@ def ssd_sequence_parallel(
     def part(x, dt, A, B, C, D, state, run):
         return ssd_part(x, dt, A, B, C, D, state, run, chunk_size, sequence_axis)
 
-    sequence, rows, whole = (
-        PartitionSpec(batch_axis, sequence_axis),
-        PartitionSpec(batch_axis),
-        PartitionSpec(),
-    )
+    sequence, rows = PartitionSpec(batch_axis, sequence_axis), PartitionSpec(batch_axis)
+    whole = PartitionSpec()
     arguments = (x, dt, A, B, C, D, initial_state)
     return jax.shard_map(
         part,

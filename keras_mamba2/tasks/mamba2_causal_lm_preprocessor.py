@@ -5,15 +5,14 @@ import keras_hub
 import numpy as np
 from keras import ops
 
-from keras_mamba2.conversion import open_preset
-from keras_mamba2.models import Mamba2Backbone
 from keras_mamba2.models import Mamba2Tokenizer
 from keras_mamba2.tasks.build_once import build_once
+from keras_mamba2.tasks.mamba2_preprocessor import Mamba2Preprocessor
 from keras_mamba2.tasks.packing import pack
 
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
-class Mamba2CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
+class Mamba2CausalLMPreprocessor(Mamba2Preprocessor, keras_hub.models.CausalLMPreprocessor):
     """Turns text into what `Mamba2CausalLM` is trained on, and generates from.
 
     For training, texts are tokenized, an end token is added, and all are cut or padded on the
@@ -46,9 +45,6 @@ class Mamba2CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
     ```
     """
 
-    backbone_cls = Mamba2Backbone
-    tokenizer_cls = Mamba2Tokenizer
-
     def __init__(
         self,
         tokenizer: Mamba2Tokenizer,
@@ -70,14 +66,6 @@ class Mamba2CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
     @build_once
     def build(self, input_shape):
         super().build(input_shape)
-
-    @classmethod
-    def from_preset(cls, preset: str, **kwargs) -> "Mamba2CausalLMPreprocessor":
-        """Loads a preprocessor by name or folder. See `keras_hub.models.Preprocessor`."""
-        loader, preset = open_preset(preset, weights=False)
-        if loader is not None:
-            return loader.load_preprocessor(cls, **kwargs)
-        return super().from_preset(preset, **kwargs)
 
     def _call_python(self, x, y=None, sample_weight=None, sequence_length=None):
         if not self.packing:
@@ -103,10 +91,6 @@ class Mamba2CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             part.set_shape((None, sequence_length or self.sequence_length))
         token_ids, padding_mask, y, sample_weight = rows
         return {"token_ids": token_ids, "padding_mask": padding_mask}, y, sample_weight
-
-    @property
-    def _pad_token_id(self) -> int:
-        return self.tokenizer.pad_token_id or 0
 
     def prompts(self, texts: Sequence[str], continued: bool = False) -> list[np.ndarray]:
         """The token ids of each text, for generation.

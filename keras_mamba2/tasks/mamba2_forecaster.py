@@ -90,27 +90,22 @@ class Mamba2Forecaster(keras.Model):
         self.num_features = num_features
         self.output_features = _indices(output_features, num_features)
         self.num_layers = num_layers
-        self.hidden_dim = hidden_dim
-        self.state_dim = state_dim
-        self.head_dim = head_dim
-        self.num_groups = num_groups
-        self.expansion = expansion
-        self.conv_kernel_size = conv_kernel_size
-        self.chunk_size = chunk_size
-        self.dropout = dropout
+        self.block_arguments = {
+            "hidden_dim": hidden_dim,
+            "state_dim": state_dim,
+            "head_dim": head_dim,
+            "num_groups": num_groups,
+            "expansion": expansion,
+            "conv_kernel_size": conv_kernel_size,
+            "chunk_size": chunk_size,
+            "dropout": dropout,
+        }
 
         self.embedding = keras.layers.Dense(hidden_dim, dtype=self.dtype_policy, name="embedding")
         self.blocks = [
             Mamba2Block(
-                hidden_dim=hidden_dim,
-                state_dim=state_dim,
-                head_dim=head_dim,
-                num_groups=num_groups,
-                expansion=expansion,
-                conv_kernel_size=conv_kernel_size,
-                chunk_size=chunk_size,
+                **self.block_arguments,
                 num_residual_layers=num_layers,
-                dropout=dropout,
                 dtype=self.dtype_policy,
                 name=f"block_{i}",
             )
@@ -124,10 +119,11 @@ class Mamba2Forecaster(keras.Model):
 
     def build(self, input_shape=None):
         self.embedding.build((None, None, 2 * self.num_features))
+        hidden_dim = self.block_arguments["hidden_dim"]
         for block in self.blocks:
-            block.build((None, None, self.hidden_dim))
-        self.norm.build((None, self.hidden_dim))
-        self.head.build((None, self.hidden_dim))
+            block.build((None, None, hidden_dim))
+        self.norm.build((None, hidden_dim))
+        self.head.build((None, hidden_dim))
         self.built = True
 
     @property
@@ -231,14 +227,7 @@ class Mamba2Forecaster(keras.Model):
                 "num_features": self.num_features,
                 "output_features": self.output_features,
                 "num_layers": self.num_layers,
-                "hidden_dim": self.hidden_dim,
-                "state_dim": self.state_dim,
-                "head_dim": self.head_dim,
-                "num_groups": self.num_groups,
-                "expansion": self.expansion,
-                "conv_kernel_size": self.conv_kernel_size,
-                "chunk_size": self.chunk_size,
-                "dropout": self.dropout,
+                **self.block_arguments,
             }
         )
         return config

@@ -4,16 +4,17 @@ import numpy as np
 from keras_hub.src.utils.tensor_utils import convert_preprocessing_outputs_python
 from keras_hub.src.utils.tensor_utils import preprocessing_function
 
-from keras_mamba2.conversion import open_preset
-from keras_mamba2.models import Mamba2Backbone
 from keras_mamba2.models import Mamba2Tokenizer
 from keras_mamba2.tasks.build_once import build_once
+from keras_mamba2.tasks.mamba2_preprocessor import Mamba2Preprocessor
 
 NO_TOKEN = -1
 
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
-class Mamba2TextClassifierPreprocessor(keras_hub.models.TextClassifierPreprocessor):
+class Mamba2TextClassifierPreprocessor(
+    Mamba2Preprocessor, keras_hub.models.TextClassifierPreprocessor
+):
     """Turns text into what `Mamba2TextClassifier` reads: token ids, and which of them are real.
 
     Texts that are too long lose their end, but never the end token. The segments of a tuple are
@@ -41,9 +42,6 @@ class Mamba2TextClassifierPreprocessor(keras_hub.models.TextClassifierPreprocess
     x, y = preprocessor(["What a piece of work!", "O horrible, most horrible!"], [1, 0])
     ```
     """
-
-    backbone_cls = Mamba2Backbone
-    tokenizer_cls = Mamba2Tokenizer
 
     def __init__(
         self,
@@ -82,14 +80,6 @@ class Mamba2TextClassifierPreprocessor(keras_hub.models.TextClassifierPreprocess
         )
         self.built = True
 
-    @classmethod
-    def from_preset(cls, preset: str, **kwargs) -> "Mamba2TextClassifierPreprocessor":
-        """Loads a preprocessor by name or folder. See `keras_hub.models.Preprocessor`."""
-        loader, preset = open_preset(preset, weights=False)
-        if loader is not None:
-            return loader.load_preprocessor(cls, **kwargs)
-        return super().from_preset(preset, **kwargs)
-
     @preprocessing_function
     def _call_tf(self, x, y=None, sample_weight=None):
         import tensorflow as tf
@@ -104,8 +94,8 @@ class Mamba2TextClassifierPreprocessor(keras_hub.models.TextClassifierPreprocess
         segments = x if isinstance(x, tuple) else (x,)
         token_ids, _ = self.packer(tuple(self.tokenizer(segment) for segment in segments))
         padding_mask = token_ids != NO_TOKEN
-        pad = self.tokenizer.pad_token_id or 0
-        return {"token_ids": where(padding_mask, token_ids, pad), "padding_mask": padding_mask}
+        token_ids = where(padding_mask, token_ids, self._pad_token_id)
+        return {"token_ids": token_ids, "padding_mask": padding_mask}
 
     def get_config(self):
         config = super().get_config()

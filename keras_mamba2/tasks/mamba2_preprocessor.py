@@ -1,0 +1,22 @@
+from keras_mamba2.conversion import open_preset
+from keras_mamba2.models import Mamba2Backbone
+from keras_mamba2.models import Mamba2Tokenizer
+
+
+class Mamba2Preprocessor:
+    """What the preprocessors of all tasks share. It stands before KerasHub's class in the bases."""
+
+    backbone_cls = Mamba2Backbone
+    tokenizer_cls = Mamba2Tokenizer
+
+    @classmethod
+    def from_preset(cls, preset: str, **kwargs) -> "Mamba2Preprocessor":
+        """Loads a preprocessor by name or folder. See `keras_hub.models.Preprocessor`."""
+        loader, preset = open_preset(preset, weights=False)
+        if loader is not None:
+            return loader.load_preprocessor(cls, **kwargs)
+        return super().from_preset(preset, **kwargs)
+
+    @property
+    def _pad_token_id(self) -> int:
+        return self.tokenizer.pad_token_id or 0
