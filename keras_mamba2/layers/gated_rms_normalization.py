@@ -49,7 +49,9 @@ class GatedRMSNormalization(keras.layers.Layer):
         groups = ops.reshape(x, (*shape[:-1], self.num_groups, -1))
         mean_square = ops.mean(ops.square(groups), axis=-1, keepdims=True)
         x = ops.reshape(groups * ops.rsqrt(mean_square + self.epsilon), shape)
-        return ops.cast(x * ops.cast(self.scale, dtype), self.compute_dtype)
+        # As an einsum for the sake of its gradient: see `ops.causal_conv1d`.
+        x = ops.einsum("...e,e->...e", x, ops.cast(self.scale, dtype))
+        return ops.cast(x, self.compute_dtype)
 
     def compute_output_spec(self, x, gate=None):
         return keras.KerasTensor(x.shape, dtype=self.compute_dtype)
