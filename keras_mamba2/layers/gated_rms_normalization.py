@@ -1,6 +1,7 @@
 import keras
 from keras import ops
 
+from keras_mamba2.ops.channels import scale_channels
 from keras_mamba2.ops.checks import float32_at_least
 
 
@@ -49,9 +50,7 @@ class GatedRMSNormalization(keras.layers.Layer):
         groups = ops.reshape(x, (*shape[:-1], self.num_groups, -1))
         mean_square = ops.mean(ops.square(groups), axis=-1, keepdims=True)
         x = ops.reshape(groups * ops.rsqrt(mean_square + self.epsilon), shape)
-        # As an einsum for the sake of its gradient: see `ops.causal_conv1d`.
-        x = ops.einsum("...e,e->...e", x, ops.cast(self.scale, dtype))
-        return ops.cast(x, self.compute_dtype)
+        return ops.cast(scale_channels(x, ops.cast(self.scale, dtype)), self.compute_dtype)
 
     def compute_output_spec(self, x, gate=None):
         return keras.KerasTensor(x.shape, dtype=self.compute_dtype)

@@ -2,6 +2,7 @@
 
 from keras import ops
 
+from keras_mamba2.ops.channels import scale_channels
 from keras_mamba2.ops.checks import check_shapes
 from keras_mamba2.ops.segments import runs
 
@@ -72,9 +73,7 @@ def causal_conv1d(x, kernel, bias=None, conv_state=None, mask=None, segment_ids=
         state_run = run[:, t:] if mask is None else ops.take_along_axis(run, tail, axis=1)
         new_state = ops.where((state_run == run[:, -1:])[..., None], new_state, zero)
     kernel = ops.cast(kernel, x.dtype)
-    # As einsums, whose gradient for the kernel is a product. That of `*` is a sum over positions,
-    # of which XLA on CPU makes a loop that takes a third of a training step.
-    y = sum(ops.einsum("bte,e->bte", taps[i], kernel[i]) for i in range(k))
+    y = sum(scale_channels(taps[i], kernel[i]) for i in range(k))
     return (y if bias is None else y + ops.cast(bias, x.dtype)), new_state
 
 
