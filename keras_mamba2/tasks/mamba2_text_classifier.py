@@ -8,6 +8,7 @@ from keras_mamba2.models import Mamba2Backbone
 from keras_mamba2.tasks.batch_checks import check_batch
 from keras_mamba2.tasks.batch_checks import check_labels
 from keras_mamba2.tasks.batch_checks import check_rows
+from keras_mamba2.tasks.batch_checks import check_token_ids
 from keras_mamba2.tasks.compile_config import compile_from_config
 from keras_mamba2.tasks.compile_config import with_optimizer_built
 from keras_mamba2.tasks.mamba2_text_classifier_preprocessor import Mamba2TextClassifierPreprocessor
@@ -122,7 +123,7 @@ class Mamba2TextClassifier(keras_hub.models.TextClassifier):
     def preprocess_samples(self, x, y=None, sample_weight=None):
         samples = super().preprocess_samples(x, y, sample_weight)
         x, y, _ = keras.utils.unpack_x_y_sample_weight(samples)
-        check_batch(self._check_batch, x["padding_mask"], y)
+        check_batch(self._check_batch, x["token_ids"], x["padding_mask"], y)
         return samples
 
     def fit(self, x=None, y=None, *args, **kwargs):
@@ -142,14 +143,19 @@ class Mamba2TextClassifier(keras_hub.models.TextClassifier):
     def _check_arrays(self, x, y=None) -> None:
         # All of them at once: KerasHub's pipeline would find the first wrong batch in `tf.data`,
         # whose errors are of another type, and later ones after training steps.
-        mask = x["padding_mask"] if self.preprocessor is None and isinstance(x, dict) else None
-        self._check_batch(mask, y)
+        if self.preprocessor is None and isinstance(x, dict):
+            self._check_batch(*(ops.convert_to_numpy(x[n]) for n in ("token_ids", "padding_mask")))
+        if y is not None:
+            self._check_labels(ops.convert_to_numpy(y))
 
-    def _check_batch(self, padding_mask, labels=None) -> None:
-        if padding_mask is not None:
-            check_rows(ops.convert_to_numpy(padding_mask))
+    def _check_batch(self, token_ids, padding_mask, labels=None) -> None:
+        check_token_ids(token_ids, self.backbone.vocabulary_size)
+        check_rows(padding_mask)
         if labels is not None:
-            check_labels(ops.convert_to_numpy(labels), self.loss, self.num_classes)
+            self._check_labels(labels)
+
+    def _check_labels(self, labels) -> None:
+        check_labels(labels, self.loss, self.num_classes)
 
     def get_compile_config(self) -> dict:
         return with_optimizer_built(super().get_compile_config(), self)

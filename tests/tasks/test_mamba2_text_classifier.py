@@ -114,6 +114,15 @@ def test_a_row_without_tokens_is_refused_and_finite(classifier):
         classifier.fit(inputs, np.array([0, 1]))
 
 
+def test_ids_outside_the_vocabulary_are_named(classifier):
+    size = classifier.backbone.vocabulary_size
+    inputs = inputs_of([[1, 2], [3, size]], ["right", "right"])
+    message = f"Token ids.*vocabulary_size={size}. Received: {size} in row 1"
+    for use in (classifier.predict, lambda x: classifier.fit(x, np.array([0, 1]))):
+        with pytest.raises(ValueError, match=message):
+            use(inputs)
+
+
 @pytest.fixture(scope="module")
 def small(byte_tokenizer):
     preprocessor = keras_mamba2.Mamba2TextClassifierPreprocessor(
