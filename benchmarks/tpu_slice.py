@@ -31,6 +31,7 @@ from keras_mamba2.training import adamw_recipe
 
 TOPOLOGY = "v6e:2x4x1"
 CHIPS = 8
+STORED, AGAIN = "stored", "computed again"  # what is between the passes of a block
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 MESHES = {
     "batch": {"batch": CHIPS},
@@ -45,7 +46,7 @@ def main(
     batch_size: Annotated[int, typer.Option(help="of all chips together")] = 8,
     tokens: Annotated[int, typer.Option(help="a row")] = 2048,
     mesh: Annotated[list[str], typer.Option(help="repeatable")] = tuple(MESHES),
-    remat: Annotated[list[bool], typer.Option()] = (False, True),
+    blocks: Annotated[list[str], typer.Option(help="repeatable")] = (STORED, AGAIN),
     file: Annotated[Path, typer.Option()] = Path(__file__).parent / "results" / "tpu_slice.json",
 ):
     """Writes what the compiler says to a JSON file and the README's table."""
@@ -54,11 +55,11 @@ def main(
     found |= {"size": size, "batch_size": batch_size, "tokens": tokens, "layers": layers}
     file.parent.mkdir(parents=True, exist_ok=True)
     for name in mesh:
-        for again in remat:
+        for kept in blocks:
             row = {
                 "cut": name,
-                "remat": again,
-                **compiled(size, layers, batch_size, tokens, MESHES[name], again),
+                "remat": kept == AGAIN,
+                **compiled(size, layers, batch_size, tokens, MESHES[name], kept == AGAIN),
             }
             print(json.dumps(row), flush=True)
             found["programs"].append(row)
@@ -72,7 +73,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "| --- |" + " --- |" * (len(COLLECTIVES) + 3),
     ]
     for row in rows:
-        cells = [row["cut"], "computed again" if row["remat"] else "stored"]
+        cells = [row["cut"], AGAIN if row["remat"] else STORED]
         cells += [str(row["collectives"].get(kind, 0)) for kind in COLLECTIVES]
         cells += [number(row["arguments_gb"]), number(row["temporaries_gb"])]
         lines.append(f"| {' | '.join(cells)} |")

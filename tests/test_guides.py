@@ -1,7 +1,5 @@
 import pathlib
 import runpy
-import subprocess
-import sys
 
 import jupytext
 import pytest
@@ -34,13 +32,6 @@ def test_guides_run(name, printed, capsys, tmp_path, monkeypatch):
     shorter.write_text(source.replace("LONGEST = 2**20", "LONGEST = 2**13"))
     runpy.run_path(str(shorter), run_name="__main__")
     assert printed in capsys.readouterr().out
-
-
-def test_the_guide_to_several_devices_runs_on_eight():
-    command = [sys.executable, str(GUIDES / "distribute.py")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "8 devices" in done.stdout
 
 
 def test_other_recurrences_are_calls_of_ssd():

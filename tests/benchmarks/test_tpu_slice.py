@@ -16,7 +16,7 @@ from benchmarks.workload import of_size
 def test_each_chip_holds_an_eighth_and_gathers_what_it_lacks(tmp_path):
     file = tmp_path / "results" / "found.json"
     command = [sys.executable, "-m", "benchmarks.tpu_slice", "--size=130m", "--layers=1"]
-    command += ["--mesh=batch", "--no-remat", f"--file={file}"]
+    command += ["--mesh=batch", "--blocks=stored", f"--file={file}"]
     subprocess.run(command, cwd=HERE.parent, check=True)
     [found] = json.loads(file.read_text())["programs"]
     # Weights and the two moments of Adam, all float32.

@@ -33,6 +33,13 @@ def test_eight_devices_give_the_numbers_of_one():
     ]
 
 
+def test_the_guide_to_several_devices_runs_on_eight():
+    command = [sys.executable, str(ROOT / "guides" / "distribute.py")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "8 devices" in done.stdout
+
+
 def run_together(num_processes, folder, epoch_to_die_in=""):
     """Results of processes that train one model; the last dies in an epoch, if one is given."""
     folder.mkdir(exist_ok=True)
