@@ -46,7 +46,7 @@ class Mamba2Backbone(keras_hub.models.Backbone):
         dropout: float, the rate at which embeddings and the outputs of mixers are dropped in
             training.
         remat: bool, whether the inside of blocks is computed again in the backward pass instead of
-            being stored: less memory, except on a CPU, for about a third more operations.
+            being stored: less memory on a TPU, for about a third more operations.
         dtype: string or `keras.DTypePolicy`. The parameters of the recurrence, its state and
             the norms are float32 whatever the policy.
         **kwargs: `name` and `trainable`.
