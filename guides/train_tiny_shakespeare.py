@@ -15,6 +15,7 @@ import csv
 import math
 import os
 import pathlib
+import re
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
@@ -69,21 +70,65 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=512, help="characters a row")
     parser.add_argument("--learning-rate", type=float, default=3.5e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--renamed", type=float, default=0.7, help="windows with other speakers")
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--machine", default="not recorded", help="what the card says of it")
     return parser.parse_args()
 
 
 class RandomWindows:
-    """Draws batches of windows of a text; a step of an epoch always draws the same."""
+    """Draws batches of windows of a text; a step of an epoch always draws the same.
 
-    def __init__(self, text_ids: np.ndarray, window: int, batch_size: int):
-        self.text_ids, self.window, self.batch_size, self.epoch = text_ids, window, batch_size, 0
+    In `renamed` of the windows the speakers have other names. The plays that a model is validated
+    on have speakers that it never met, so it should learn whose turn it is from the dialogue
+    itself, not a list of names by heart.
+    """
+
+    def __init__(self, text: str, window: int, batch_size: int, renamed: float):
+        self.text, self.window, self.batch_size, self.epoch = text, window, batch_size, 0
+        self.renamed, self.names = renamed, Names(text)
 
     def __call__(self, step: int):
         rng = np.random.default_rng([self.epoch, step])
-        starts = rng.integers(len(self.text_ids) - self.window, size=self.batch_size)
-        return inputs_and_targets(self.text_ids[starts[:, None] + np.arange(self.window + 1)])
+        starts = rng.integers(len(self.text) - 2 * self.window, size=self.batch_size)
+        return inputs_and_targets(np.stack([self.row(start, rng) for start in starts]))
+
+    def row(self, start: int, rng: np.random.Generator) -> np.ndarray:
+        text = self.text[start : start + 2 * self.window]  # other names may be shorter
+        if rng.random() < self.renamed:
+            text = self.names.replace(text, rng)
+        return bytes_of(text[: self.window + 1])
+
+
+class Names:
+    """The speakers of plays, and new names made of the halves of theirs."""
+
+    SPEAKER = re.compile(r"(?<=\n\n)[A-Z][A-Za-z ]*(?=:\n)")
+
+    def __init__(self, text: str):
+        self.words = sorted({w for name in self.SPEAKER.findall(text) for w in name.split()})
+
+    def replace(self, text: str, rng: np.random.Generator) -> str:
+        """`text` with another name for each speaker, also where others speak of them."""
+        new = {name: self.invent(name, rng) for name in dict.fromkeys(self.SPEAKER.findall(text))}
+        text = self.SPEAKER.sub(lambda match: new[match[0]], text)
+        mentions = {n.title(): new[n].title() for n in new if n.isupper() and " " not in n}
+        if not mentions:
+            return text
+        any_mention = re.compile(rf"\b({'|'.join(mentions)})\b")
+        return any_mention.sub(lambda match: mentions[match[0]], text)
+
+    def invent(self, name: str, rng: np.random.Generator) -> str:
+        halves = (
+            words[len(words) // 2 :] if last else words[: (len(words) + 1) // 2]
+            for last, words in enumerate(rng.choice(self.words, 2))
+        )
+        word = "".join(halves).upper()
+        return word if name.isupper() else word.title()
+
+
+def bytes_of(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), "uint8").astype("int32")
 
 
 def inputs_and_targets(rows: np.ndarray):
@@ -120,7 +165,7 @@ def make_model(arguments: argparse.Namespace) -> keras_mamba2.Mamba2CausalLM:
         vocabulary_size=257,
         num_layers=6,
         hidden_dim=192,
-        state_dim=64,
+        state_dim=128,
         head_dim=32,
         dropout=arguments.dropout,
     )
@@ -180,15 +225,17 @@ def main() -> None:
     arguments = parse_arguments()
     arguments.output.mkdir(parents=True, exist_ok=True)
     keras.utils.set_random_seed(0)
-    text_ids = np.frombuffer(arguments.text.read_bytes(), "uint8").astype("int32")
-    split = int(0.9 * len(text_ids))
-    windows = RandomWindows(text_ids[:split], arguments.window, arguments.batch_size)
+    text = arguments.text.read_text()
+    split = int(0.9 * len(text))
+    windows = RandomWindows(
+        text[:split], arguments.window, arguments.batch_size, arguments.renamed
+    )
     lm = make_model(arguments)
     lm.summary()
     lm.fit(
         grain.MapDataset.range(STEPS_PER_EPOCH).map(windows),
         epochs=arguments.epochs,
-        validation_data=consecutive_windows(text_ids[split:], VALIDATION_WINDOW),
+        validation_data=consecutive_windows(bytes_of(text[split:]), VALIDATION_WINDOW),
         validation_batch_size=12,
         callbacks=callbacks(windows, arguments.output),
     )
@@ -203,7 +250,7 @@ def main() -> None:
     lm.compile(sampler=keras_hub.samplers.TopPSampler(p=0.95, temperature=0.8, seed=1))
     sample = lm.generate("ROMEO:\n", max_new_tokens=500)
     # Over the whole text, the state carried from its start to its end.
-    loss = math.log(lm.perplexity(arguments.text.read_text()[split:]))
+    loss = math.log(lm.perplexity(text[split:]))
     save_preset(lm, arguments, history, loss, sample)
 
 

@@ -95,7 +95,8 @@ def causal_conv1d_step(x, kernel, bias=None, *, conv_state):
     )
     _check_conv_state(conv_state, kernel)
     window = ops.concatenate([ops.cast(conv_state, x.dtype), x[:, None]], axis=1)  # (b k e)
-    y = ops.sum(window * ops.cast(kernel, x.dtype), axis=1)
+    kernel = ops.cast(kernel, x.dtype)
+    y = sum(window[:, i] * kernel[i] for i in range(kernel.shape[0]))
     return (y if bias is None else y + ops.cast(bias, x.dtype)), window[:, 1:]
 
 
