@@ -44,7 +44,8 @@ def _state(lm, batch_size, place):
 def product_flops(jaxpr: Jaxpr) -> int:
     """Operations of all matrix products, two a multiply-add; a scan's as often as it runs.
 
-    XLA's own count takes the body of a loop once. A loop of unknown length counts once here too.
+    XLA's own count takes the body of a loop once. A loop of unknown length counts once here too,
+    and of several branches, which may be platforms, the longest.
     """
     total = 0
     for equation in jaxpr.eqns:
@@ -52,6 +53,7 @@ def product_flops(jaxpr: Jaxpr) -> int:
             contracted = equation.params["dimension_numbers"][0][0]
             summands = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
             total += 2 * equation.outvars[0].aval.size * summands
+        parts = [product_flops(part) for part in jaxprs_in_params(equation.params)]
         times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        total += times * sum(map(product_flops, jaxprs_in_params(equation.params)))
+        total += times * sum(parts) if equation.primitive.name != "cond" else max(parts)
     return total

@@ -48,14 +48,14 @@ class Workload:
         return self.weight_bytes() + 2 * self.state_bytes(batch_size)
 
     def weight_bytes(self) -> int:
-        d, e, n, h, k = self._letters()
+        d, e, n, h, k = self.letters()
         projections = d * (2 * e + 2 * n + h) + e * d
         vectors = (k + 1) * (e + 2 * n) + e + d
         weights = self.num_layers * (projections + vectors) + d + self.vocabulary_size * d
         return DTYPE_BYTES[self.dtype] * weights + FLOAT32_BYTES * self.num_layers * 3 * h
 
     def state_bytes(self, batch_size: int) -> int:
-        _, e, n, _, k = self._letters()
+        _, e, n, _, k = self.letters()
         conv, ssm = DTYPE_BYTES[self.dtype] * (k - 1) * (e + 2 * n), FLOAT32_BYTES * e * n
         return batch_size * self.num_layers * (conv + ssm)
 
@@ -68,13 +68,13 @@ class Workload:
             conv       2 k (e + 2n)           (C B^T * decay) x         2 q e
             out_proj   2 e d                  chunk states, C state     2 n e each
         """
-        d, e, n, h, k = self._letters()
+        d, e, n, h, k = self.letters()
         q = min(self.chunk_size, tokens)
         layer = 2 * d * (2 * e + 2 * n + h) + 2 * k * (e + 2 * n) + 2 * e * d
         layer += 2 * q * n + 2 * q * e + 2 * (2 * n * e)
         return tokens * self.num_layers * layer + 2 * d * self.vocabulary_size
 
-    def _letters(self) -> tuple[int, int, int, int, int]:
+    def letters(self) -> tuple[int, int, int, int, int]:
         """d, e, n, h, k, as in `keras_mamba2/ops/ssd.py`."""
         d = self.hidden_dim
         return d, 2 * d, self.state_dim, self.num_heads, self.conv_kernel_size

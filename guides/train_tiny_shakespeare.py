@@ -227,9 +227,7 @@ def main() -> None:
     keras.utils.set_random_seed(0)
     text = arguments.text.read_text()
     split = int(0.9 * len(text))
-    windows = RandomWindows(
-        text[:split], arguments.window, arguments.batch_size, arguments.renamed
-    )
+    windows = RandomWindows(text[:split], arguments.window, arguments.batch_size, arguments.renamed)
     lm = make_model(arguments)
     lm.summary()
     lm.fit(

@@ -7,7 +7,7 @@ import keras
 from keras import ops
 from keras import tree
 
-from keras_mamba2.generation.sampler import needs_history
+from keras_mamba2.generation.sampler import next_tokens
 from keras_mamba2.models.mamba2_state import NO_TOKEN
 
 
@@ -77,9 +77,7 @@ def stateless_step(model, sampler):
         logits, _, state = model.call_with_cache(
             state.token[:, None], state, i, padding_mask=going[:, None]
         )
-        history = {"seen": seen} if needs_history(sampler) else {}
-        probabilities = sampler.compute_probabilities(logits[:, -1], **history)
-        return sampler.get_next_token(probabilities), state
+        return next_tokens(sampler, logits[:, -1], seen), state
 
     if keras.config.backend() != "jax":
 

@@ -105,6 +105,22 @@ def nucleus(probabilities, p):
     return ops.min(ops.where(before < p, falling, 1.0), axis=-1, keepdims=True)
 
 
+def next_tokens(sampler: keras_hub.samplers.Sampler, logits, seen):
+    """What `sampler` picks, `(b)`, for `logits` `(b v)` and the ids that a row has had, `(b v)`."""
+    if type(sampler) is keras_hub.samplers.GreedySampler:
+        return likeliest(logits)
+    history = {"seen": seen} if needs_history(sampler) else {}
+    return sampler.get_next_token(sampler.compute_probabilities(logits, **history))
+
+
+def likeliest(logits):
+    """`argmax(logits)`. XLA on CPU looks at one id after the other in that, at many in these."""
+    v = logits.shape[-1]
+    ids = ops.arange(v, dtype="int32")
+    highest = ops.max(logits, axis=-1, keepdims=True)
+    return ops.min(ops.where(logits == highest, ids, v - 1), axis=-1)
+
+
 def needs_history(sampler: keras_hub.samplers.Sampler) -> bool:
     """Whether `sampler` asks which tokens a row has had."""
     return getattr(sampler, "needs_history", False)

@@ -1,4 +1,9 @@
 import keras
+from keras import ops
+from keras import quantizers
+
+from keras_mamba2.ops.matrix import int8_matmul
+from keras_mamba2.ops.matrix import matmul
 
 # Quantized with the help of calibration data.
 CALIBRATED_MODES = ("gptq", "awq")
@@ -22,6 +27,16 @@ class Projection(keras.layers.Dense):
         **kwargs: as there.
     """
 
+    def call(self, inputs, training=None):
+        x = matmul(inputs, self.kernel)
+        return x if self.bias is None else x + self.bias
+
+    @property
+    def kernel(self):
+        if self.quantization_mode != "int8":
+            return super().kernel
+        return ops.transpose(self._kernel)
+
     def quantize(self, mode=None, type_check: bool = True, config=None) -> None:
         if self.lora_enabled and mode not in LORA_MODES:
             raise ValueError(
@@ -29,8 +44,44 @@ class Projection(keras.layers.Dense):
                 f"mode={mode!r}. Call `backbone.merge_lora()` before `quantize`, or take one of "
                 f"the modes {', '.join(LORA_MODES[1:])}."
             )
-        # Keras refuses subclasses, since their `call` may differ.
-        super().quantize(mode, type_check=False, config=config)
+        if mode == "int8":
+            self._quantize_int8(config)
+        else:
+            # Keras refuses subclasses, since their `call` may differ.
+            super().quantize(mode, type_check=False, config=config)
+
+    def _quantize_int8(self, config) -> None:
+        """As Keras does it, but for the kernel's orientation."""
+        quantizer = quantizers.QuantizationConfig.weight_quantizer_or_default(
+            config, quantizers.AbsMaxQuantizer(axis=0)
+        )
+        shape = self._kernel.shape
+        kernel, scale = quantizer(self._kernel, to_numpy=True)
+        del self._kernel
+        self.quantization_config = config
+        self.quantized_build(shape, "int8", config)
+        self._kernel.assign(ops.transpose(kernel))
+        self.kernel_scale.assign(ops.squeeze(scale, axis=0))
+        self.dtype_policy = keras.dtype_policies.get(f"int8_from_{self.dtype_policy.name}")
+
+    def _int8_build(self, kernel_shape, config=None) -> None:
+        super()._int8_build(kernel_shape[::-1], config)  # (out in)
+
+    def _int8_call(self, inputs, training=None):
+        x = int8_matmul(inputs, self._kernel, self.kernel_scale, self.inputs_quantizer)
+        if self.lora_enabled:
+            lora_x = ops.matmul(ops.matmul(inputs, self.lora_kernel_a), self.lora_kernel_b)
+            x = x + ops.cast(self.lora_alpha / self.lora_rank * lora_x, x.dtype)
+        return x if self.bias is None else x + self.bias
+
+    def _get_kernel_with_merged_lora(self):
+        if self.quantization_mode != "int8" or not self.lora_enabled:
+            return super()._get_kernel_with_merged_lora()
+        kernel = ops.cast(self.kernel, self.compute_dtype) / self.kernel_scale
+        adapter = ops.matmul(self.lora_kernel_a, self.lora_kernel_b)
+        kernel = kernel + self.lora_alpha / self.lora_rank * adapter
+        kernel, scale = quantizers.abs_max_quantize(kernel, axis=0, to_numpy=True)
+        return ops.transpose(kernel), ops.squeeze(scale, axis=0), None
 
     def quantized_build(self, kernel_shape, mode, config=None) -> None:
         super().quantized_build(kernel_shape, mode, config)
@@ -56,7 +107,7 @@ class Projection(keras.layers.Dense):
             store[str(i)] = getattr(self, name)
 
     def load_own_variables(self, store) -> None:
-        factor = keras.ops.copy(self.lora_kernel_a) if self.lora_enabled else None
+        factor = ops.copy(self.lora_kernel_a) if self.lora_enabled else None
         super().load_own_variables(store)
         if factor is not None:
             self.lora_kernel_a.assign(factor)

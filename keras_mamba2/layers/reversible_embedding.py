@@ -1,13 +1,18 @@
 import keras
+from keras import ops
+
+from keras_mamba2.ops.matrix import int8_matmul
+from keras_mamba2.ops.matrix import matmul
+from keras_mamba2.ops.matrix import take_rows
 
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
 class ReversibleEmbedding(keras.layers.ReversibleEmbedding):
-    """`keras.layers.ReversibleEmbedding`, whose quantized head lets gradients through.
+    """`keras.layers.ReversibleEmbedding`, fast on a CPU and trainable through a quantized head.
 
-    The head, `reverse=True`, multiplies hidden states with quantized weights as they are. Keras
-    3.15 rounds them to int8 first, in int4 only once the model was saved and loaded. No gradient
-    passes a rounding, so that LoRA adapters below the head would not learn.
+    The head, `reverse=True`, rounds hidden states to int8 in int8, not in int4, and its gradient is
+    as if it did not. Keras 3.15 rounds both, int4 only once the model was saved and loaded, and no
+    gradient passes its rounding, so that LoRA adapters below the head would not learn.
 
     float8, GPTQ and AWQ are for matrix products alone; they leave this layer as it is.
 
@@ -21,6 +26,27 @@ class ReversibleEmbedding(keras.layers.ReversibleEmbedding):
             # Keras refuses subclasses, since their `call` may differ.
             super().quantize(mode, type_check=False, config=config)
 
+    def call(self, inputs, reverse: bool = False):
+        if self.mask_zero or self.logit_soft_cap is not None or self.reverse_dtype is not None:
+            return super().call(inputs, reverse)
+        if not reverse:
+            token_ids = ops.cast(inputs, "int32")
+            rows = take_rows(ops.convert_to_tensor(self.embeddings), token_ids)
+            return ops.cast(rows, self.compute_dtype)
+        if self.tie_weights:
+            return matmul(inputs, self.embeddings, "ed")
+        return matmul(inputs, self.reverse_embeddings)
+
     def quantized_build(self, embeddings_shape, mode, config=None) -> None:
         super().quantized_build(embeddings_shape, mode, config)
-        self.inputs_quantizer = None
+        if mode == "int4":
+            self.inputs_quantizer = None
+
+    def _int8_call(self, inputs, reverse: bool = False):
+        if not reverse:
+            return super()._int8_call(inputs)
+        if self.tie_weights:
+            kernel, scale = self._embeddings, self.embeddings_scale
+        else:
+            kernel, scale = ops.transpose(self.reverse_embeddings), self.reverse_embeddings_scale
+        return int8_matmul(inputs, kernel, scale, self.inputs_quantizer)

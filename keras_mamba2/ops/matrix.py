@@ -1,0 +1,100 @@
+"""Products with a matrix of weights, and its rows, as XLA on CPU is fast at them.
+
+For bfloat16 it has products that give float32, for int8 such whose matrix lies as `(out in)`, both
+of two rows at least. Whatever else it meets it converts to float32 first, the whole matrix, and of
+a decode loop all matrices before it begins. Elsewhere than on JAX all is plain `keras.ops`.
+"""
+
+import keras
+from keras import ops
+
+
+def matmul(x, kernel, layout: str = "de"):
+    """`x` `(... d)` times `kernel`, `(d e)` or, with the layout "ed", `(e d)`.
+
+    The result has the dtype of `x`.
+    """
+    equation = f"...d,{layout}->...e"
+    if not is_bfloat16_on_jax(x):
+        return ops.einsum(equation, x, kernel)
+    from jax import lax
+    from jax import numpy as jnp
+
+    def float32_result(x, kernel):
+        y = jnp.einsum(equation, x, kernel, preferred_element_type=jnp.float32)
+        return y.astype(x.dtype)
+
+    return lax.platform_dependent(
+        *(x, ops.convert_to_tensor(kernel)),
+        cpu=two_rows_at_least(float32_result),
+        default=lambda x, kernel: jnp.einsum(equation, x, kernel),
+    )
+
+
+def take_rows(matrix, ids):
+    """The rows `ids` `(...)` of `matrix` `(v d)`, `(... d)`."""
+    if not is_bfloat16_on_jax(matrix):
+        return ops.take(matrix, ids, axis=0)
+    import jax
+    from jax import lax
+    from jax import numpy as jnp
+
+    @jax.custom_jvp
+    def as_integers(matrix):
+        rows = jnp.take(lax.bitcast_convert_type(matrix, jnp.uint16), ids, axis=0)
+        return lax.bitcast_convert_type(rows, jnp.bfloat16)
+
+    @as_integers.defjvp
+    def _(primals, tangents):
+        return as_integers(*primals), jnp.take(*tangents, ids, axis=0)
+
+    return lax.platform_dependent(
+        matrix, cpu=as_integers, default=lambda matrix: jnp.take(matrix, ids, axis=0)
+    )
+
+
+def is_bfloat16_on_jax(x) -> bool:
+    return (
+        keras.config.backend() == "jax" and keras.backend.standardize_dtype(x.dtype) == "bfloat16"
+    )
+
+
+def int8_matmul(x, kernel, kernel_scale, inputs_quantizer=None):
+    """`x` `(... d)` times the transpose of `kernel / kernel_scale`, `(e d)` and `(e)`.
+
+    Differentiable in `x`, as if nothing were rounded.
+
+    Args:
+        x: float tensor.
+        kernel: int8 tensor.
+        kernel_scale: float tensor.
+        inputs_quantizer: a quantizer of Keras that rounds `x` to int8, or None.
+    """
+
+    @ops.custom_gradient
+    def product(x, kernel, kernel_scale):
+        def gradient(*args, upstream=None):
+            if upstream is None:
+                (upstream,) = args
+            upstream = upstream / kernel_scale
+            return ops.matmul(upstream, ops.cast(kernel, upstream.dtype)), None, None
+
+        if inputs_quantizer is None:
+            return matmul(x, ops.cast(kernel, x.dtype), "ed") / kernel_scale, gradient
+        rounded, scale = inputs_quantizer(x, axis=-1)
+        y = two_rows_at_least(lambda *args: ops.einsum("...d,ed->...e", *args))(rounded, kernel)
+        return ops.cast(ops.cast(y, scale.dtype) / (scale * kernel_scale), x.dtype), gradient
+
+    return product(x, ops.convert_to_tensor(kernel), ops.convert_to_tensor(kernel_scale))
+
+
+def two_rows_at_least(product):
+    """`product(x, kernel)`, computed for the row and the same row again where `x` is only one."""
+
+    def call(x, kernel):
+        if any(size != 1 for size in x.shape[:-1]):
+            return product(x, kernel)
+        twice = ops.concatenate([ops.reshape(x, (1, -1))] * 2)
+        return ops.reshape(product(twice, kernel)[:1], (*x.shape[:-1], -1))
+
+    return call

@@ -1,0 +1,75 @@
+"""Products with weights, and their rows: every dtype and number of rows against float64."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from keras import quantizers
+
+from keras_mamba2.ops.matrix import int8_matmul
+from keras_mamba2.ops.matrix import matmul
+from keras_mamba2.ops.matrix import take_rows
+
+SHAPES = [(1, 24), (2, 24), (1, 1, 24), (1, 5, 24), (3, 1, 24)]
+ROUNDING = {"float32": 2**-24, "bfloat16": 2**-8}
+rng = np.random.default_rng(0)
+
+
+def rounded(shape, dtype):
+    """Numbers that `dtype` can hold, as a tensor and in float64."""
+    tensor = ops.convert_to_tensor(rng.normal(size=shape).astype("float32"), dtype)
+    return tensor, float64(tensor)
+
+
+def float64(tensor):
+    return np.asarray(ops.convert_to_numpy(tensor), "float64")
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("layout", ["de", "ed"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products(shape, layout, dtype):
+    x, exact_x = rounded(shape, dtype)
+    kernel, exact_kernel = rounded((24, 7) if layout == "de" else (7, 24), dtype)
+    exact_kernel = exact_kernel if layout == "de" else exact_kernel.T
+    y = matmul(x, kernel, layout)
+    assert keras.backend.standardize_dtype(y.dtype) == dtype
+    exact = exact_x @ exact_kernel
+    # Summed in float32, then rounded once.
+    bound = ROUNDING[dtype] * np.abs(exact) + 24 * 2**-24 * (np.abs(exact_x) @ np.abs(exact_kernel))
+    assert (np.abs(float64(y) - exact) <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_gradients_of_products_and_rows(dtype):
+    import jax
+
+    x, exact_x = rounded((1, 24), dtype)
+    kernel, exact_kernel = rounded((24, 7), dtype)
+    upstream, exact_upstream = rounded((1, 7), dtype)
+    _, back = jax.vjp(matmul, x, kernel)
+    for found, exact in zip(
+        back(upstream), (exact_upstream @ exact_kernel.T, exact_x.T @ exact_upstream), strict=True
+    ):
+        assert np.abs(float64(found) - exact).max() <= 4 * ROUNDING[dtype] * np.abs(exact).max()
+
+    ids = np.array([[3, 0, 3]])
+    rows, back = jax.vjp(lambda matrix: take_rows(matrix, ids), kernel)
+    assert np.array_equal(float64(rows), exact_kernel[ids])
+    (found,) = back(ops.ones_like(rows))
+    assert np.array_equal(float64(found)[:, 0], np.bincount(ids[0], minlength=24))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_int8_products(shape, weights_only):
+    x, exact_x = rounded(shape, "float32")
+    kernel = rng.integers(-127, 128, (7, 24), dtype="int8")
+    scale, exact_scale = rounded(7, "float32")
+    exact_kernel = kernel.T / exact_scale
+    quantizer = None if weights_only else quantizers.AbsMaxQuantizer(axis=-1)
+    y = int8_matmul(x, kernel, scale, quantizer)
+    assert y.shape == (*shape[:-1], 7)
+    step = 0 if weights_only else np.abs(exact_x).max(axis=-1, keepdims=True) / 127
+    bound = (0.51 * step + 1e-5 * np.abs(exact_x)) @ np.abs(exact_kernel)
+    assert (np.abs(float64(y) - exact_x @ exact_kernel) <= bound).all()
