@@ -4,19 +4,28 @@ Frameworks are imported by name, so that a process holds only the one that it me
 methods return when the work is done. All make one token of the last position's logits.
 """
 
+from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from pathlib import Path
+from typing import NamedTuple
 from typing import Protocol
 
 import numpy as np
 
+from benchmarks.checkpoint import GGUF_TYPES
+from benchmarks.checkpoint import hugging_face_names
 from benchmarks.workload import Workload
 
 
 class Adapter(Protocol):
-    """A model with random weights, made where it runs. `prefill` takes int32 ids `(b t)`."""
+    """A model, made where it runs, with random weights or those in a folder of `checkpoint.py`.
+
+    `prefill` takes int32 ids `(b t)`.
+    """
 
     packages: tuple[str, ...]
+
+    def __init__(self, workload: Workload, folder: Path | None): ...
 
     def prefill(self, token_ids: np.ndarray) -> None: ...
 
@@ -31,9 +40,16 @@ class KerasMamba2:
 
     packages = ("jax", "keras", "keras_mamba2")
 
-    def __init__(self, workload: Workload):
+    def __init__(self, workload: Workload, folder: Path | None):
         self.jax, _, keras_mamba2 = map(import_module, self.packages)
-        self.lm = keras_mamba2.Mamba2CausalLM(keras_mamba2.Mamba2Backbone(**workload.model))
+        if folder is None:
+            backbone = keras_mamba2.Mamba2Backbone(**workload.model)
+        else:
+            dtype = workload.model["dtype"]
+            backbone = keras_mamba2.Mamba2Backbone.from_preset(str(folder), dtype=dtype)
+        self.lm = keras_mamba2.Mamba2CausalLM(backbone)
+        if workload.dtype == "int8":
+            self.lm.quantize("int8")
         self.lm.compile(sampler="greedy")
         self.generator = self.lm.make_generate_function()
 
@@ -51,6 +67,13 @@ class KerasMamba2:
             self.rows, _ = self.generator.advance(self.rows, 1)
         self.jax.block_until_ready(self.rows.remaining)
 
+    def generate_one(self, token_ids: np.ndarray) -> None:
+        inputs = {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
+        self.lm.generate(inputs, max_new_tokens=1, stop_token_ids=None)
+
+    def programs_of_one(self, token_ids: np.ndarray) -> Callable[[], None]:
+        return import_module("benchmarks.programs").programs_of_one(self.lm, token_ids)
+
     def decode_program_text(self) -> str:
         programs = import_module("benchmarks.programs")
         traced = programs.decode_program(self.lm, 1, self.jax.ShapeDtypeStruct)
@@ -63,12 +86,12 @@ class KerasMamba2:
 class Torch:
     """What the models on torch share: the device, one forward call a token."""
 
-    def __init__(self, workload: Workload):
+    def __init__(self, workload: Workload, folder: Path | None):
         self.torch, *_ = map(import_module, self.packages)
         self.device = {"cpu": "cpu", "gpu": "cuda"}[workload.platform]
         self.torch.set_default_dtype(getattr(self.torch, workload.dtype))
         with self.torch.device(self.device):
-            self.model = self.create_model(workload).eval()
+            self.model = self.create_model(workload, folder).eval()
 
     def prefill(self, token_ids: np.ndarray) -> None:
         with self.torch.inference_mode():
@@ -95,8 +118,10 @@ class Transformers(Torch):
 
     packages = ("torch", "transformers")
 
-    def create_model(self, workload: Workload):
+    def create_model(self, workload: Workload, folder: Path | None):
         transformers = import_module("transformers")
+        if folder is not None:
+            return transformers.Mamba2ForCausalLM.from_pretrained(folder)
         config = transformers.Mamba2Config(
             num_heads=workload.num_heads,
             n_groups=1,
@@ -122,7 +147,7 @@ class MambaSSM(Torch):
     max_tokens = 2**20  # it sizes nothing in a model without attention
     graphs = None
 
-    def create_model(self, workload: Workload):
+    def create_model(self, workload: Workload, folder: Path | None):
         config = import_module("mamba_ssm.models.config_mamba").MambaConfig(
             d_model=workload.hidden_dim,
             n_layer=workload.num_layers,
@@ -160,11 +185,14 @@ class MambaSSM(Torch):
 
 
 class Mamba2Jax:
-    """mamba2-jax: its cached call, jitted, in a Python loop, as its README does."""
+    """mamba2-jax: its cached call, jitted, in a Python loop, as its README does.
+
+    It reads PyTorch's files only, so its weights are other random ones.
+    """
 
     packages = ("jax", "mamba2_jax")
 
-    def __init__(self, workload: Workload):
+    def __init__(self, workload: Workload, folder: Path | None):
         self.jax, mamba2_jax = map(import_module, self.packages)
         config = mamba2_jax.Mamba2Config(**hugging_face_names(workload))
         self.model = mamba2_jax.create_random_model(config)
@@ -192,15 +220,27 @@ class Mamba2Jax:
         self.token, self.cache = self.forward(self.model, token_ids, cache)  # token (b 1)
 
 
-def hugging_face_names(workload: Workload) -> dict[str, Any]:
-    return {
-        "vocab_size": workload.vocabulary_size,
-        "num_hidden_layers": workload.num_layers,
-        "hidden_size": workload.hidden_dim,
-        "state_size": workload.state_dim,
-        "head_dim": workload.head_dim,
-        "conv_kernel": workload.conv_kernel_size,
-    }
+class LlamaCpp:
+    """llama.cpp: its C library's calls on a GGUF file, one call a token."""
+
+    packages = ("llama_cpp", "gguf")
+
+    def __init__(self, workload: Workload, folder: Path | None):
+        if folder is None:
+            raise ValueError("llama.cpp needs a folder of `benchmarks/checkpoint.py`.")
+        llama_cpp_model = import_module("benchmarks.llama_cpp_model")
+        self.model = llama_cpp_model.LlamaCpp(folder / f"{workload.dtype}.gguf")
+
+    def prefill(self, token_ids: np.ndarray) -> None:
+        self.model.start(len(token_ids))
+        self.token = self.model.advance(token_ids).argmax(-1)[:, None]  # (b 1)
+
+    def decode(self, num_tokens: int) -> None:
+        for _ in range(num_tokens):
+            self.token = self.model.advance(self.token).argmax(-1)[:, None]
+
+    def device_peak_bytes(self) -> int | None:
+        return None
 
 
 def jax_device_peak_bytes(jax) -> int | None:
@@ -208,9 +248,19 @@ def jax_device_peak_bytes(jax) -> int | None:
     return statistics and statistics["peak_bytes_in_use"]
 
 
+class Subject(NamedTuple):
+    """What is measured under a name."""
+
+    adapter: type[Adapter]
+    dtype: str | None = None  # of the weights; None for that of the workload
+
+
 ADAPTERS = {
-    "keras_mamba2": KerasMamba2,
-    "transformers": Transformers,
-    "mamba2-jax": Mamba2Jax,
-    "mamba_ssm": MambaSSM,
+    "keras_mamba2": Subject(KerasMamba2),
+    "keras_mamba2, bfloat16": Subject(KerasMamba2, "bfloat16"),
+    "keras_mamba2, int8": Subject(KerasMamba2, "int8"),
+    "transformers": Subject(Transformers),
+    "mamba2-jax": Subject(Mamba2Jax),
+    "mamba_ssm": Subject(MambaSSM),
+    **{f"llama.cpp, {dtype}": Subject(LlamaCpp, dtype) for dtype in GGUF_TYPES},
 }

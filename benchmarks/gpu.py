@@ -65,7 +65,7 @@ def main(
                 name,
                 dtype="bfloat16",
                 platform=platform,
-                long_prompt_tokens=long_context,
+                long_contexts=(long_context,),
                 long_batch_sizes=tuple(batch_size),
                 decode_tokens=128,
                 prefill_tokens=tuple(prefill_tokens),

@@ -4,17 +4,40 @@ import math
 from collections.abc import Callable
 
 import jax
+import keras
+import numpy as np
 from jax.extend.core import Jaxpr
 from jax.extend.core import jaxprs_in_params
 from jax.stages import Traced
+from keras.src.backend.common import global_state
 
+from benchmarks.workload import Workload
+from keras_mamba2 import Mamba2Backbone
 from keras_mamba2 import Mamba2CausalLM
 from keras_mamba2.generation import Generator
 from keras_mamba2.generation.decode import Rows
 from keras_mamba2.generation.decode import model_variables
 from keras_mamba2.generation.generator import STOP_TOKEN_CAPACITY
+from keras_mamba2.generation.prefill import blocks
+from keras_mamba2.models.mamba2_state import NO_TOKEN
 
 Place = Callable[..., jax.ShapeDtypeStruct]  # (shape, dtype) -> argument
+
+
+def abstract_model(workload: Workload, **arguments) -> Mamba2CausalLM:
+    """A model whose variables have shapes and no values: 2.7B would not fit everywhere."""
+    arguments = {**workload.model, "chunk_size": workload.chunk_size, **arguments}
+    with keras.StatelessScope(initialize_variables=False):
+        backbone = Mamba2Backbone(**arguments)
+    forget_to_initialize()
+    lm = Mamba2CausalLM(backbone)
+    lm.compile(sampler="greedy")
+    return lm
+
+
+def forget_to_initialize() -> None:
+    """Or the next scope that ends would give variables without values some after all."""
+    global_state.set_global_attribute("uninitialized_variables", [])
 
 
 def decode_program(lm: Mamba2CausalLM, batch_size: int, place: Place) -> Traced:
@@ -30,6 +53,33 @@ def prefill_program(lm: Mamba2CausalLM, batch_size: int, tokens: int, place: Pla
     state, block = _state(lm, batch_size, place), (batch_size, tokens)
     inputs = (place(block, "int32"), place(block, "bool"))
     return Generator(lm)._prefill_block.program.trace(_weights(lm, place), state, inputs)
+
+
+def programs_of_one(lm: Mamba2CausalLM, token_ids: np.ndarray) -> Callable[[], None]:
+    """What `generate` runs for one new token after `(1 t)`, without the host's work around it.
+
+    Compiled programs, called with arguments that lie on the device but for a few numbers.
+    """
+    generator, weights = Generator(lm), [v.value for v in model_variables(lm)]
+    pieces = [jax.device_put(piece) for piece in blocks([token_ids[0, :-1]])]
+    rest = jax.device_put((np.int32(1), np.full(STOP_TOKEN_CAPACITY, NO_TOKEN, "int32")))
+    # Not on the device, since the decode loop takes their memory.
+    going, last = (np.array([1], "int32"), np.zeros((1, 0), bool)), token_ids[:, -1]
+    one_row = np.zeros(1, "int8")
+    state = generator._zeros(one_row)
+    prefill = [
+        generator._prefill_block.program.lower(weights, state, piece).compile() for piece in pieces
+    ]
+    rows = Rows(state.with_token(last), *going)
+    decode = generator._decode.program.lower(weights, rows, rest).compile()
+
+    def run() -> None:
+        state = generator._zeros(one_row)
+        for program, piece in zip(prefill, pieces, strict=True):
+            state, _ = program(weights, state, piece)
+        jax.block_until_ready(decode(weights, Rows(state.with_token(last), *going), rest))
+
+    return run
 
 
 def _weights(lm, place):

@@ -1,4 +1,4 @@
-"""Makes table and plot from measurements: `python -m benchmarks.report RESULTS.json`.
+"""Makes tables and plots of what `python -m benchmarks` measured: `python -m benchmarks.report`.
 
 A figure is the median over the rounds, a ratio the median of the ratios within the rounds.
 """
@@ -6,12 +6,16 @@ A figure is the median over the rounds, a ratio the median of the ratios within 
 import json
 from pathlib import Path
 from statistics import median
+from typing import Annotated
 from typing import Any
 from typing import NamedTuple
 
 import typer
 
-OURS, MACHINE, LOOP = "keras_mamba2", "machine", "loop"
+from benchmarks.workload import SIZES
+
+HERE = Path(__file__).parent
+OURS, MACHINE, LOOP, COMPILER = "keras_mamba2", "machine", "loop", "compiler"
 MARKERS = ("<!-- {0}: begin -->", "<!-- {0}: end -->")
 
 
@@ -24,29 +28,45 @@ class Row(NamedTuple):
     ceiling: str | None = None  # a figure of the machine
 
 
-def main(path: Path):
-    """Adds a summary to the results, plots it beside them, and puts the table in the README."""
-    results = json.loads(path.read_text())
-    results["summary"] = summarize(results)
-    path.write_text(json.dumps(results, indent=2) + "\n")
-    plot(results, path.with_suffix(".png"))
-    write_table(table(results), path.parents[1] / "README.md")
+def main(
+    folder: Annotated[Path, typer.Argument()] = HERE,
+    name: Annotated[str, typer.Argument()] = "cpu",
+):
+    """Puts the results `results/NAME_SIZE.json` of FOLDER into its README.md and a plot.
+
+    The first size gets a table of everything, all sizes together one line each.
+    """
+    by_size = {}
+    for size in SIZES:
+        path = folder / "results" / f"{name}_{size}.json"
+        if path.exists():
+            results = by_size[size] = json.loads(path.read_text())
+            results["summary"] = summarize(results)
+            path.write_text(json.dumps(results, indent=2) + "\n")
+    write_table(sizes_table(by_size), folder / "README.md", "sizes")
+    if (first := next(iter(SIZES))) in by_size:
+        write_table(table(by_size[first]), folder / "README.md")
+        plot(by_size, folder / "results" / f"{name}.png")
 
 
 def subjects(results: dict[str, Any]) -> list[str]:
     """The models, ours first."""
-    return [name for name in results["rounds"][0] if not name.startswith((MACHINE, LOOP))]
+    return [n for n in results["rounds"][0] if not n.startswith((MACHINE, LOOP, COMPILER))]
 
 
 def rows(results: dict[str, Any]) -> list[Row]:
     workload, batch_sizes = results["workload"], results["batch_sizes"]
-    lengths, long = workload["prefill_tokens"], workload["long_prompt_tokens"]
+    lengths, contexts = workload["prefill_tokens"], workload["long_contexts"]
     # A GPU's bandwidth is what a copy reaches, as its makers and users count.
     bandwidth = {"cpu": "read_gb_per_s", "gpu": "copy_gb_per_s"}[workload["platform"]]
     rate = "matmul_gflop_per_s"
     return [
-        *(Row(f"decode, batch {b}, ms/token", f"decode_ms_{b}", -1) for b in batch_sizes),
-        *(Row(f"prefill {t}, tokens/s", f"prefill_tokens_per_s_{t}", 1) for t in lengths),
+        *(Row(f"decode, batch {b}, ms/step", f"decode_ms_{b}", -1) for b in batch_sizes),
+        *(Row(f"prefill {t:,}, tokens/s", f"prefill_tokens_per_s_{t}", 1) for t in lengths),
+        Row("import, s", "import_s", -1),
+        Row("load from disk, s", "load_s", -1),
+        Row("first prompt and token, s", "first_call_s", -1),
+        Row("second, s", "second_call_s", -1),
         Row("peak memory after imports, MB", "peak_mb_import"),
         Row("peak memory after decoding, MB", "peak_mb_decode", -1),
         Row("peak memory after prefill, MB", "peak_mb_prefill", -1),
@@ -55,16 +75,18 @@ def rows(results: dict[str, Any]) -> list[Row]:
             for b in batch_sizes
         ),
         *(
-            Row(f"prefill {t}, of the matrix rate", f"prefill_gflop_per_s_{t}", ceiling=rate)
+            Row(f"prefill {t:,}, of the matrix rate", f"prefill_gflop_per_s_{t}", ceiling=rate)
             for t in lengths
         ),
         *(
             Row(
-                f"decode, batch {b}, after {long:,} tokens / after {workload['prompt_tokens']}",
-                f"long_context_{b}",
+                f"decode, batch {b}, after {context:,} tokens / after {workload['prompt_tokens']}",
+                f"long_context_{b}_{context}",
             )
             for b in workload["long_batch_sizes"]
+            for context in contexts
         ),
+        Row("`generate` of one token / its compiled programs alone", "generate_of_programs"),
     ]
 
 
@@ -137,25 +159,62 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def plot(results: dict[str, Any], path: Path) -> None:
-    """The first row of each kind: decoding, prefill, and the last of peak memory."""
+def sizes_table(by_size: dict[str, dict[str, Any]]) -> str:
+    """Decoding and prefill of one row, and what our programs take to compile."""
+    names = list(dict.fromkeys(name for found in by_size.values() for name in subjects(found)))
+    lines = [f"| | {' | '.join(names)} |", "| --- |" + " --- |" * len(names)]
+    for row in (
+        Row("decode, ms/token", "decode_ms_1", -1),
+        Row("prefill 512, tokens/s", "prefill_tokens_per_s_512", 1),
+    ):
+        for size, results in by_size.items():
+            known = subjects(results)
+            cells = [cell(results, name, row) if name in known else "" for name in names]
+            lines.append(f"| {size.upper()} {row.label} | {' | '.join(cells)} |")
+    lines += ["", "| | decode, compile s | prefill 512, compile s |", "| --- | --- | --- |"]
+    for size, results in by_size.items():
+        found = [
+            r[COMPILER] for r in results["rounds"] if "compile_decode_s" in r.get(COMPILER, {})
+        ]
+        if found:
+            keys = ("compile_decode_s", "compile_prefill_s")
+            cells = [number(median(figures[key] for figures in found)) for key in keys]
+            lines.append(f"| {size.upper()} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(by_size: dict[str, dict[str, Any]], path: Path) -> None:
+    """Decoding over sizes, batches and contexts, and prefill over lengths."""
     from matplotlib.figure import Figure
 
-    names = subjects(results)
-    by_kind = {row.label.split()[0]: row for row in reversed(rows(results)) if row.direction}
-    figure = Figure(figsize=(10, 2.2), layout="constrained")
-    panels = figure.subplots(1, len(by_kind), sharey=True)
-    for panel, row in zip(panels, reversed(by_kind.values()), strict=True):
-        found = [results["summary"][subject].get(row.key) for subject in names]
-        values = [f["median"] if f else 0 for f in found]
-        bars = panel.barh(names, values, color=["tab:orange"] + ["silver"] * (len(names) - 1))
-        panel.bar_label(bars, [number(v) if v else "" for v in values], padding=3)
-        panel.set_title(row.label, fontsize=10)
-        panel.margins(x=0.2)
-        panel.set_xticks([])
-        panel.spines[["top", "right", "bottom"]].set_visible(False)
-    panel.invert_yaxis()
-    figure.savefig(path, dpi=100)
+    (first, *_), figure = by_size.values(), Figure(figsize=(10, 5.6), layout="constrained")
+    workload, names = first["workload"], subjects(first)
+    sizes, batches, lengths, contexts = figure.subplots(2, 2).flat
+
+    def points(found: list[tuple[Any, dict[str, Any], str]], name: str):
+        kept = [(x, r["summary"].get(name, {}).get(key)) for x, r, key in found]
+        return zip(*((x, y["median"]) for x, y in kept if y), strict=True)
+
+    over = {
+        sizes: [(size.upper(), found, "decode_ms_1") for size, found in by_size.items()],
+        batches: [(b, first, f"decode_ms_{b}") for b in first["batch_sizes"]],
+        lengths: [(t, first, f"prefill_tokens_per_s_{t}") for t in workload["prefill_tokens"]],
+        contexts: [(t, first, f"long_context_1_{t}") for t in workload["long_contexts"]],
+    }
+    for axes, found in over.items():
+        for i, name in enumerate(names):
+            if line := list(points(found, name)):
+                style = "-" if name.startswith(OURS) else "--"
+                axes.plot(*line, style, marker=".", color=f"C{i}", label=name)
+    title = f"{next(iter(by_size)).upper()}: "
+    sizes.set(title="decode one row, ms/token", yscale="log")
+    batches.set(title=title + "decode, ms/step", xlabel="rows", xscale="log", yscale="log")
+    lengths.set(title=title + "prefill, tokens/s", xlabel="tokens", xscale="log", ylim=0)
+    contexts.set(title=title + "ms/token after a long context / after a short one")
+    contexts.set(xlabel="tokens", xscale="log", ylim=(0, 1.5))
+    handles, labels = lengths.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False)
+    figure.savefig(path, dpi=80)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,19 @@ from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks.report import HERE
 from benchmarks.workload import Workload
 
-HERE = Path(__file__).parent
 PACKAGES = ("keras", "keras-hub", "jax", "jaxlib", "torch", "transformers", "mamba2-jax")
-PACKAGES += ("mamba-ssm", "causal-conv1d", "triton", "jax-cuda12-plugin", "jax-cuda13-plugin")
+PACKAGES += (
+    "llama_cpp_python",
+    "gguf",
+    "mamba-ssm",
+    "causal-conv1d",
+    "triton",
+    "jax-cuda12-plugin",
+    "jax-cuda13-plugin",
+)
 JAX_PLATFORMS = {"cpu": "cpu", "gpu": "cuda"}
 # One device for all, and no chatter.
 ENVIRONMENT = {
@@ -43,6 +51,7 @@ def measure_rounds(
     batch_sizes: Sequence[int],
     rounds: int,
     environments: dict[str, dict[str, str]] | None = None,
+    weights: Path | None = None,
 ) -> list[str]:
     """Measures subjects by turns, writes what they report to `path`, and returns who failed.
 
@@ -53,9 +62,11 @@ def measure_rounds(
         batch_sizes: for decoding.
         rounds: int.
         environments: of some of the subjects, variables that differ.
+        weights: a folder of `checkpoint.py`; by default each subject has random weights of its own.
     """
     options = [f"--batch-size={b}" for b in batch_sizes]
     options += ["--changes", json.dumps(asdict(workload))]
+    options += [] if weights is None else [f"--weights={weights}"]
     results = describe_run() | {"workload": asdict(workload), "batch_sizes": list(batch_sizes)}
     results["rounds"] = [{} for _ in range(rounds)]
     path.parent.mkdir(parents=True, exist_ok=True)

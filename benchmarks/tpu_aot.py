@@ -38,17 +38,15 @@ os.environ |= {
 }
 
 import jax
-import keras
 import typer
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 from jax.stages import Traced
-from keras.src.backend.common import global_state
 
-import keras_mamba2
-from benchmarks.adapters import hugging_face_names
+from benchmarks.checkpoint import hugging_face_names
 from benchmarks.hlo import Module
+from benchmarks.programs import abstract_model
 from benchmarks.programs import decode_program
 from benchmarks.programs import prefill_program
 from benchmarks.programs import product_flops
@@ -138,22 +136,6 @@ def programs(
         for b in batch_sizes:
             yield "decode", b, peer_program(workload, b, 1)
         yield "prefill", 1, peer_program(workload, 1, prefill_tokens)
-
-
-def abstract_model(workload: Workload, **arguments) -> keras_mamba2.Mamba2CausalLM:
-    """A model whose variables have shapes and no values: 2.7B would not fit everywhere."""
-    arguments = {**workload.model, "chunk_size": workload.chunk_size, **arguments}
-    with keras.StatelessScope(initialize_variables=False):
-        backbone = keras_mamba2.Mamba2Backbone(**arguments)
-    forget_to_initialize()
-    lm = keras_mamba2.Mamba2CausalLM(backbone)
-    lm.compile(sampler="greedy")
-    return lm
-
-
-def forget_to_initialize() -> None:
-    """Or the next scope that ends would give variables without values some after all."""
-    global_state.set_global_attribute("uninitialized_variables", [])
 
 
 def peer_program(workload: Workload, batch_size: int, tokens: int) -> Traced:

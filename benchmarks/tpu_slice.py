@@ -23,6 +23,8 @@ import numpy as np
 import typer
 from jax.experimental import topologies
 
+from benchmarks.programs import abstract_model
+from benchmarks.programs import forget_to_initialize
 from benchmarks.report import number
 from benchmarks.report import write_table
 from benchmarks.workload import of_size
@@ -112,13 +114,13 @@ def collectives(text: str) -> dict[str, int]:
 def training_step(size, layers, batch_size, tokens, remat, distribution):
     """A step of AdamW on packed rows under `mixed_bfloat16`, and its arguments' shapes."""
     workload = of_size(size, dtype="mixed_bfloat16", chunk_size=tpu_aot.CHUNK_SIZE)
-    lm = tpu_aot.abstract_model(workload, num_layers=layers or workload.num_layers, remat=remat)
+    lm = abstract_model(workload, num_layers=layers or workload.num_layers, remat=remat)
     optimizer = adamw_recipe(1e-3, steps=1000)
     with keras.StatelessScope(initialize_variables=False):
         for variable in lm.trainable_variables:
             variable._layout = distribution.get_variable_layout(variable)
         optimizer.build(lm.trainable_variables)
-    tpu_aot.forget_to_initialize()
+    forget_to_initialize()
     cross_entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
     def loss(trainable, non_trainable, x, y):

@@ -8,6 +8,7 @@ and torch give the memory of a step back to the system, and half of the next is 
 
 import functools
 import json
+import math
 import os
 import subprocess
 from collections.abc import Callable
@@ -22,7 +23,7 @@ import numpy as np
 import typer
 from tqdm import tqdm
 
-from benchmarks.adapters import hugging_face_names
+from benchmarks.checkpoint import hugging_face_names
 from benchmarks.report import number
 from benchmarks.report import write_table
 from benchmarks.rounds import ENVIRONMENT
@@ -106,7 +107,7 @@ def best_of(rounds: list[dict[str, Any]], name: str) -> tuple[str, float, float]
 
 
 def measure(name: str, tokens: int, chunk_size: int, quick: bool) -> dict[str, float]:
-    workload = replace(QUICK if quick else FULL, chunk_size=chunk_size)
+    workload = replace(QUICK if quick else FULL, chunk_size=chunk_size, budget_s=math.inf)
     token_ids = np.random.default_rng(0).integers(0, workload.vocabulary_size, (1, tokens + 1))
     packages, make_step = SUBJECTS[name]
     for package in packages:
@@ -114,7 +115,7 @@ def measure(name: str, tokens: int, chunk_size: int, quick: bool) -> dict[str, f
     before = process_peak_mb()
     step = make_step(workload, token_ids.astype("int32"))
     losses = []
-    seconds = median_seconds(lambda: losses.append(step()), workload.repeats)
+    seconds = median_seconds(lambda: losses.append(step()), workload)
     assert losses[-1] < losses[0], losses  # it learns the row
     return {"tokens_per_s": tokens / seconds, "peak_mb": process_peak_mb() - before}
 

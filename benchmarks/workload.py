@@ -5,7 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 # What numbers take; those of the recurrence and its state are float32 whatever the dtype.
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "Q8_0": 34 / 32}
+QUANTIZED = ("int8", "Q8_0")  # these have the matrices only
 FLOAT32_BYTES = 4
 
 
@@ -23,11 +24,15 @@ class Workload:
     platform: str = "cpu"
 
     prompt_tokens: int = 128
-    long_prompt_tokens: int = 16384
+    long_contexts: tuple[int, ...] = (1024, 4096, 16384, 65536)  # for ours alone
     long_batch_sizes: tuple[int, ...] = (1,)
     decode_tokens: int = 32
-    prefill_tokens: tuple[int, ...] = (512, 2048)
+    prefill_tokens: tuple[int, ...] = (128, 512, 2048, 8192, 32768)
     repeats: int = 3
+    # A figure is left out if one repeat would take longer than the limit, and repeats end with the
+    # budget: the slowest subjects take minutes for what others do in a second.
+    limit_s: float = 60.0
+    budget_s: float = 10.0
     chunk_size: int = 64  # what keras_mamba2 takes on the platform; for the count of operations
 
     bandwidth_bytes: int = 2**29
@@ -41,7 +46,8 @@ class Workload:
     def model(self) -> dict[str, Any]:
         """The arguments of `Mamba2Backbone`."""
         names = ("vocabulary_size", "num_layers", "hidden_dim", "state_dim", "head_dim")
-        return {name: getattr(self, name) for name in (*names, "conv_kernel_size", "dtype")}
+        sizes = {name: getattr(self, name) for name in (*names, "conv_kernel_size")}
+        return sizes | {"dtype": self._small_dtype}
 
     def decode_bytes(self, batch_size: int) -> int:
         """What one step has to move: every weight is read, every state read and written."""
@@ -51,12 +57,14 @@ class Workload:
         d, e, n, h, k = self.letters()
         projections = d * (2 * e + 2 * n + h) + e * d
         vectors = (k + 1) * (e + 2 * n) + e + d
-        weights = self.num_layers * (projections + vectors) + d + self.vocabulary_size * d
-        return DTYPE_BYTES[self.dtype] * weights + FLOAT32_BYTES * self.num_layers * 3 * h
+        matrices = self.num_layers * projections + self.vocabulary_size * d
+        small = DTYPE_BYTES[self._small_dtype] * (self.num_layers * vectors + d)
+        small += FLOAT32_BYTES * self.num_layers * 3 * h
+        return round(DTYPE_BYTES[self.dtype] * matrices) + small
 
     def state_bytes(self, batch_size: int) -> int:
         _, e, n, _, k = self.letters()
-        conv, ssm = DTYPE_BYTES[self.dtype] * (k - 1) * (e + 2 * n), FLOAT32_BYTES * e * n
+        conv, ssm = DTYPE_BYTES[self._small_dtype] * (k - 1) * (e + 2 * n), FLOAT32_BYTES * e * n
         return batch_size * self.num_layers * (conv + ssm)
 
     def prefill_flops(self, tokens: int) -> int:
@@ -73,6 +81,11 @@ class Workload:
         layer = 2 * d * (2 * e + 2 * n + h) + 2 * k * (e + 2 * n) + 2 * e * d
         layer += 2 * q * n + 2 * q * e + 2 * (2 * n * e)
         return tokens * self.num_layers * layer + 2 * d * self.vocabulary_size
+
+    @property
+    def _small_dtype(self) -> str:
+        """The dtype of what is no matrix."""
+        return "float32" if self.dtype in QUANTIZED else self.dtype
 
     def letters(self) -> tuple[int, int, int, int, int]:
         """d, e, n, h, k, as in `keras_mamba2/ops/ssd.py`."""
@@ -96,7 +109,7 @@ QUICK = Workload(
     state_dim=16,
     head_dim=16,
     prompt_tokens=8,
-    long_prompt_tokens=64,
+    long_contexts=(32, 64),
     decode_tokens=4,
     prefill_tokens=(16, 32),
     repeats=1,

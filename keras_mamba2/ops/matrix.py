@@ -5,6 +5,8 @@ of two rows at least. Whatever else it meets it converts to float32 first, the w
 a decode loop all matrices before it begins. Elsewhere than on JAX all is plain `keras.ops`.
 """
 
+import functools
+
 import keras
 from keras import ops
 
@@ -14,20 +16,20 @@ def matmul(x, kernel, layout: str = "de"):
 
     The result has the dtype of `x`.
     """
-    equation = f"...d,{layout}->...e"
     if not is_bfloat16_on_jax(x):
-        return ops.einsum(equation, x, kernel)
+        return ops.matmul(x, kernel if layout == "de" else ops.transpose(kernel))
     from jax import lax
     from jax import numpy as jnp
 
+    product = functools.partial(jnp.einsum, f"...d,{layout}->...e")
+
     def float32_result(x, kernel):
-        y = jnp.einsum(equation, x, kernel, preferred_element_type=jnp.float32)
-        return y.astype(x.dtype)
+        return product(x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
 
     return lax.platform_dependent(
         *(x, ops.convert_to_tensor(kernel)),
         cpu=two_rows_at_least(float32_result),
-        default=lambda x, kernel: jnp.einsum(equation, x, kernel),
+        default=product,
     )
 
 

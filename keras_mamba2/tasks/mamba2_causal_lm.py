@@ -309,7 +309,7 @@ class Mamba2CausalLM(keras_hub.models.CausalLM):
             raise ValueError("Without a `preprocessor`, pass a dict of token ids and mask.")
         else:
             weights = (self.preprocessor(text)[2] for text in x)  # of no more texts than needed
-            if not any(map(np.any, weights)):
+            if not any(np.any(ops.convert_to_numpy(weight)) for weight in weights):
                 raise ValueError(f"No text has two tokens to learn from. Received {len(x)} texts.")
             if packing:
                 return self.preprocessor(x)

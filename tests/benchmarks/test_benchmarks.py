@@ -2,26 +2,38 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
+from dataclasses import asdict
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from benchmarks import checkpoint
 from benchmarks import quantization
 from benchmarks.__main__ import SUBJECTS
 from benchmarks.adapters import ADAPTERS
 from benchmarks.report import MACHINE
+from benchmarks.report import OURS
 from benchmarks.report import summarize
 from benchmarks.report import table
 from benchmarks.rounds import HERE
 from benchmarks.rounds import run_subject
+from benchmarks.subject import decode_ms
+from benchmarks.subject import measure_prefill
 from benchmarks.workload import FULL
 from benchmarks.workload import QUICK
 from keras_mamba2 import Mamba2Backbone
+from keras_mamba2 import Mamba2CausalLM
+
+# The others differ from these in their dtype.
+MEASURED = [name for name in SUBJECTS if "bfloat16" not in name]
 
 
 @pytest.fixture(scope="module")
@@ -29,19 +41,22 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("benchmarks")
     shutil.copy(HERE / "README.md", folder)
     command = ["-m", "benchmarks", "--quick", "--rounds=1", "--name=try", f"--folder={folder}"]
-    subprocess.run([sys.executable, *command], cwd=HERE.parent, check=True)
+    command += ["--batch-size=1", "--batch-size=2"]
+    for size, subjects in (("370m", (MACHINE, OURS)), ("130m", MEASURED)):
+        options = [f"--size={size}", *(f"--subject={name}" for name in subjects)]
+        subprocess.run([sys.executable, *command, *options], cwd=HERE.parent, check=True)
     return folder
 
 
 @pytest.fixture
 def results(folder) -> dict:
-    return json.loads((folder / "results" / "try.json").read_text())
+    return json.loads((folder / "results" / "try_130m.json").read_text())
 
 
-@pytest.mark.parametrize("subject", SUBJECTS)
+@pytest.mark.parametrize("subject", MEASURED)
 def test_every_subject_is_measured_or_absent(results, subject):
     found = results["rounds"][0][subject]
-    packages = ADAPTERS[subject].packages if subject in ADAPTERS else ()
+    packages = ADAPTERS[subject].adapter.packages if subject in ADAPTERS else ()
     if all(find_spec(package) for package in packages):
         assert all(figure > 0 for figure in found.values())
     else:
@@ -57,12 +72,90 @@ def test_run_is_described(results):
 def test_table_stands_in_the_readme_and_the_prose_stays(folder, results):
     before, after = (HERE / "README.md").read_text(), (folder / "README.md").read_text()
     assert table(results) in after
-    assert after.partition("<!-- table")[0] == before.partition("<!-- table")[0]
-    assert after.rpartition("table: end -->")[2] == before.rpartition("table: end -->")[2]
+    tables = re.compile("<!-- (sizes|table): begin -->.*?<!-- .*?: end -->", re.DOTALL)
+    assert tables.sub("", after) == tables.sub("", before)
+
+
+def test_every_size_has_a_line(folder):
+    lines = (folder / "README.md").read_text().splitlines()
+    for what in ("decode, ms/token", "prefill 512, tokens/s"):
+        for size in ("130M", "370M"):
+            assert any(line.startswith(f"| {size} {what} |") for line in lines)
+
+
+def test_an_unknown_size_is_named():
+    command = [sys.executable, "-m", "benchmarks", "--size=131m"]
+    found = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True)
+    assert found.returncode == 2
+    assert "131m" in found.stderr
+
+
+def test_what_takes_too_long_is_left_out():
+    class Slow:
+        def prefill(self, token_ids):
+            time.sleep(0.01 * token_ids.shape[1])
+
+        def decode(self, num_tokens):
+            time.sleep(0.05 * num_tokens)
+
+    workload = replace(QUICK, limit_s=1.0, budget_s=0.3, prefill_tokens=(4, 8, 200, 400))
+    assert set(measure_prefill(Slow(), workload)) == {
+        f"prefill_{unit}_per_s_{t}" for unit in ("tokens", "gflop") for t in (4, 8)
+    }
+    assert decode_ms(Slow(), workload, 1) == pytest.approx(50, rel=0.2)
+    assert decode_ms(Slow(), replace(workload, limit_s=0.1), 1) is None
+
+
+@pytest.mark.parametrize("kind", ["transformers", "gguf"])
+def test_all_subjects_get_the_same_weights(tmp_path, kind):
+    """Names of both formats by a model of transformers, and what llama.cpp stores otherwise."""
+    transformers = pytest.importorskip("transformers")
+    checkpoint.main(tmp_path, json.dumps(asdict(QUICK)))
+    model = transformers.Mamba2ForCausalLM.from_pretrained(tmp_path)
+    expected = {name: value.numpy() for name, value in model.state_dict().items()}
+    written = dict(checkpoint.random_weights(QUICK))
+    assert set(expected) == {*written, "lm_head.weight"}
+    if kind == "transformers":
+        for name, value in written.items():
+            np.testing.assert_array_equal(expected[name], value)
+        return
+    weight = checkpoint.gguf_weights(expected.__getitem__)
+    np.testing.assert_array_equal(
+        weight("blk.1.ssm_a", (8, 1))[:, 0],
+        -np.exp(expected["backbone.layers.1.mixer.A_log"]),
+    )
+    conv = "backbone.layers.0.mixer.conv1d.weight"
+    np.testing.assert_array_equal(weight("blk.0.ssm_conv1d.weight", (160, 4)), expected[conv][:, 0])
+
+
+if find_spec("llama_cpp"):  # which builds for minutes, so it is no dependency of the tests
+
+    def test_llama_cpp_computes_the_same(tmp_path):
+        import jax
+
+        from benchmarks.llama_cpp_model import LlamaCpp
+
+        checkpoint.main(tmp_path, json.dumps(asdict(QUICK)))
+        backbone = Mamba2Backbone.from_preset(str(tmp_path))
+        lm = Mamba2CausalLM(backbone)
+        ids = np.random.default_rng(0).integers(0, QUICK.vocabulary_size, (2, 24))
+        expected = np.asarray(jax.jit(lm.score)(ids))[:, -1]
+        model = LlamaCpp(tmp_path / "bfloat16.gguf")
+        model.start(2)
+        model.advance(ids[:, :20])
+        for i in range(20, 24):
+            found = model.advance(ids[:, i : i + 1])
+        # bfloat16 against float32.
+        assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
 
 
 def test_plot_is_small(folder):
     assert 0 < (folder / "results" / "try.png").stat().st_size < 100_000
+
+
+def first_row(results) -> dict[str, str]:
+    names, _, cells, *_ = (line.strip("|").split("|")[1:] for line in table(results).splitlines())
+    return {name.strip(): text.strip() for name, text in zip(names, cells, strict=True)}
 
 
 def test_missing_package_is_reported_as_absent(results, tmp_path):
@@ -75,7 +168,7 @@ def test_missing_package_is_reported_as_absent(results, tmp_path):
 
     results["rounds"][0]["mamba2-jax"] = found
     results["summary"] = summarize(results)
-    assert table(results).splitlines()[2].endswith("| absent |")
+    assert first_row(results)["mamba2-jax"] == "absent"
 
 
 def test_failure_is_recorded_and_does_not_end_the_run(results):
@@ -83,7 +176,7 @@ def test_failure_is_recorded_and_does_not_end_the_run(results):
     assert failure["failed"].endswith("KeyError: 'no-such-subject'")
     results["rounds"][0]["transformers"] = failure
     results["summary"] = summarize(results)
-    assert table(results).splitlines()[2].split(" | ")[2] == "failed"
+    assert first_row(results)["transformers"] == "failed"
 
 
 def test_noise_of_a_round_cancels_in_ratios(results):
@@ -103,11 +196,13 @@ def test_noise_of_a_round_cancels_in_ratios(results):
     assert summary["keras_mamba2"]["decode_gb_per_s_1"]["median"] == pytest.approx(0.8)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_counted_bytes_are_those_of_the_model(dtype):
     workload = replace(QUICK, dtype=dtype)
     backbone = Mamba2Backbone(**workload.model)
-    values = [v.value for v in backbone.weights]
+    if dtype == "int8":
+        backbone.quantize("int8")
+    values = [v.value for v in backbone.weights if not v.path.endswith("_scale")]
     assert workload.weight_bytes() == sum(value.nbytes for value in values)
     assert workload.state_bytes(3) == backbone.initial_state(3).nbytes
     assert workload.decode_bytes(3) == workload.weight_bytes() + 2 * workload.state_bytes(3)

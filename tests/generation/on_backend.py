@@ -1,4 +1,7 @@
-"""What generation gives on the backend of this process: `python -m tests.generation.on_backend`."""
+"""What generation gives on the backend of this process, and a step of training.
+
+`python -m tests.generation.on_backend FOLDER`
+"""
 
 import json
 import sys
@@ -38,6 +41,12 @@ def results(folder) -> dict:
     token_ids = np.array([[7, 8, 9, 0, 0], [1, 2, 3, 4, 0]])
     inputs = {"token_ids": token_ids, "padding_mask": token_ids > 0}
     found["beam"] = backbone.generate(inputs, stop_token_ids=None)["token_ids"].tolist()
+    lm.quantize("int8")
+    lm.compile(sampler="greedy")
+    found["int8"] = lm.generate(PROMPTS, max_new_tokens=8)
+    lm.backbone.enable_lora(2)
+    lm.compile(optimizer="sgd", weighted_metrics=[])
+    found["int8 loss"] = lm.fit(PROMPTS, batch_size=2, verbose=0).history["loss"][0]
     return found
 
 
