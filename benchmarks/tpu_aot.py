@@ -70,6 +70,7 @@ def main(
     prefill_tokens: Annotated[int, typer.Option(help="in one block")] = 2048,
     subject: Annotated[list[str], typer.Option(help="repeatable")] = (OURS, PEER),
     layers: Annotated[int | None, typer.Option(help="of each size the first so many")] = None,
+    chunk_size: Annotated[int, typer.Option(help="of SSD, in ours")] = CHUNK_SIZE,
     file: Annotated[Path, typer.Option()] = Path(__file__).parent / "results" / "tpu_aot.json",
 ):
     """Compiles all sizes; writes what the compiler says to a JSON file and the README's table."""
@@ -79,7 +80,7 @@ def main(
     file.parent.mkdir(parents=True, exist_ok=True)
     for who in subject:
         for name in size:
-            workload = of_size(name, dtype="bfloat16", chunk_size=CHUNK_SIZE)
+            workload = of_size(name, dtype="bfloat16", chunk_size=chunk_size)
             workload = replace(workload, num_layers=layers or workload.num_layers)
             for kind, b, traced in programs(who, workload, batch_size, prefill_tokens):
                 row = {"subject": who, "size": name, "program": kind, "batch_size": b}
