@@ -28,7 +28,7 @@ def matmul(x, kernel, layout: str = "de"):
 
     return lax.platform_dependent(
         *(x, ops.convert_to_tensor(kernel)),
-        cpu=two_rows_at_least(float32_result),
+        cpu=with_a_row_more(float32_result),
         default=product,
     )
 
@@ -84,19 +84,22 @@ def int8_matmul(x, kernel, kernel_scale, inputs_quantizer=None):
         if inputs_quantizer is None:
             return matmul(x, ops.cast(kernel, x.dtype), "ed") / kernel_scale, gradient
         rounded, scale = inputs_quantizer(x, axis=-1)
-        y = two_rows_at_least(lambda *args: ops.einsum("...d,ed->...e", *args))(rounded, kernel)
+        y = with_a_row_more(lambda *args: ops.einsum("...d,ed->...e", *args))(rounded, kernel)
         return ops.cast(ops.cast(y, scale.dtype) / (scale * kernel_scale), x.dtype), gradient
 
     return product(x, ops.convert_to_tensor(kernel), ops.convert_to_tensor(kernel_scale))
 
 
-def two_rows_at_least(product):
-    """`product(x, kernel)`, computed for the row and the same row again where `x` is only one."""
+def with_a_row_more(product):
+    """`product(x, kernel)`, with the first row once more at the end.
+
+    So there are two at least. It also stands between the product and what made `x`: XLA would
+    merge two einsums, and then compute both in float32.
+    """
 
     def call(x, kernel):
-        if any(size != 1 for size in x.shape[:-1]):
-            return product(x, kernel)
-        twice = ops.concatenate([ops.reshape(x, (1, -1))] * 2)
-        return ops.reshape(product(twice, kernel)[:1], (*x.shape[:-1], -1))
+        rows = ops.reshape(x, (-1, x.shape[-1]))
+        y = product(ops.concatenate([rows, rows[:1]]), kernel)[:-1]
+        return ops.reshape(y, (*ops.shape(x)[:-1], y.shape[-1]))
 
     return call
