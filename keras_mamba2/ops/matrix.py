@@ -12,11 +12,9 @@ from keras import ops
 
 
 def matmul(x, kernel, layout: str = "de"):
-    """`x` `(... d)` times `kernel`, `(d e)` or, with the layout "ed", `(e d)`.
-
-    The result has the dtype of `x`.
-    """
-    if not is_bfloat16_on_jax(x):
+    """`x` `(... d)` times `kernel`, `(d e)` or, with the layout "ed", `(e d)`."""
+    kernel = ops.convert_to_tensor(kernel)
+    if not is_bfloat16_on_jax(x, kernel):
         return ops.matmul(x, kernel if layout == "de" else ops.transpose(kernel))
     from jax import lax
     from jax import numpy as jnp
@@ -27,7 +25,7 @@ def matmul(x, kernel, layout: str = "de"):
         return product(x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
 
     return lax.platform_dependent(
-        *(x, ops.convert_to_tensor(kernel)),
+        *(x, kernel),
         cpu=with_a_row_more(float32_result),
         default=product,
     )
@@ -41,24 +39,23 @@ def take_rows(matrix, ids):
     from jax import lax
     from jax import numpy as jnp
 
+    take = functools.partial(jnp.take, axis=0)
+
     @jax.custom_jvp
-    def as_integers(matrix):
-        rows = jnp.take(lax.bitcast_convert_type(matrix, jnp.uint16), ids, axis=0)
+    def take_integers(matrix, ids):
+        rows = take(lax.bitcast_convert_type(matrix, jnp.uint16), ids)
         return lax.bitcast_convert_type(rows, jnp.bfloat16)
 
-    @as_integers.defjvp
+    @take_integers.defjvp
     def _(primals, tangents):
-        return as_integers(*primals), jnp.take(*tangents, ids, axis=0)
+        return take_integers(*primals), take(tangents[0], primals[1])
 
-    return lax.platform_dependent(
-        matrix, cpu=as_integers, default=lambda matrix: jnp.take(matrix, ids, axis=0)
-    )
+    return lax.platform_dependent(matrix, ids, cpu=take_integers, default=take)
 
 
-def is_bfloat16_on_jax(x) -> bool:
-    return (
-        keras.config.backend() == "jax" and keras.backend.standardize_dtype(x.dtype) == "bfloat16"
-    )
+def is_bfloat16_on_jax(*tensors) -> bool:
+    dtypes = {keras.backend.standardize_dtype(tensor.dtype) for tensor in tensors}
+    return keras.config.backend() == "jax" and dtypes == {"bfloat16"}
 
 
 def int8_matmul(x, kernel, kernel_scale, inputs_quantizer=None):

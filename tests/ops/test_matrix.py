@@ -54,10 +54,21 @@ def test_gradients_of_products_and_rows(dtype):
         assert np.abs(float64(found) - exact).max() <= 4 * ROUNDING[dtype] * np.abs(exact).max()
 
     ids = np.array([[3, 0, 3]])
-    rows, back = jax.vjp(lambda matrix: take_rows(matrix, ids), kernel)
+
+    @jax.jit
+    def rows_and_gradient(matrix, ids):
+        rows, back = jax.vjp(lambda matrix: take_rows(matrix, ids), matrix)
+        return rows, *back(ops.ones_like(rows))
+
+    rows, found = rows_and_gradient(kernel, ids)
     assert np.array_equal(float64(rows), exact_kernel[ids])
-    (found,) = back(ops.ones_like(rows))
     assert np.array_equal(float64(found)[:, 0], np.bincount(ids[0], minlength=24))
+
+
+def test_a_wider_matrix_gives_a_wider_result():
+    """As the float32 embedding of a model in mixed_bfloat16."""
+    y = matmul(rounded((2, 24), "bfloat16")[0], rounded((7, 24), "float32")[0], "ed")
+    assert keras.backend.standardize_dtype(y.dtype) == "float32"
 
 
 @pytest.mark.parametrize("shape", SHAPES)
