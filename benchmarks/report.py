@@ -210,7 +210,7 @@ def plot(by_size: dict[str, dict[str, Any]], path: Path) -> None:
     sizes.set(title="decode one row, ms/token", yscale="log")
     batches.set(title=title + "decode, ms/step", xlabel="rows", xscale="log", yscale="log")
     lengths.set(title=title + "prefill, tokens/s", xlabel="tokens", xscale="log", ylim=0)
-    contexts.set(title=title + "ms/token after a long context / after a short one")
+    contexts.set(title=title + "ms/token, long context / short")
     contexts.set(xlabel="tokens", xscale="log", ylim=(0, 1.5))
     handles, labels = lengths.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False)
