@@ -148,7 +148,6 @@ def measure_decode(model: Adapter, workload: Workload, b: int) -> Figures:
         return {}
     return {
         f"decode_ms_{b}": ms,
-        f"decode_tokens_per_s_{b}": 1e3 * b / ms,
         f"decode_gb_per_s_{b}": workload.decode_bytes(b) / 1e6 / ms,
     }
 
