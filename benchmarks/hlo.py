@@ -120,7 +120,8 @@ class Module:
         return read + sum(written for result, written in results if result.in_hbm)
 
     def _read(self, type: str, uses: list[tuple[Instruction, int]]) -> int:
-        if all(use.opcode in {*SLICES, UPDATE} and position == 0 for use, position in uses):
+        sliced = (use.opcode in {*SLICES, UPDATE} and position == 0 for use, position in uses)
+        if uses and all(sliced):
             return sum(size(use.type) for use, _ in uses if use.opcode in SLICES)
         return size(type)
 
@@ -132,11 +133,22 @@ class Module:
         fused = self.computations[instruction.called[0]]
         names = [fused.parameters[position]]
         for name in names:
-            for use in fused.values():
-                if name in use.operands and use.opcode == "bitcast":
+            for use in (use for use in fused.values() if name in use.operands):
+                position = use.operands.index(name)
+                if self._renames(use, position):
                     names.append(use.name)
-                elif name in use.operands:
-                    yield from self._uses(use, use.operands.index(name))
+                else:
+                    yield from self._uses(use, position)
+
+    def _renames(self, instruction: Instruction, position: int) -> bool:
+        """Whether the result is the operand itself."""
+        if instruction.opcode != "fusion":
+            return instruction.opcode == "bitcast"
+        fused = self.computations[instruction.called[0]]
+        root = fused[fused.root]
+        while root.opcode == "bitcast":
+            root = fused[root.operands[0]]
+        return root.name == fused.parameters[position]
 
     def _written(self, within: Computation, instruction: Instruction) -> Iterator[int]:
         """The bytes that each result of an instruction takes to write."""

@@ -1,5 +1,6 @@
 """Causal depthwise convolution with its state, in `keras.ops`. Notation: `ops/ssd.py`."""
 
+import keras
 from keras import ops
 
 from keras_mamba2.ops.channels import scale_channels
@@ -61,8 +62,8 @@ def causal_conv1d(x, kernel, bias=None, conv_state=None, mask=None, segment_ids=
             for i in range(k - 1):
                 here = (position == first + i)[..., None]  # (b t+k-1 1)
                 window = ops.where(here, conv_state[:, i : i + 1], window)
-        tail = first + count + ops.arange(k - 1, dtype=first.dtype)  # (b k-1)
-        new_state = ops.take_along_axis(window, tail[..., None], axis=1)
+        end = (first + count)[:, 0]  # (b)
+        new_state = _rows_from(window, end, k - 1)
 
     taps = [window[:, i : i + t] for i in range(k)]
     if segment_ids is not None:
@@ -70,7 +71,7 @@ def causal_conv1d(x, kernel, bias=None, conv_state=None, mask=None, segment_ids=
         here, zero = run[:, k - 1 :], ops.zeros((), x.dtype)
         for i in range(k - 1):
             taps[i] = ops.where((run[:, i : i + t] == here)[..., None], taps[i], zero)
-        state_run = run[:, t:] if mask is None else ops.take_along_axis(run, tail, axis=1)
+        state_run = run[:, t:] if mask is None else _rows_from(run, end, k - 1)
         new_state = ops.where((state_run == run[:, -1:])[..., None], new_state, zero)
     kernel = ops.cast(kernel, x.dtype)
     y = sum(scale_channels(taps[i], kernel[i]) for i in range(k))
@@ -98,6 +99,19 @@ def causal_conv1d_step(x, kernel, bias=None, *, conv_state):
     kernel = ops.cast(kernel, x.dtype)
     y = sum(window[:, i] * kernel[i] for i in range(kernel.shape[0]))
     return (y if bias is None else y + ops.cast(bias, x.dtype)), window[:, 1:]
+
+
+def _rows_from(x, start, length):
+    """`x[i, start[i] : start[i] + length]` of `(b t ...)`, for every row."""
+    if keras.config.backend() == "jax":
+        # Rows one by one are a gather, for which a compiler may copy all of x to another layout.
+        import jax
+
+        return jax.vmap(lambda x, i: jax.lax.dynamic_slice_in_dim(x, i, length))(x, start)
+    index = start[:, None] + ops.arange(length, dtype=start.dtype)  # (b length)
+    for axis in range(2, len(x.shape)):
+        index = ops.expand_dims(index, axis)
+    return ops.take_along_axis(x, index, axis=1)
 
 
 def _check_conv_state(conv_state, kernel):

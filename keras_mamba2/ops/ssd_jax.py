@@ -4,8 +4,8 @@ Definition, notation and docstrings: `ops/ssd.py`, to which these are tested equ
 
 - One loop goes over the chunks and carries the state, so that the (l s) arrays of one chunk
   stay in the cache and memory does not grow with their number. It cuts chunks out of the sequence
-  and puts the output in place: as inputs and outputs of `scan` they would be copied before and
-  after, chunks first, which on a TPU is half of the traffic of a prefill.
+  and puts the output in their place: as inputs and outputs of `scan` they would be copied before
+  and after, chunks first, which on a TPU is half of the traffic of a prefill.
 - Step sizes and the skip connection are applied in the loop too, so that nothing of the size of
   the sequence is float32 where the model is not.
 - Products that share B or C between heads keep the order of the memory: one product serves the
@@ -92,14 +92,13 @@ def ssd_chunks(q, D, state, inputs, linked):
 
 def ssd_chunks_forward(q, D, state, inputs, linked):
     def step(carry, i):
-        state, out = carry
-        chunk = cut(inputs, i, q)
+        state, out = carry  # `out` begins as x, of which each chunk is read, then overwritten
+        chunk = cut(inputs._replace(x=out), i, q)
         new_state, y = recurrence(state, chunk, at(linked, i))
         return (new_state, put(out, skip(D, chunk.x, y), i)), (state, y)
 
-    out = jnp.zeros_like(inputs.x)
     numbers = jnp.arange(inputs.x.shape[1] // q)
-    (final_state, out), (starts, y) = lax.scan(step, (state, out), numbers)
+    (final_state, out), (starts, y) = lax.scan(step, (state, inputs.x), numbers)
     return (final_state, out), (D, inputs, linked, final_state, starts, y)
 
 

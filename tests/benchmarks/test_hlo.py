@@ -29,6 +29,17 @@ TEXT = """HloModule jit_f, is_scheduled=true
   ROOT %update = f32[100,128]{1,0:T(8,128)} dynamic-update-slice(%same, %row, %i, %zero)
 }
 
+%rename (inner: f32[100,128]) -> f32[100,128] {
+  %inner = f32[100,128]{1,0:T(8,128)} parameter(0)
+  ROOT %same = f32[100,128]{1,0:T(8,128)} bitcast(%inner)
+}
+
+%double (weights: f32[100,128]) -> f32[100,128] {
+  %weights = f32[100,128]{1,0:T(8,128)} parameter(0)
+  %renamed = f32[100,128]{1,0:T(8,128)} fusion(%weights), kind=kLoop, calls=%rename
+  ROOT %twice = f32[100,128]{1,0:T(8,128)S(1)} add(%renamed, %renamed)
+}
+
 %body (arg: (s32[], f32[100,128])) -> (s32[], f32[100,128]) {
   %arg = (s32[]{:T(128)}, f32[100,128]{1,0:T(8,128)}) parameter(0)
   %n = s32[]{:T(128)S(6)} get-tuple-element(%arg), index=0
@@ -37,6 +48,8 @@ TEXT = """HloModule jit_f, is_scheduled=true
   %copy-done = f32[100,128]{1,0:T(8,128)S(1)} copy-done(%copy-start)
   %read = f32[1,128]{1,0:T(1,128)S(1)} fusion(%x, %n), kind=kLoop, calls=%row
   %write = f32[100,128]{1,0:T(8,128)} fusion(%x, %read, %n), kind=kLoop, calls=%put
+  %doubled = f32[100,128]{1,0:T(8,128)S(1)} fusion(%x), kind=kLoop, calls=%double
+  %renamed = f32[100,128]{1,0:T(8,128)S(1)} fusion(%x), kind=kLoop, calls=%rename
   %sum = f32[100,128]{1,0:T(8,128)} add(%write, %copy-done)
   ROOT %out = (s32[]{:T(128)}, f32[100,128]{1,0:T(8,128)}) tuple(%n, %sum)
 }
@@ -66,6 +79,8 @@ def test_bytes_of_an_instruction_are_those_it_moves_to_and_from_hbm(module):
         "copy-done": ARRAY,  # read, and written to the chip
         "read": ROW,  # of a table
         "write": ROW,  # in place
+        "doubled": ARRAY,  # by another name
+        "renamed": ARRAY,
         "sum": 2 * ARRAY,  # one summand is on the chip
     }
 
