@@ -4,16 +4,15 @@ import math
 from collections.abc import Callable
 
 import jax
-import keras
 import numpy as np
 from jax.extend.core import Jaxpr
 from jax.extend.core import jaxprs_in_params
 from jax.stages import Traced
-from keras.src.backend.common import global_state
 
 from benchmarks.workload import Workload
 from keras_mamba2 import Mamba2Backbone
 from keras_mamba2 import Mamba2CausalLM
+from keras_mamba2.conversion.deferred import without_values
 from keras_mamba2.generation import Generator
 from keras_mamba2.generation.decode import Rows
 from keras_mamba2.generation.decode import model_variables
@@ -27,17 +26,11 @@ Place = Callable[..., jax.ShapeDtypeStruct]  # (shape, dtype) -> argument
 def abstract_model(workload: Workload, **arguments) -> Mamba2CausalLM:
     """A model whose variables have shapes and no values: 2.7B would not fit everywhere."""
     arguments = {**workload.model, "chunk_size": workload.chunk_size, **arguments}
-    with keras.StatelessScope(initialize_variables=False):
+    with without_values():
         backbone = Mamba2Backbone(**arguments)
-    forget_to_initialize()
     lm = Mamba2CausalLM(backbone)
     lm.compile(sampler="greedy")
     return lm
-
-
-def forget_to_initialize() -> None:
-    """Or the next scope that ends would give variables without values some after all."""
-    global_state.set_global_attribute("uninitialized_variables", [])
 
 
 def decode_program(lm: Mamba2CausalLM, batch_size: int, place: Place) -> Traced:

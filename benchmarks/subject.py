@@ -195,13 +195,8 @@ def decode_ms(
 
 
 def median_seconds(function: Callable[[], object], workload: Workload) -> float:
-    """After a warm-up, of so many repeats as the budget allows, one at least.
-
-    Of what takes far longer than that the warm-up is all there is: little of it is compilation.
-    """
-    warm_up = seconds(function)
-    if warm_up > 2 * workload.budget_s:
-        return warm_up
+    """After a warm-up, which may compile, of so many repeats as the budget allows, one at least."""
+    function()
     taken: list[float] = []
     while len(taken) < workload.repeats and sum(taken) < workload.budget_s:
         taken.append(seconds(function))

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
+from keras_mamba2.conversion.deferred import has_value
+from keras_mamba2.conversion.deferred import set_value
 from keras_mamba2.conversion.names import EMBEDDING
 from keras_mamba2.conversion.names import HEAD
 from keras_mamba2.conversion.names import Layout
@@ -21,6 +23,7 @@ from keras_mamba2.conversion.stored_tensor import numpy_dtype
 # Embeddings are padded to a multiple of 8, 16, 64 or 128 rows. More than this is another model.
 MOST_PADDING_ROWS = 256
 ROWS_AT_ONCE = 1024
+STRIPE = 64  # numbers
 
 
 class Place(NamedTuple):
@@ -146,17 +149,29 @@ def _assign(tensor: StoredTensor, place: Place) -> int:
     """Fills one variable and returns how many NaN it got."""
     variable, layout = place
     _free(variable)
-    dtype = numpy_dtype(variable.dtype)
     # Memory of its own, which a backend may take over; the file's must not be.
-    value = np.array(layout.to_variable(tensor.read()), dtype, order="C")
-    short = [full - size for full, size in zip(variable.shape, value.shape, strict=True)]
-    if any(short):
-        value = np.pad(value, [(0, rows) for rows in short])
-    variable.assign(value)
+    value = np.zeros(variable.shape, numpy_dtype(variable.dtype))
+    _copy(layout.to_variable(tensor.read()), value)
+    set_value(variable, value)
     return int(np.count_nonzero(np.isnan(value)))
+
+
+def _copy(source: np.ndarray, target: np.ndarray) -> None:
+    """Copies into the beginning of `target`, stripe by stripe.
+
+    A transposed matrix has the numbers of a row far apart. In stripes, what the processor fetches
+    for one row is still at hand for the next.
+    """
+    target = target[tuple(map(slice, source.shape))]
+    for i in range(0, source.shape[-1], STRIPE):
+        target[..., i : i + STRIPE] = source[..., i : i + STRIPE]
 
 
 def _free(variable: keras.Variable) -> None:
     """Gives up the memory of a value that is about to be replaced, before the new one takes any."""
-    if keras.config.backend() == "jax" and len(variable.value.sharding.device_set) == 1:
+    if (
+        has_value(variable)
+        and keras.config.backend() == "jax"
+        and len(variable.value.sharding.device_set) == 1
+    ):
         variable.value.delete()

@@ -10,6 +10,8 @@ from keras_hub.src.utils import preset_utils
 from keras_mamba2.conversion import load
 from keras_mamba2.conversion.config import constructor_arguments
 from keras_mamba2.conversion.config import read_constructor_arguments
+from keras_mamba2.conversion.deferred import initialize_the_rest
+from keras_mamba2.conversion.deferred import without_values
 from keras_mamba2.conversion.tokenizer import has_tokenizer
 from keras_mamba2.conversion.tokenizer import tokenizer_arguments
 from keras_mamba2.preset_files import BACKBONE_NAME
@@ -46,9 +48,13 @@ class CheckpointLoader(preset_utils.PresetLoader):
 
     def load_backbone(self, cls, load_weights: bool = True, **kwargs):
         folder = self.files.weights_folder() if load_weights else self.files.folder
-        backbone = cls(**{**read_constructor_arguments(folder), **kwargs})
-        if load_weights:
-            load.load_weights(backbone, folder)
+        arguments = {**read_constructor_arguments(folder), **kwargs}
+        if not load_weights:
+            return cls(**arguments)
+        with without_values():
+            backbone = cls(**arguments)
+        load.load_weights(backbone, folder)
+        initialize_the_rest(backbone.variables)  # the seeds of dropout
         return backbone
 
     def load_tokenizer(self, cls, config_file=None, **kwargs):

@@ -2,8 +2,12 @@
 
 import keras
 
-# Prefill of 512 tokens at 130M shapes on a CPU takes 0.49 / 0.44 / 0.48 / 0.57 s at chunk
-# 32 / 64 / 128 / 256. 256 is what the checkpoints were trained with, on GPUs.
+# A prefill of 512 on two CPU cores, tokens/s at chunk 32 / 64 / 128 / 256:
+#   130M, float32             1027 / 1185 / 1165 / 944
+#   130M, bfloat16            1121 / 1106 / 999 / 939
+#   2.7B, float32, 6 layers    483 / 484 / 501 / 466
+# so one value serves all shapes. On a TPU 256 moves the fewest bytes of 64 / 128 / 256 / 512, see
+# benchmarks/README.md. On a GPU it is what the checkpoints were trained with; not measured here.
 FASTEST = {"cpu": 64, "gpu": 256, "tpu": 256}
 
 

@@ -7,13 +7,17 @@ import shutil
 import sys
 from types import SimpleNamespace
 
+import jax
+import keras
 import keras_hub
 import numpy as np
 import pytest
 import torch
+from keras.src.backend.common import global_state
 
 import keras_mamba2
 from keras_mamba2 import preset_files
+from keras_mamba2.conversion import deferred
 from keras_mamba2.conversion import preset_loader
 from tests.conftest import SHARED_DATA
 from tests.conversion import checkpoints
@@ -71,6 +75,44 @@ def generate(preset):
 def test_every_format_gives_the_same_text(folders):
     texts = {name: generate(folder) for name, folder in folders.items()}
     assert texts["transformers"] == texts["original"] == texts["keras"]
+
+
+def test_no_weight_is_drawn_that_the_files_replace(folders, monkeypatch):
+    drawn = []
+
+    def recording(draw):
+        def recorded(*args, **kwargs):
+            value = draw(*args, **kwargs)
+            if not isinstance(value, jax.core.Tracer):
+                drawn.append(value)
+            return value
+
+        return recorded
+
+    for name in ("uniform", "normal", "truncated_normal"):
+        draw = getattr(keras.src.backend.random, name)
+        monkeypatch.setattr(keras.src.backend.random, name, recording(draw))
+    backbone = keras_mamba2.Mamba2Backbone.from_preset(folders["transformers"])
+    assert not drawn
+    keras_mamba2.Mamba2Backbone.from_config(backbone.get_config())
+    assert drawn  # or nothing was recorded
+    assert all(deferred.has_value(variable) for variable in backbone.variables)
+
+
+def test_dropout_of_a_checkpoint_has_its_seeds(folders):
+    backbone = keras_mamba2.Mamba2Backbone.from_preset(folders["original"], dropout=0.5)
+    inputs = {"token_ids": np.ones((1, 8), "int32"), "padding_mask": np.ones((1, 8), "int32")}
+    first, second = (np.asarray(backbone(inputs, training=True)) for _ in range(2))
+    assert np.abs(first - second).max() > 0.01
+
+
+def test_a_checkpoint_that_is_refused_leaves_nothing_to_initialize(folders, tmp_path):
+    folder = shutil.copytree(folders["transformers"], tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 9}))
+    with pytest.raises(ValueError, match="missing in the files"):
+        keras_mamba2.Mamba2Backbone.from_preset(folder)
+    assert not global_state.get_global_attribute(deferred.PENDING)
 
 
 @pytest.mark.parametrize("name", ["transformers", "original", "keras"])
