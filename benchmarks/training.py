@@ -1,9 +1,10 @@
 """Measures a training step beside peers: `python -m benchmarks.training`.
 
-One step of AdamW on one row of tokens, float32, at the shapes of Mamba-2 130M: tokens a second and
-peak memory above the imports, each subject in a process of its own, by turns, at each of a few
-chunk sizes. Ratios are taken at everyone's best. Where tcmalloc is installed all run with it: XLA
-and torch give the memory of a step back to the system, and half of the next is page faults.
+One step of AdamW on one row of tokens, float32, at the shapes of Mamba-2 130M: tokens a second,
+their share of the matrix rate measured in the same round, and peak memory above the imports, each
+subject in a process of its own, by turns, at each of a few chunk sizes. Ratios are taken at
+everyone's best. Where tcmalloc is installed all run with it: XLA and torch give the memory of a
+step back to the system, and half of the next is page faults.
 """
 
 import functools
@@ -24,12 +25,15 @@ import typer
 from tqdm import tqdm
 
 from benchmarks.checkpoint import hugging_face_names
+from benchmarks.report import MACHINE
+from benchmarks.report import OURS
 from benchmarks.report import number
 from benchmarks.report import write_table
 from benchmarks.rounds import ENVIRONMENT
 from benchmarks.rounds import HERE
 from benchmarks.rounds import describe_run
 from benchmarks.rounds import module
+from benchmarks.rounds import run_subject
 from benchmarks.subject import median_seconds
 from benchmarks.subject import process_peak_mb
 from benchmarks.workload import FULL
@@ -37,7 +41,6 @@ from benchmarks.workload import QUICK
 from benchmarks.workload import Workload
 
 LEARNING_RATE = 1e-4
-OURS = "keras_mamba2"
 
 
 def main(
@@ -58,10 +61,12 @@ def main(
     results["rounds"] = [{} for _ in range(rounds)]
     file.parent.mkdir(parents=True, exist_ok=True)
     plan = [(r, s, q) for r in results["rounds"] for s in SUBJECTS for q in chunk_size]
+    size = ["--quick"] if quick else []
     for found, name, q in (progress := tqdm(plan, unit="subject")):
         progress.set_postfix_str(f"{name}, chunks of {q}")
-        options = [f"--subject={name}", f"--chunk-size={q}", f"--tokens={tokens}"]
-        options += ["--quick"] if quick else []
+        if MACHINE not in found:
+            found[MACHINE] = run_subject([MACHINE, "--batch-size=1", *size])
+        options = [f"--subject={name}", f"--chunk-size={q}", f"--tokens={tokens}", *size]
         done = subprocess.run(
             [*module("training"), *options],
             cwd=HERE.parent,
@@ -79,15 +84,23 @@ def main(
 
 def table(results: dict[str, Any]) -> str:
     lines = [
-        "| training step | chunk | tokens/s | times ours | peak memory above imports, MB |",
-        "| --- | --- | --- | --- | --- |",
+        "| training step | chunk | tokens/s | times ours | of the matrix rate "
+        "| peak memory above imports, MB |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     best = {name: best_of(results["rounds"], name) for name in SUBJECTS}
     for name, (chunk, tokens_per_s, peak_mb) in best.items():
         ratio = np.median(
             [fastest(found[OURS]) / fastest(found[name]) for found in results["rounds"]]
         )
-        cells = [name, chunk, number(tokens_per_s), f"{ratio:.2f}x", number(peak_mb)]
+        share = np.median(
+            [
+                found[name][chunk]["gflop_per_s"] / found[MACHINE]["matmul_gflop_per_s"]
+                for found in results["rounds"]
+            ]
+        )
+        cells = [name, chunk, number(tokens_per_s), f"{ratio:.2f}x", f"{share:.0%}"]
+        cells.append(number(peak_mb))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -117,7 +130,12 @@ def measure(name: str, tokens: int, chunk_size: int, quick: bool) -> dict[str, f
     losses = []
     seconds = median_seconds(lambda: losses.append(step()), workload)
     assert losses[-1] < losses[0], losses  # it learns the row
-    return {"tokens_per_s": tokens / seconds, "peak_mb": process_peak_mb() - before}
+    return {
+        "tokens_per_s": tokens / seconds,
+        # Of the smallest chunks: larger ones are more work for the same result.
+        "gflop_per_s": replace(workload, chunk_size=64).training_flops(tokens) / 1e9 / seconds,
+        "peak_mb": process_peak_mb() - before,
+    }
 
 
 def keras_mamba2_step(workload: Workload, token_ids: np.ndarray) -> Callable[[], float]:

@@ -82,6 +82,11 @@ class Workload:
         layer += 2 * q * n + 2 * q * e + 2 * (2 * n * e)
         return tokens * self.num_layers * layer + 2 * d * self.vocabulary_size
 
+    def training_flops(self, tokens: int) -> int:
+        """Of a training step: the head at every position, and two products backward for each."""
+        head = 2 * self.hidden_dim * self.vocabulary_size
+        return 3 * (self.prefill_flops(tokens) + (tokens - 1) * head)
+
     @property
     def _small_dtype(self) -> str:
         """The dtype of what is no matrix."""
