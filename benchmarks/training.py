@@ -132,7 +132,7 @@ def measure(name: str, tokens: int, chunk_size: int, quick: bool) -> dict[str, f
     assert losses[-1] < losses[0], losses  # it learns the row
     return {
         "tokens_per_s": tokens / seconds,
-        # Of the smallest chunks: larger ones are more work for the same result.
+        # In chunks of 64 for everyone: larger ones are more work for the same result.
         "gflop_per_s": replace(workload, chunk_size=64).training_flops(tokens) / 1e9 / seconds,
         "peak_mb": process_peak_mb() - before,
     }

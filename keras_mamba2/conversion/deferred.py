@@ -12,7 +12,7 @@ PENDING = "uninitialized_variables"
 
 @contextlib.contextmanager
 def without_values() -> Iterator[None]:
-    """Variables created here have no values: to draw 2.7 billion numbers takes a minute."""
+    """Variables created here have no values, which would take long to draw."""
     pending = list(global_state.get_global_attribute(PENDING) or [])
     try:
         with keras.StatelessScope(initialize_variables=False):
