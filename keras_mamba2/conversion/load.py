@@ -8,7 +8,7 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
-from keras_mamba2.conversion.deferred import has_value
+from keras_mamba2._compat.keras_variables import has_value
 from keras_mamba2.conversion.deferred import set_value
 from keras_mamba2.conversion.names import EMBEDDING
 from keras_mamba2.conversion.names import HEAD

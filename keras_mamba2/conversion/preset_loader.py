@@ -2,11 +2,13 @@
 
 import logging
 import pathlib
-import sys
 
 import keras
-from keras_hub.src.utils import preset_utils
 
+from keras_mamba2._compat.keras_hub_presets import PresetLoader
+from keras_mamba2._compat.keras_hub_presets import ask_for_loader
+from keras_mamba2._compat.keras_hub_presets import check_file_exists
+from keras_mamba2._compat.keras_hub_presets import load_json
 from keras_mamba2.conversion import load
 from keras_mamba2.conversion.config import constructor_arguments
 from keras_mamba2.conversion.config import read_constructor_arguments
@@ -26,7 +28,7 @@ GPT_NEOX = "hf://EleutherAI/gpt-neox-20b"
 GPT_NEOX_VOCABULARY_SIZES = range(50277, 50433)
 
 
-class CheckpointLoader(preset_utils.PresetLoader):
+class CheckpointLoader(PresetLoader):
     """Loads checkpoints of transformers and state-spaces the way KerasHub loads its presets.
 
     What it inherits builds preprocessors and tasks from the parts that are loaded here.
@@ -112,7 +114,7 @@ def task_arguments(preset: str, arguments: dict) -> dict:
     point, but does not know a mixed one for such.
     """
     if arguments.get("dtype") is None and not is_foreign(preset):
-        policy = preset_utils.load_json(preset, CONFIG_FILE)["config"].get("dtype") or {}
+        policy = load_json(preset, CONFIG_FILE)["config"].get("dtype") or {}
         if str(policy.get("config", {}).get("name")).startswith("mixed_"):
             return {**arguments, "dtype": keras.config.dtype_policy()}
     return arguments
@@ -122,20 +124,15 @@ def register() -> None:
     """Lets KerasHub's own `from_preset` load Mamba-2 checkpoints of other libraries.
 
     `keras_hub.models.CausalLM.from_preset("hf://state-spaces/mamba2-130m")` then finds this
-    package. KerasHub has no hook for that, so its `get_preset_loader` is replaced.
+    package. KerasHub has no hook for that: see `ask_for_loader`.
     """
-    original = preset_utils.get_preset_loader
-    if getattr(original, "knows_mamba2", False):
-        return
+    ask_for_loader(_loader_for)
 
-    def get_preset_loader(preset):
-        if not is_foreign(preset) and preset_utils.check_file_exists(preset, CONFIG_FILE):
-            config = preset_utils.load_json(preset, CONFIG_FILE)
-            if config.get("model_type") == "mamba2" or "ssm_cfg" in config:
-                return CheckpointLoader(Preset(preset))
-        return original(preset)
 
-    get_preset_loader.knows_mamba2 = True
-    for name, module in list(sys.modules.items()):
-        if name.startswith("keras_hub.") and vars(module).get("get_preset_loader") is original:
-            module.get_preset_loader = get_preset_loader
+def _loader_for(preset: str) -> CheckpointLoader | None:
+    if is_foreign(preset) or not check_file_exists(preset, CONFIG_FILE):
+        return None
+    config = load_json(preset, CONFIG_FILE)
+    if config.get("model_type") == "mamba2" or "ssm_cfg" in config:
+        return CheckpointLoader(Preset(preset))
+    return None

@@ -2,6 +2,9 @@ import keras
 from keras import ops
 from keras import quantizers
 
+from keras_mamba2._compat.keras_layers import stored_kernel
+from keras_mamba2._compat.keras_layers import untrack_variable
+from keras_mamba2._compat.keras_variables import never_autocast
 from keras_mamba2.ops.matrix import int8_matmul
 from keras_mamba2.ops.matrix import matmul
 
@@ -40,7 +43,7 @@ class Projection(keras.layers.Dense):
     def kernel(self):
         if self.quantization_mode != "int8":
             return super().kernel
-        return ops.transpose(self._kernel)
+        return ops.transpose(stored_kernel(self))
 
     def quantize(self, mode=None, type_check: bool = True, config=None) -> None:
         if self.lora_enabled and mode not in LORA_MODES:
@@ -60,13 +63,12 @@ class Projection(keras.layers.Dense):
         quantizer = quantizers.QuantizationConfig.weight_quantizer_or_default(
             config, quantizers.AbsMaxQuantizer(axis=0)
         )
-        shape = self._kernel.shape
-        kernel, scale = quantizer(self._kernel, to_numpy=True)
-        # `del` would also collect garbage, which takes a quarter of a second each time.
-        self._untrack_variable(self._kernel)
+        shape = stored_kernel(self).shape
+        kernel, scale = quantizer(stored_kernel(self), to_numpy=True)
+        untrack_variable(self, stored_kernel(self))
         self.quantization_config = config
         self.quantized_build(shape, "int8", config)
-        self._kernel.assign(ops.transpose(kernel))
+        stored_kernel(self).assign(ops.transpose(kernel))
         self.kernel_scale.assign(ops.squeeze(scale, axis=0))
         self.dtype_policy = keras.dtype_policies.get(f"int8_from_{self.dtype_policy.name}")
 
@@ -74,7 +76,7 @@ class Projection(keras.layers.Dense):
         super()._int8_build(kernel_shape[::-1], config)  # (out in)
 
     def _int8_call(self, inputs, training=None):
-        x = int8_matmul(inputs, self._kernel, self.kernel_scale, self.inputs_quantizer)
+        x = int8_matmul(inputs, stored_kernel(self), self.kernel_scale, self.inputs_quantizer)
         if self.lora_enabled:
             lora_x = ops.matmul(ops.matmul(inputs, self.lora_kernel_a), self.lora_kernel_b)
             x = x + ops.cast(self.lora_alpha / self.lora_rank * lora_x, x.dtype)
@@ -92,7 +94,7 @@ class Projection(keras.layers.Dense):
     def quantized_build(self, kernel_shape, mode, config=None) -> None:
         super().quantized_build(kernel_shape, mode, config)
         if hasattr(self, "g_idx"):
-            self.g_idx._autocast = False
+            never_autocast(self.g_idx)
 
     def quantized_call(self, *args, **kwargs):
         if self.quantization_mode in CALIBRATED_MODES and not self._is_calibrated:

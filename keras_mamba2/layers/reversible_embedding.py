@@ -1,6 +1,7 @@
 import keras
 from keras import ops
 
+from keras_mamba2._compat.keras_layers import stored_embeddings
 from keras_mamba2.ops.matrix import int8_matmul
 from keras_mamba2.ops.matrix import matmul
 from keras_mamba2.ops.matrix import take_rows
@@ -46,7 +47,7 @@ class ReversibleEmbedding(keras.layers.ReversibleEmbedding):
         if not reverse:
             return super()._int8_call(inputs)
         if self.tie_weights:
-            kernel, scale = self._embeddings, self.embeddings_scale
+            kernel, scale = stored_embeddings(self), self.embeddings_scale
         else:
             kernel, scale = ops.transpose(self.reverse_embeddings), self.reverse_embeddings_scale
         return int8_matmul(inputs, kernel, scale, self.inputs_quantizer)

@@ -1,8 +1,7 @@
 """Backbone, its state, and the tokenizer, which is a leaf that knows no model."""
 
-from keras_hub.src.utils.preset_utils import register_presets
-
 from keras_mamba2 import preset_files
+from keras_mamba2._compat.keras_hub_presets import register_presets
 from keras_mamba2.models.mamba2_backbone import Mamba2Backbone as Mamba2Backbone
 from keras_mamba2.models.mamba2_state import Mamba2State as Mamba2State
 from keras_mamba2.models.mamba2_tokenizer import Mamba2Tokenizer as Mamba2Tokenizer

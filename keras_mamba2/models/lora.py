@@ -5,6 +5,10 @@ from collections.abc import Mapping
 import h5py
 from keras import ops
 
+from keras_mamba2._compat.keras_hub_models import lora_rank
+from keras_mamba2._compat.keras_hub_models import set_lora_layers
+from keras_mamba2._compat.keras_layers import flatten_layers
+from keras_mamba2._compat.keras_layers import untrack_variable
 from keras_mamba2.layers.projection import LORA_MODES
 from keras_mamba2.layers.projection import Projection
 
@@ -49,7 +53,7 @@ def enable(backbone, adapters: Mapping[Projection, tuple[int, float]]) -> None:
         )
     check_trainable(adapters)
     backbone.trainable = True
-    for layer in backbone._flatten_layers(include_self=False):
+    for layer in flatten_layers(backbone, include_self=False):
         layer.trainable = False
     for layer, (rank, alpha) in adapters.items():
         layer.trainable = True
@@ -70,16 +74,16 @@ def check_trainable(layers) -> None:
 
 def _numbered_layers(backbone) -> list:
     """The layers as KerasHub's files of adapters number them."""
-    return [layer for layer in backbone._flatten_layers(include_self=False) if layer.weights]
+    return [layer for layer in flatten_layers(backbone, include_self=False) if layer.weights]
 
 
 def _remember(backbone) -> None:
     """Tells KerasHub's `save_lora_weights` and `load_lora_weights` which layers there are."""
     adapted = set(adapted_projections(backbone))
     numbered = enumerate(_numbered_layers(backbone))
-    backbone._lora_enabled_layers = [i for i, layer in numbered if layer in adapted]
+    indices = [i for i, layer in numbered if layer in adapted]
     ranks = {layer.lora_rank for layer in adapted}
-    backbone._lora_rank = ranks.pop() if len(ranks) == 1 else None
+    set_lora_layers(backbone, indices, ranks.pop() if len(ranks) == 1 else None)
 
 
 def merge(backbone) -> None:
@@ -113,8 +117,7 @@ def remove(backbone) -> None:
 
 def _remove_adapter(layer: Projection) -> None:
     for name in ("lora_kernel_a", "lora_kernel_b"):
-        # `del` would also collect garbage, which takes a quarter of a second each time.
-        layer._untrack_variable(getattr(layer, name))
+        untrack_variable(layer, getattr(layer, name))
         setattr(layer, name, None)
     layer.lora_enabled, layer.lora_rank, layer.lora_alpha = False, None, None
 
@@ -122,7 +125,7 @@ def _remove_adapter(layer: Projection) -> None:
 def check_uniform(backbone) -> None:
     """Raises for adapters that KerasHub's file has no place for: it knows one rank and no alpha."""
     for layer in adapted_projections(backbone):
-        if backbone._lora_rank is None or layer.lora_alpha != backbone._lora_rank:
+        if lora_rank(backbone) is None or layer.lora_alpha != lora_rank(backbone):
             raise ValueError(
                 "A file of `save_lora_weights` holds adapters of one rank, with an alpha equal to "
                 "it. Use `save_peft_adapter` of the model instead. Received: "

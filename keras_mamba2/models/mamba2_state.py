@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops
 from keras import tree
 
+from keras_mamba2._compat.trees import register_pytree
 from keras_mamba2.atomic_files import atomic_file
 from keras_mamba2.layers.mamba2_mixer import MixerState
 
@@ -214,15 +215,4 @@ def fingerprint(backbone) -> str:
     return digest.hexdigest()
 
 
-def _register_as_pytree() -> None:
-    # The registry behind `keras.tree`, which differs by backend; Keras has no public name for it.
-    from keras.src.tree.tree_api import register_tree_node_class
-
-    register_tree_node_class(Mamba2State)
-    if keras.config.backend() == "jax":
-        import jax
-
-        jax.tree_util.register_pytree_node_class(Mamba2State)
-
-
-_register_as_pytree()
+register_pytree(Mamba2State)

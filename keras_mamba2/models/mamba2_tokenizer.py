@@ -8,12 +8,14 @@ import keras
 import keras_hub
 import numpy as np
 import tokenizers
-from keras_hub.src.utils.tensor_utils import canonicalize_python_string_inputs
-from keras_hub.src.utils.tensor_utils import canonicalize_python_token_inputs
-from keras_hub.src.utils.tensor_utils import is_int_dtype
-from keras_hub.src.utils.tensor_utils import preprocessing_function
-from keras_hub.src.utils.tensor_utils import restore_outer_shape
 
+from keras_mamba2._compat.keras_hub_preprocessing import add_special_token
+from keras_mamba2._compat.keras_hub_preprocessing import canonicalize_python_string_inputs
+from keras_mamba2._compat.keras_hub_preprocessing import canonicalize_python_token_inputs
+from keras_mamba2._compat.keras_hub_preprocessing import preprocessing_function
+from keras_mamba2._compat.keras_hub_preprocessing import restore_outer_shape
+from keras_mamba2._compat.keras_hub_preprocessing import update_special_token_ids
+from keras_mamba2._compat.keras_hub_preprocessing import uses_tensorflow
 from keras_mamba2.conversion import open_preset
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -62,7 +64,7 @@ class Mamba2Tokenizer(keras_hub.tokenizers.Tokenizer):
         dtype="int32",
         **kwargs,
     ):
-        if not is_int_dtype(dtype):
+        if not keras.backend.is_int_dtype(dtype):
             raise ValueError(f"`dtype` must be an integer dtype. Received: dtype={dtype}")
         super().__init__(dtype=dtype, **kwargs)
         self.file_assets = [TOKENIZER_FILE]
@@ -73,7 +75,7 @@ class Mamba2Tokenizer(keras_hub.tokenizers.Tokenizer):
                 setattr(self, name, None)
                 setattr(self, f"{name}_id", None)
             else:
-                self._add_special_token(token, name)
+                add_special_token(self, token, name)
         if (vocabulary is None) != (merges is None):
             raise ValueError(
                 "`vocabulary` and `merges` must be passed together. Received: "
@@ -111,7 +113,7 @@ class Mamba2Tokenizer(keras_hub.tokenizers.Tokenizer):
             engine.no_truncation()
             # Ids may have gaps, so that the number of tokens does not bound them.
             self._num_ids = 1 + max(self.get_vocabulary().values(), default=-1)
-            self._update_special_token_ids()
+            update_special_token_ids(self)
 
     @property
     def engine(self) -> tokenizers.Tokenizer:
@@ -161,7 +163,7 @@ class Mamba2Tokenizer(keras_hub.tokenizers.Tokenizer):
 
     def tokenize(self, inputs):
         self.engine  # noqa: B018  raises before a graph is traced
-        if self._use_tf_workflow():
+        if uses_tensorflow(self):
             return self._tokenize_tf(inputs)
         texts, batched, outer_shape = canonicalize_python_string_inputs(inputs)
         rows = self._encode(texts)
@@ -171,7 +173,7 @@ class Mamba2Tokenizer(keras_hub.tokenizers.Tokenizer):
 
     def detokenize(self, inputs):
         self.engine  # noqa: B018
-        if self._use_tf_workflow():
+        if uses_tensorflow(self):
             return self._detokenize_tf(inputs)
         rows, batched = canonicalize_python_token_inputs(inputs)
         texts = self._decode(rows)

@@ -4,6 +4,7 @@ from typing import Any
 
 import keras
 
+from keras_mamba2._compat.keras_layers import flatten_layers
 from keras_mamba2.layers.projection import CALIBRATED_MODES
 from keras_mamba2.layers.projection import Projection
 from keras_mamba2.layers.reversible_embedding import ReversibleEmbedding
@@ -65,6 +66,6 @@ def remember_policies(backbone) -> None:
     policy = backbone.dtype_policy
     if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
         return  # the layers share it, and keep it up to date
-    quantized = [layer for layer in backbone._flatten_layers() if layer.quantization_mode]
+    quantized = [layer for layer in flatten_layers(backbone) if layer.quantization_mode]
     policies = {layer.path: layer.dtype_policy for layer in quantized}
     backbone.dtype_policy = keras.dtype_policies.DTypePolicyMap(policy.name, policies)

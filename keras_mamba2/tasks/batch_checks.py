@@ -9,7 +9,8 @@ from collections.abc import Callable
 import keras
 import numpy as np
 from keras import ops
-from keras_hub.src.utils.tensor_utils import in_tf_function
+
+from keras_mamba2._compat.keras_hub_preprocessing import in_tf_function
 
 
 def real_positions(padding_mask):

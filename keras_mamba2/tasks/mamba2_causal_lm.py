@@ -9,6 +9,8 @@ import keras_hub
 import numpy as np
 from keras import ops
 
+from keras_mamba2._compat.keras_hub_models import normalize_generate_inputs
+from keras_mamba2._compat.keras_training import evaluates_within_fit
 from keras_mamba2.conversion import export_to_transformers
 from keras_mamba2.conversion import open_preset
 from keras_mamba2.conversion import read_peft_adapter
@@ -274,7 +276,7 @@ class Mamba2CausalLM(keras_hub.models.CausalLM):
 
     def evaluate(self, x=None, y=None, sample_weight=None, **kwargs):
         """As `keras_hub.models.CausalLM.evaluate`; inputs as in `fit`."""
-        if not kwargs.get("_use_cached_eval_dataset"):  # else `fit` has prepared them
+        if not evaluates_within_fit(kwargs):  # else `fit` has prepared them
             x, y, sample_weight = self._prepared(x, y, sample_weight)
         return super().evaluate(x, y, sample_weight=sample_weight, **kwargs)
 
@@ -413,7 +415,7 @@ class Mamba2CausalLM(keras_hub.models.CausalLM):
         stop_token_ids = self._stop_token_ids(stop_token_ids)
         if seed is not None:
             reseed(self.sampler, seed)
-        batches, is_scalar = self._normalize_generate_inputs(inputs)
+        batches, is_scalar = normalize_generate_inputs(self, inputs)
         outputs = []
         for batch in batches:
             batch = self._with_room(batch, max_length, max_new_tokens, state)

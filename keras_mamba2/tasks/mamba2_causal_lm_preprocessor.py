@@ -5,6 +5,7 @@ import keras_hub
 import numpy as np
 from keras import ops
 
+from keras_mamba2._compat.keras_hub_preprocessing import uses_tensorflow
 from keras_mamba2.models import Mamba2Tokenizer
 from keras_mamba2.tasks.build_once import build_once
 from keras_mamba2.tasks.mamba2_preprocessor import Mamba2Preprocessor
@@ -115,7 +116,7 @@ class Mamba2CausalLMPreprocessor(Mamba2Preprocessor, keras_hub.models.CausalLMPr
             self.build(None)
         sequence_length = sequence_length or self.sequence_length
         token_ids = self.tokenizer(x)
-        if not self._use_tf_workflow():
+        if not uses_tensorflow(self):
             self._check_lengths(token_ids, sequence_length)
         token_ids, padding_mask = self.packer(
             token_ids,

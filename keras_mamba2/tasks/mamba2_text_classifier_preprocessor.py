@@ -1,9 +1,9 @@
 import keras
 import keras_hub
 import numpy as np
-from keras_hub.src.utils.tensor_utils import convert_preprocessing_outputs_python
-from keras_hub.src.utils.tensor_utils import preprocessing_function
 
+from keras_mamba2._compat.keras_hub_preprocessing import convert_preprocessing_outputs_python
+from keras_mamba2._compat.keras_hub_preprocessing import preprocessing_function
 from keras_mamba2.models import Mamba2Tokenizer
 from keras_mamba2.tasks.build_once import build_once
 from keras_mamba2.tasks.mamba2_preprocessor import Mamba2Preprocessor

@@ -1,5 +1,7 @@
 import keras
 
+from keras_mamba2._compat.keras_training import backup_paths
+from keras_mamba2._compat.keras_training import backup_written_to
 from keras_mamba2.atomic_files import atomic_file
 
 
@@ -24,14 +26,13 @@ class SharedBackupAndRestore(keras.callbacks.BackupAndRestore):
         # Keras makes an optimizer while it saves: not on devices where the others make none.
         distribution = keras.distribution.distribution()
         keras.distribution.set_distribution(None)
-        paths = self._weights_path, self._training_metadata_path
+        paths = backup_paths(self)
         try:
             # When another process dies JAX ends this one, maybe while it writes.
             with atomic_file(paths[0]) as weights, atomic_file(paths[1]) as metadata:
-                self._weights_path, self._training_metadata_path = str(weights), str(metadata)
-                super()._save_model()
+                with backup_written_to(self, str(weights), str(metadata)):
+                    super()._save_model()
         finally:
-            self._weights_path, self._training_metadata_path = paths
             keras.distribution.set_distribution(distribution)
 
     def on_train_end(self, logs=None):

@@ -1,6 +1,8 @@
 import keras
 import numpy as np
 
+from keras_mamba2._compat.keras_training import batches_trained
+
 
 class SeedByEpoch(keras.callbacks.Callback):
     """Makes the random numbers of an epoch, such as dropout's, depend on its number alone.
@@ -57,5 +59,4 @@ def restore(model: keras.Model, backup: keras.callbacks.BackupAndRestore) -> int
     """
     backup.set_model(model)
     backup.on_train_begin()
-    # Counts every batch, where `iterations` counts those on which gradients were applied.
-    return int(model.optimizer._iterations)
+    return batches_trained(model.optimizer)

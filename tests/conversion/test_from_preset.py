@@ -13,11 +13,11 @@ import keras_hub
 import numpy as np
 import pytest
 import torch
-from keras.src.backend.common import global_state
 
 import keras_mamba2
 from keras_mamba2 import preset_files
-from keras_mamba2.conversion import deferred
+from keras_mamba2._compat.keras_variables import has_value
+from keras_mamba2._compat.keras_variables import pending_initializations
 from keras_mamba2.conversion import preset_loader
 from tests.conftest import SHARED_DATA
 from tests.conversion import checkpoints
@@ -96,7 +96,7 @@ def test_no_weight_is_drawn_that_the_files_replace(folders, monkeypatch):
     assert not drawn
     keras_mamba2.Mamba2Backbone.from_config(backbone.get_config())
     assert drawn  # or nothing was recorded
-    assert all(deferred.has_value(variable) for variable in backbone.variables)
+    assert all(has_value(variable) for variable in backbone.variables)
 
 
 def test_dropout_of_a_checkpoint_has_its_seeds(folders):
@@ -112,7 +112,7 @@ def test_a_checkpoint_that_is_refused_leaves_nothing_to_initialize(folders, tmp_
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 9}))
     with pytest.raises(ValueError, match="missing in the files"):
         keras_mamba2.Mamba2Backbone.from_preset(folder)
-    assert not global_state.get_global_attribute(deferred.PENDING)
+    assert not pending_initializations()
 
 
 @pytest.mark.parametrize("name", ["transformers", "original", "keras"])

@@ -1,0 +1,67 @@
+"""Private parts of KerasHub's presets."""
+
+import sys
+from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
+
+from keras_hub.src.utils import preset_utils
+
+
+class PresetLoader(preset_utils.PresetLoader):
+    """Loads the parts of a preset; builds preprocessors and tasks from a tokenizer and backbone.
+
+    `preset_utils.PresetLoader`. Written for KerasHub 0.32.
+    """
+
+
+def register_presets(presets: Mapping[str, Mapping[str, Any]], backbone_cls: type) -> None:
+    """Makes presets known by name to `from_preset` of `backbone_cls` and of its tasks.
+
+    `preset_utils.register_presets`, meant for KerasHub's own presets. Written for KerasHub 0.32.
+
+    Args:
+        presets: for each name `metadata`, and where its files are: `kaggle_handle`, which may be
+            a local folder.
+        backbone_cls: the class.
+    """
+    preset_utils.register_presets(presets, backbone_cls)
+
+
+def check_file_exists(preset: str, path: str) -> bool:
+    """Whether a preset, by name, folder or handle, has a file.
+
+    `preset_utils.check_file_exists`. Written for KerasHub 0.32.
+    """
+    return preset_utils.check_file_exists(preset, path)
+
+
+def load_json(preset: str, path: str) -> dict[str, Any]:
+    """A JSON file of a preset, by name, folder or handle.
+
+    `preset_utils.load_json`. Written for KerasHub 0.32.
+    """
+    return preset_utils.load_json(preset, path)
+
+
+def ask_for_loader(find: Callable[[str], PresetLoader | None]) -> None:
+    """Makes every `from_preset` of KerasHub ask `find` first who loads a preset.
+
+    `get_preset_loader`, replaced wherever KerasHub has imported it, since there is no hook.
+    Written for KerasHub 0.32.
+
+    Args:
+        find: returns a loader for a preset, or `None` to leave it to KerasHub.
+    """
+    original = preset_utils.get_preset_loader
+    if getattr(original, "asks", None) is find:
+        return
+
+    def get_preset_loader(preset):
+        loader = find(preset)
+        return original(preset) if loader is None else loader
+
+    get_preset_loader.asks = find
+    for name, module in list(sys.modules.items()):
+        if name.startswith("keras_hub.") and vars(module).get("get_preset_loader") is original:
+            module.get_preset_loader = get_preset_loader

@@ -1,0 +1,50 @@
+"""Private parts of `fit`, `evaluate`, optimizers and callbacks."""
+
+import contextlib
+from collections.abc import Iterator
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+
+
+def batches_trained(optimizer: keras.optimizers.Optimizer) -> int:
+    """How many batches `optimizer` has seen.
+
+    `_iterations`, since `iterations` counts those on which gradients were applied, fewer with
+    `gradient_accumulation_steps`. Written for Keras 3.15.
+    """
+    return int(optimizer._iterations)
+
+
+def evaluates_within_fit(arguments: Mapping[str, Any]) -> bool:
+    """Whether `fit` calls `evaluate`, with these keyword arguments, on its `validation_data`.
+
+    `_use_cached_eval_dataset`, since `evaluate` is told nowhere else. Written for Keras 3.15.
+    """
+    return bool(arguments.get("_use_cached_eval_dataset"))
+
+
+def backup_paths(callback: keras.callbacks.BackupAndRestore) -> tuple[str, str]:
+    """The files that `callback` writes: the weights, and how far training is.
+
+    `_weights_path` and `_training_metadata_path`, since only `backup_dir` is public. Written for
+    Keras 3.15.
+    """
+    return callback._weights_path, callback._training_metadata_path
+
+
+@contextlib.contextmanager
+def backup_written_to(
+    callback: keras.callbacks.BackupAndRestore, weights: str, metadata: str
+) -> Iterator[None]:
+    """Makes `callback` write two other files than `backup_paths`, while inside.
+
+    `_weights_path` and `_training_metadata_path`. Written for Keras 3.15.
+    """
+    before = backup_paths(callback)
+    callback._weights_path, callback._training_metadata_path = weights, metadata
+    try:
+        yield
+    finally:
+        callback._weights_path, callback._training_metadata_path = before

@@ -1,0 +1,66 @@
+"""Private parts of `keras.Variable`."""
+
+import contextlib
+from collections.abc import Iterator
+
+import keras
+from keras.src.backend.common import global_state
+
+PENDING = "uninitialized_variables"
+
+
+def has_value(variable: keras.Variable) -> bool:
+    """Whether `variable` has a value; one that was created in a `StatelessScope` has none.
+
+    `_value`, since `value` draws one where there is none. Written for Keras 3.15.
+    """
+    return variable._value is not None
+
+
+def initialize(variable: keras.Variable, value) -> None:
+    """Gives `variable`, which has no value, its first one: a tensor of its shape and dtype.
+
+    `_initialize` and `_initializer`, since `assign` wants a value there. Written for Keras 3.15.
+    """
+    variable._initialize(value)
+    variable._initializer = None
+
+
+def initialize_deferred(variable: keras.Variable) -> None:
+    """Gives `variable`, which has no value, the one that its initializer draws.
+
+    `_deferred_initialize`, since Keras calls it by itself only when a scope ends. Written for
+    Keras 3.15.
+    """
+    variable._deferred_initialize()
+
+
+def pending_initializations() -> list[keras.Variable]:
+    """The variables that Keras will initialize when the next `StatelessScope` ends.
+
+    The global attribute `uninitialized_variables`. Written for Keras 3.15.
+    """
+    return list(global_state.get_global_attribute(PENDING) or [])
+
+
+@contextlib.contextmanager
+def keep_pending_initializations() -> Iterator[None]:
+    """Makes Keras forget to initialize the variables that are created inside.
+
+    The global attribute `uninitialized_variables`, since no argument of `StatelessScope` leaves
+    variables out of it. Written for Keras 3.15.
+    """
+    pending = pending_initializations()
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute(PENDING, pending)
+
+
+def never_autocast(variable: keras.Variable) -> None:
+    """Keeps the dtype of `variable` inside layers that compute in another.
+
+    `_autocast`, since `autocast=False` is an argument of `add_weight`, which Keras calls here.
+    Written for Keras 3.15.
+    """
+    variable._autocast = False
