@@ -6,10 +6,10 @@ import keras
 def flatten_layers(
     layer: keras.layers.Layer, include_self: bool = True
 ) -> list[keras.layers.Layer]:
-    """All layers in `layer`, each before its own, in the order of their creation.
+    """The layers in `layer` at every depth, each once, in the order of KerasHub's files of LoRA.
 
-    `_flatten_layers`, since `Model.layers` has only those of the model itself. KerasHub numbers
-    layers in this order in files of LoRA weights. Written for Keras 3.15.
+    `_flatten_layers`, since `Model.layers` has only those of the model itself. Written for Keras
+    3.15.
     """
     return layer._flatten_layers(include_self=include_self)
 
