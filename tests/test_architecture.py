@@ -1,16 +1,22 @@
 """Imports go one way: ops -> layers -> models -> generation -> tasks -> cli."""
 
 import ast
+import functools
 import pathlib
+import runpy
 
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "keras_mamba2"
 ORDER = ["ops", "layers", "models", "generation", "tasks", "cli"]
-LEAVES = ["atomic_files", "conversion", "hub", "preset_files", "training"]
+LEAVES = ["_compat", "atomic_files", "conversion", "hub", "preset_files", "training"]
 LEAVES += ["models.mamba2_tokenizer"]
 MODEL_PARTS = {*ORDER} - {"cli"}
 FILES = sorted(PACKAGE.rglob("*.py"))
+OUTSIDE_COMPAT = [path for path in FILES if path.parent.name != "_compat"]
+OVERRIDDEN = runpy.run_path(str(PACKAGE / "_compat" / "overridden.py"))["OVERRIDDEN"]
+# Documented, in spite of their names.
+OF_NAMED_TUPLES = {"_asdict", "_field_defaults", "_fields", "_make", "_replace"}
 
 
 def module_of(path):
@@ -52,6 +58,49 @@ def uses(path, names):
     return {name for name in names if any(f".{m}".endswith(f".{name}") for m in mentioned)}
 
 
+def is_private(name):
+    return name.startswith("_") and not name.startswith("__")
+
+
+def defined_in(tree):
+    """The private names of a file: its functions, classes, methods, and attributes of `self`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield from [node.attr] if ast.unparse(node.value) == "self" else []
+
+
+@functools.cache
+def defined_in_package():
+    return {name for path in FILES for name in defined_in(ast.parse(path.read_text()))}
+
+
+def foreign_private_names(tree):
+    """Which private names of others a file reads or sets, as `module.name` or `object.name`.
+
+    What `self` has is its own if the package defines it, what `super()` has if it is listed as
+    overridden, and what another object has if the same file defines it.
+    """
+    own = set(defined_in(tree)) | OF_NAMED_TUPLES
+    overridden = {entry.name for entry in OVERRIDDEN}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            owner = ast.unparse(node.value)
+            allowed = {"super()": overridden, "self": own | defined_in_package() | overridden}
+            if node.attr not in allowed.get(owner, own):
+                yield f"{owner}.{node.attr}"
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr"):
+            name = node.args[1]
+            if isinstance(name, ast.Constant) and is_private(name.value):
+                yield f"{ast.unparse(node.args[0])}.{name.value}"
+    for name in imports_of(tree):
+        if name.startswith(("keras.src", "keras_hub.src")):
+            yield name
+
+
 def of(path):
     return str(path.relative_to(PACKAGE))
 
@@ -86,6 +135,18 @@ def test_programs_are_compiled_under_generation_only(path):
         assert not uses(path, ["jax.jit", "StatelessScope"])
 
 
+@pytest.mark.parametrize("path", OUTSIDE_COMPAT, ids=of)
+def test_private_parts_of_others_are_taken_from_compat(path):
+    names = list(foreign_private_names(ast.parse(path.read_text())))
+    assert not names, f"{of(path)} uses {names}, which belongs into keras_mamba2/_compat"
+
+
+def test_compat_is_below_everything():
+    for path in sorted((PACKAGE / "_compat").glob("*.py")):
+        above = [name for name in own_imports(path) if not is_in(name, ["_compat"])]
+        assert not above, f"{of(path)} imports {above}"
+
+
 def test_every_part_has_its_place():
     """A new folder or file at the top is put in the order, or it is a leaf."""
     parts = {module_of(path).split(".")[0] for path in FILES} - {""}
@@ -101,3 +162,28 @@ def test_the_rules_see_what_they_forbid():
     ]
     jitted = [path for path in FILES if uses(path, ["jax.jit", "StatelessScope"])]
     assert jitted, "generation compiles its programs in a way that this test does not know"
+
+
+def test_the_rule_sees_private_parts_of_others():
+    source = """
+from keras.src.backend import config
+import keras_hub.src.models
+class A(Dense):
+    def __init__(self):
+        self._own = 1
+    def call(self, x):
+        super()._int8_call(x)
+        super()._untrack_variable(x)
+        self._untrack_variable(x)
+        getattr(x, "_value")
+        x._autocast = False
+        return self._own + x._own + x._replace(a=1)
+"""
+    assert set(foreign_private_names(ast.parse(source))) == {
+        "keras.src.backend.config",
+        "keras_hub.src.models",
+        "super()._untrack_variable",
+        "self._untrack_variable",
+        "x._value",
+        "x._autocast",
+    }

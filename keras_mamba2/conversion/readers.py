@@ -18,6 +18,8 @@ from keras_mamba2.conversion.stored_tensor import check_not_pointer
 from keras_mamba2.preset_files import CHECKPOINT_WEIGHTS
 from keras_mamba2.preset_files import read_json
 
+# Not `safe_open` of the safetensors library: its `get_tensor` copies a tensor into memory, where a
+# memory map costs none, and its errors say neither which file is damaged nor what is missing.
 LONGEST_HEADER = 100_000_000  # the limit of the safetensors library
 SAFETENSORS_DTYPES = {
     "F64": np.dtype("<f8"),

@@ -10,6 +10,8 @@ from keras_mamba2.generation import Decoding
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for half a character
 
 
+# Not `tokenizers.decoders.DecodeStream`: it never gives out a text's unfinished end, and raises
+# where bytes that are no character follow others. `tests/tasks/test_text_stream.py` shows both.
 class TextStream:
     """The text of one row, whose tokens come a few at a time.
 
