@@ -18,7 +18,7 @@ from keras_mamba2.generation.decode import Rows
 from keras_mamba2.generation.decode import model_variables
 from keras_mamba2.generation.generator import STOP_TOKEN_CAPACITY
 from keras_mamba2.generation.prefill import blocks
-from keras_mamba2.models.mamba2_state import NO_TOKEN
+from keras_mamba2.state import NO_TOKEN
 
 Place = Callable[..., jax.ShapeDtypeStruct]  # (shape, dtype) -> argument
 

@@ -1,4 +1,4 @@
-"""Imports go one way: ops -> layers -> models -> generation -> tasks -> cli."""
+"""Imports go one way: ops -> layers -> state -> models -> generation -> tasks -> cli."""
 
 import ast
 import functools
@@ -8,7 +8,7 @@ import runpy
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "keras_mamba2"
-ORDER = ["ops", "layers", "models", "generation", "tasks", "cli"]
+ORDER = ["ops", "layers", "state", "models", "generation", "tasks", "cli"]
 LEAVES = ["_compat", "atomic_files", "conversion", "hub", "preset_files", "training"]
 LEAVES += ["models.mamba2_tokenizer"]
 MODEL_PARTS = {*ORDER} - {"cli"}

@@ -8,7 +8,7 @@ from keras import ops
 from keras import tree
 
 from keras_mamba2.generation.sampler import next_tokens
-from keras_mamba2.models.mamba2_state import NO_TOKEN
+from keras_mamba2.state import NO_TOKEN
 
 
 class Rows(NamedTuple):

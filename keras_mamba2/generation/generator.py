@@ -21,9 +21,9 @@ from keras_mamba2.generation.programs import compiled
 from keras_mamba2.generation.sampler import needs_history
 from keras_mamba2.generation.sampler import picks_tokens
 from keras_mamba2.generation.score import block_loss
-from keras_mamba2.models.mamba2_state import NO_TOKEN
-from keras_mamba2.models.mamba2_state import Mamba2State
-from keras_mamba2.models.mamba2_state import check_belongs
+from keras_mamba2.state import NO_TOKEN
+from keras_mamba2.state import Mamba2State
+from keras_mamba2.state.files import check_belongs
 
 # The decode loop returns to the host after so many tokens, so one program serves any number.
 DECODE_CAPACITY = 256

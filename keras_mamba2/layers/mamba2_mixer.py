@@ -1,4 +1,5 @@
 import math
+from typing import ClassVar
 from typing import NamedTuple
 
 import keras
@@ -9,6 +10,8 @@ from keras import random
 from keras_mamba2.layers.distributed_ssd import distributed_ssd
 from keras_mamba2.layers.gated_rms_normalization import GatedRMSNormalization
 from keras_mamba2.layers.projection import Projection
+from keras_mamba2.layers.sublayer import StateTensor
+from keras_mamba2.layers.sublayer import Sublayer
 from keras_mamba2.ops import causal_conv1d
 from keras_mamba2.ops import causal_conv1d_step
 from keras_mamba2.ops import ssd_step
@@ -23,7 +26,7 @@ class MixerState(NamedTuple):
 
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
-class Mamba2Mixer(keras.layers.Layer):
+class Mamba2Mixer(Sublayer):
     """The Mamba-2 sequence mixer: in_proj, causal convolution, SSD, gated norm, out_proj.
 
     `call` maps a sequence to a sequence. `call_with_state` does the same from a state, and
@@ -64,6 +67,14 @@ class Mamba2Mixer(keras.layers.Layer):
     Reference:
         - [Dao and Gu, 2024](https://arxiv.org/abs/2405.21060), section 7
     """
+
+    layouts: ClassVar = {
+        "in_proj/kernel": ("weights", "model"),
+        "out_proj/kernel": ("model", "weights"),
+        "x": ("batch", "sequence", "model", None),
+        "dt": ("batch", "sequence", "model"),
+        "[BC]": ("batch", "sequence", None, None),
+    }
 
     def __init__(
         self,
@@ -191,11 +202,7 @@ class Mamba2Mixer(keras.layers.Layer):
         dt = ops.maximum(dt, self.time_step_floor)
         return dt + ops.log(-ops.expm1(-dt))
 
-    def call(self, x, mask=None, segment_ids=None):
-        return self.call_with_state(x, mask=mask, segment_ids=segment_ids)[0]
-
     def call_with_state(self, x, state: MixerState | None = None, mask=None, segment_ids=None):
-        """Returns the output for `x` `(b t d)` after `state`, and the state after `x`."""
         b, t = ops.shape(x)[:2]
         gate, xBC, dt = self._project(x)
         xBC, conv_state = causal_conv1d(
@@ -226,10 +233,6 @@ class Mamba2Mixer(keras.layers.Layer):
         return self.out_proj(y), MixerState(conv_state, ssm_state)
 
     def step(self, x, state: MixerState, mask=None):
-        """Returns the output for one token `x` `(b d)` after `state`, and the state after it.
-
-        Where the boolean `mask` `(b)` is false, the state stays as it was.
-        """
         b = ops.shape(x)[0]
         gate, xBC, dt = self._project(x)
         xBC, conv_state = causal_conv1d_step(
@@ -252,14 +255,27 @@ class Mamba2Mixer(keras.layers.Layer):
         y = self.norm(ops.reshape(y, (b, self.inner_dim)), gate)
         return self.out_proj(y), MixerState(conv_state, ssm_state)
 
-    def initial_state(self, batch_size: int) -> MixerState:
-        """The state before the first token: zeros."""
+    def state_spec(self, max_length: int | None = None) -> MixerState:
+        """Of one size, whatever `max_length` is."""
         return MixerState(
-            conv=ops.zeros(
-                (batch_size, self.conv_kernel_size - 1, self.conv_dim), self.compute_dtype
-            ),
-            ssm=ops.zeros((batch_size, self.num_heads, self.head_dim, self.state_dim), "float32"),
+            conv=StateTensor((self.conv_kernel_size - 1, self.conv_dim), self.compute_dtype),
+            ssm=StateTensor((self.num_heads, self.head_dim, self.state_dim), "float32"),
         )
+
+    @property
+    def projections(self) -> tuple[Projection, Projection]:
+        return self.in_proj, self.out_proj
+
+    @property
+    def weight_axes(self) -> dict[str, dict[str, int]]:
+        projected = self.inner_dim + self.conv_dim + self.num_heads
+        return {
+            "in_proj/kernel": {
+                "hidden_dim": self.hidden_dim,
+                "2 * inner_dim + 2 * num_groups * state_dim + num_heads": projected,
+            },
+            "out_proj/kernel": {"num_heads": self.num_heads, "hidden_dim": self.hidden_dim},
+        }
 
     def _project(self, x):
         """The gate `(... e)`, the convolution's input `(... e+2gn)`, and dt `(... h)`."""

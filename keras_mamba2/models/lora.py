@@ -14,9 +14,7 @@ from keras_mamba2.layers.projection import Projection
 
 
 def projections(backbone) -> list[Projection]:
-    return [
-        layer for block in backbone.blocks for layer in (block.mixer.in_proj, block.mixer.out_proj)
-    ]
+    return [layer for block in backbone.blocks for layer in block.sublayer.projections]
 
 
 def adapted_projections(backbone) -> list[Projection]:

@@ -26,7 +26,7 @@ from keras_mamba2.models import Mamba2Backbone
 from keras_mamba2.models import Mamba2State
 from keras_mamba2.models import lora
 from keras_mamba2.models import quantization
-from keras_mamba2.models.mamba2_state import load_with_text
+from keras_mamba2.state import files as state_files
 from keras_mamba2.tasks.batch_checks import check_batch
 from keras_mamba2.tasks.batch_checks import check_labels
 from keras_mamba2.tasks.batch_checks import check_token_ids
@@ -526,8 +526,8 @@ class Mamba2CausalLM(keras_hub.models.CausalLM):
 
     def resume(self, file) -> Mamba2Session:
         """The session that `Mamba2Session.save` wrote to `file`."""
-        state, text = load_with_text(file, self.backbone)
-        return Mamba2Session(self, text, state)
+        layers, token, length, text = state_files.load(file, self.backbone)
+        return Mamba2Session(self, text, Mamba2State(layers, token, length))
 
     def perplexity(
         self, texts: str | Sequence[str], stride: int | None = None

@@ -1,6 +1,6 @@
 from collections.abc import Iterator
 
-from keras_mamba2.models.mamba2_state import Mamba2State
+from keras_mamba2.state import Mamba2State
 from keras_mamba2.tasks.text_stream import TextStreams
 
 

@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 import keras_mamba2
-from keras_mamba2.models.mamba2_state import fingerprint
+from keras_mamba2.state.files import fingerprint
 
 MODES = ["int8", "int4", "float8", "gptq", "awq"]
 WEIGHT_DTYPES = {"int8": "int8", "int4": "int8", "float8": "float32", "gptq": "uint8"}

@@ -1,15 +1,24 @@
 """How a backbone is laid out on a mesh of devices, in `keras.distribution`."""
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import keras
 from keras.distribution import DeviceMesh
 from keras.distribution import LayoutMap
 
+from keras_mamba2.layers.sublayer import Sublayer
 
-def layout_map(device_mesh: DeviceMesh, model: str, data: str, sequence: str) -> LayoutMap:
-    """See `Mamba2Backbone.get_layout_map`."""
+
+def layout_map(
+    sublayers: Sequence[type[Sublayer]],
+    device_mesh: DeviceMesh,
+    model: str,
+    data: str,
+    sequence: str,
+) -> LayoutMap:
+    """See `Mamba2Backbone.get_layout_map`. `sublayers` are the kinds that it may have."""
     if not isinstance(device_mesh, DeviceMesh):
         raise ValueError(
             "`device_mesh` must be a `keras.distribution.DeviceMesh`. "
@@ -28,18 +37,17 @@ def layout_map(device_mesh: DeviceMesh, model: str, data: str, sequence: str) ->
             f"Received: axis_names={device_mesh.axis_names}"
         )
     # Devices that would hold the same weights divide them, and get the others' parts when needed.
-    shared = sequence if sequence and sizes[sequence] > sizes[data] else data
+    weights = sequence if sequence and sizes[sequence] > sizes[data] else data
+    axes = {"batch": data, "sequence": sequence, "model": model, "weights": weights, None: None}
     layouts = LayoutMap(device_mesh)
-    layouts[".*token_embedding/embeddings"] = (model, shared)
-    layouts[".*token_embedding/reverse_embeddings"] = (shared, model)
-    layouts[".*in_proj/kernel"] = (shared, model)
-    layouts[".*out_proj/kernel"] = (model, shared)
+    layouts[".*token_embedding/embeddings"] = (model, weights)
+    layouts[".*token_embedding/reverse_embeddings"] = (weights, model)
     # Without a word on the residual stream XLA would cut it as the weights are, and exchange
     # activations at every matrix product instead of weights.
     layouts[".*(embeddings_dropout|block_[0-9]+|block_[0-9]+/norm)/output"] = (data, sequence)
-    layouts[".*mixer/x"] = (data, sequence, model, None)
-    layouts[".*mixer/dt"] = (data, sequence, model)
-    layouts[".*mixer/[BC]"] = (data, sequence, None, None)
+    for sublayer in sublayers:
+        for path, names in sublayer.layouts.items():
+            layouts[f".*/{path}$"] = tuple(axes[name] for name in names)
     return layouts
 
 

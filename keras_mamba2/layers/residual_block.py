@@ -1,0 +1,121 @@
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_mamba2.layers.gated_rms_normalization import GatedRMSNormalization
+from keras_mamba2.layers.sublayer import Sublayer
+from keras_mamba2.ops.checks import float32_at_least
+from keras_mamba2.ops.segments import segment_ids_of
+
+
+class ResidualBlock(keras.layers.Layer):
+    """A residual block, `x + sublayer(norm(x))`. A subclass makes the sublayer.
+
+    Args:
+        hidden_dim: int, d, the size of the residual stream.
+        residual_in_fp32: bool, whether the residual stream is float32 whatever the dtype
+            policy. If so, the output is float32.
+        dropout: float, the rate at which the sublayer's output is dropped in training.
+        remat: bool, whether norm and sublayer are computed again in the backward pass instead of
+            being stored.
+        layer_norm_epsilon: float.
+        **kwargs: see `keras.layers.Layer`.
+
+    Call arguments:
+        x: tensor `(b t d)`.
+        padding_mask: optional tensor `(b t)`, non-zero at real tokens. Integers also number the
+            documents of a packed row: what the sublayer remembers is forgotten where the number
+            changes.
+    """
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        residual_in_fp32: bool = True,
+        dropout: float = 0.0,
+        remat: bool = False,
+        layer_norm_epsilon: float = 1e-5,
+        **kwargs,
+    ):
+        # The residual stream may be wider than the compute dtype, so it is not cast.
+        super().__init__(autocast=False, **kwargs)
+        self.supports_masking = True
+        self.hidden_dim = hidden_dim
+        self.residual_in_fp32 = residual_in_fp32
+        self.dropout = dropout
+        self.remat = remat
+        self.layer_norm_epsilon = layer_norm_epsilon
+        self.norm = GatedRMSNormalization(
+            epsilon=layer_norm_epsilon, dtype=self.dtype_policy, name="norm"
+        )
+        self.dropout_layer = keras.layers.Dropout(dropout, dtype=self.dtype_policy, name="dropout")
+
+    @property
+    def sublayer(self) -> Sublayer:
+        raise NotImplementedError
+
+    def build(self, x_shape, padding_mask_shape=None):
+        self.norm.build(x_shape)
+        self.sublayer.build(x_shape)
+
+    def call(self, x, padding_mask=None):
+        def inside(x):
+            mask, segment_ids = _masks(padding_mask)
+            return self.sublayer(self.norm(x), mask=mask, segment_ids=segment_ids)
+
+        return self._add(x, self.dropout_layer(self._remat(inside)(x)))
+
+    def call_with_state(self, x, state=None, padding_mask=None) -> tuple[Any, Any]:
+        """Returns the output for `x` `(b t d)` after `state`, and the state after `x`."""
+
+        def inside(x, state):
+            return self.sublayer.call_with_state(self.norm(x), state, *_masks(padding_mask))
+
+        y, state = self._remat(inside)(x, state)
+        return self._add(x, self.dropout_layer(y)), state
+
+    def step(self, x, state, mask=None) -> tuple[Any, Any]:
+        """Returns the output for one token `x` `(b d)` after `state`, and the state after it.
+
+        Where the boolean `mask` `(b)` is false, the state stays as it was.
+        """
+        y, state = self.sublayer.step(self.norm(x), state, mask)
+        return self._add(x, y), state
+
+    def _remat(self, inside):
+        # Without dropout: a function that may be computed twice must not move a random generator.
+        return keras.remat(inside) if self.remat else inside
+
+    def _add(self, x, y):
+        return ops.cast(x, self._residual_dtype) + ops.cast(y, self._residual_dtype)
+
+    @property
+    def _residual_dtype(self):
+        return float32_at_least(self.compute_dtype) if self.residual_in_fp32 else self.compute_dtype
+
+    def compute_output_spec(self, x, padding_mask=None):
+        return keras.KerasTensor(x.shape, dtype=self._residual_dtype)
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(
+            {
+                "hidden_dim": self.hidden_dim,
+                "residual_in_fp32": self.residual_in_fp32,
+                "dropout": self.dropout,
+                "remat": self.remat,
+                "layer_norm_epsilon": self.layer_norm_epsilon,
+            }
+        )
+        return config
+
+
+def _masks(padding_mask):
+    """Which positions are real, and which segment each belongs to if the mask can tell."""
+    if padding_mask is None:
+        return None, None
+    mask = ops.cast(padding_mask, "bool")
+    if keras.backend.standardize_dtype(padding_mask.dtype) == "bool":
+        return mask, None
+    return mask, segment_ids_of(padding_mask)

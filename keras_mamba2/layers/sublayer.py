@@ -1,0 +1,90 @@
+import dataclasses
+import math
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+from typing import ClassVar
+
+import keras
+import numpy as np
+from keras import ops
+from keras import tree
+
+from keras_mamba2.layers.projection import Projection
+
+
+@dataclasses.dataclass(frozen=True)
+class StateTensor:
+    """What one tensor of a state is, without its batch axis.
+
+    Args:
+        shape: tuple of ints.
+        dtype: string.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one row."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+class Sublayer(keras.layers.Layer):
+    """What stands in a residual block: the mixer; later attention, an MLP or experts.
+
+    The base class of all of them, and the only thing that backbone, state files, LoRA,
+    quantization and layouts know of them. A subclass computes the same function in three ways,
+    which agree up to rounding:
+
+    - `call(x, mask, segment_ids)`: a sequence `(b t d)` to a sequence;
+    - `call_with_state(x, state, mask, segment_ids)`: the same after a state, and the state after;
+    - `step(x, state, mask)`: one token `(b d)` after a state, and the state after.
+
+    It names its state in `state_spec`. One without a state has the empty tuple.
+    """
+
+    # How tensors are cut over devices: the end of a path -> the axis of each dimension, of
+    # "batch", "sequence", "model" (heads) and "weights" (an axis whose devices share weights).
+    layouts: ClassVar[Mapping[str, tuple[str | None, ...]]] = {}
+
+    def call(self, x, mask=None, segment_ids=None):
+        return self.call_with_state(x, mask=mask, segment_ids=segment_ids)[0]
+
+    def call_with_state(self, x, state=None, mask=None, segment_ids=None) -> tuple[Any, Any]:
+        """Returns the output for `x` `(b t d)` after `state`, and the state after `x`."""
+        raise NotImplementedError
+
+    def step(self, x, state, mask=None) -> tuple[Any, Any]:
+        """Returns the output for one token `x` `(b d)` after `state`, and the state after it.
+
+        Where the boolean `mask` `(b)` is false, the state stays as it was.
+        """
+        raise NotImplementedError
+
+    def state_spec(self, max_length: int | None = None) -> Any:
+        """The `StateTensor` of each tensor of the state, in the state's own structure.
+
+        Args:
+            max_length: int, how many tokens the state must have room for, where its size depends
+                on that.
+        """
+        return ()
+
+    def initial_state(self, batch_size: int, max_length: int | None = None) -> Any:
+        """The state before the first token: zeros."""
+        return tree.map_structure(
+            lambda spec: ops.zeros((batch_size, *spec.shape), spec.dtype),
+            self.state_spec(max_length),
+        )
+
+    @property
+    def projections(self) -> Sequence[Projection]:
+        """The matrices that LoRA adapts and `quantize` quantizes."""
+        return ()
+
+    @property
+    def weight_axes(self) -> Mapping[str, Mapping[str, int]]:
+        """The weights that devices may cut: the end of a path -> what its axes are -> sizes."""
+        return {}

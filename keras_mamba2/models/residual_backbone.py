@@ -1,0 +1,238 @@
+from collections.abc import Sequence
+from typing import Any
+from typing import ClassVar
+
+import keras
+import keras_hub
+from keras import ops
+
+from keras_mamba2.conversion import open_preset
+from keras_mamba2.layers.gated_rms_normalization import GatedRMSNormalization
+from keras_mamba2.layers.residual_block import ResidualBlock
+from keras_mamba2.layers.reversible_embedding import ReversibleEmbedding
+from keras_mamba2.layers.sublayer import Sublayer
+from keras_mamba2.models import lora
+from keras_mamba2.models import quantization
+from keras_mamba2.models.layout import check_layout
+from keras_mamba2.models.layout import layout_map
+from keras_mamba2.state import NO_TOKEN
+from keras_mamba2.state import Mamba2State
+
+
+class ResidualBackbone(keras_hub.models.Backbone):
+    """An embedding, residual blocks, and a norm. It knows no kind of layer.
+
+    A subclass makes the layers from its configuration. All that a backbone does with them goes
+    through `keras_mamba2.layers.Sublayer`.
+
+    Args:
+        token_embedding: `keras_mamba2.layers.ReversibleEmbedding`, not built yet.
+        embeddings_dropout: `keras.layers.Dropout`.
+        blocks: sequence of `keras_mamba2.layers.ResidualBlock`, not built yet.
+        norm: `keras_mamba2.layers.GatedRMSNormalization`, not built yet.
+        **kwargs: `dtype`, `name` and `trainable`.
+
+    Call arguments:
+        token_ids: int tensor `(b t)`.
+        padding_mask: int tensor `(b t)`, as in `keras_mamba2.Mamba2Backbone`.
+    """
+
+    # The kinds of sublayers that a model of this class may have.
+    sublayers: ClassVar[tuple[type[Sublayer], ...]] = ()
+
+    def __init__(
+        self,
+        token_embedding: ReversibleEmbedding,
+        embeddings_dropout: keras.layers.Dropout,
+        blocks: Sequence[ResidualBlock],
+        norm: GatedRMSNormalization,
+        **kwargs,
+    ):
+        _check_cuts(token_embedding, blocks)
+
+        # === Layers ===
+        self.token_embedding = token_embedding
+        self.embeddings_dropout = embeddings_dropout
+        self.blocks = list(blocks)
+        self.norm = norm
+
+        # === Functional Model ===
+        token_id_input = keras.Input(shape=(None,), dtype="int32", name="token_ids")
+        padding_mask_input = keras.Input(shape=(None,), dtype="int32", name="padding_mask")
+        x = self.embeddings_dropout(self.token_embedding(token_id_input))
+        for block in self.blocks:
+            x = block(x, padding_mask=padding_mask_input)
+        super().__init__(
+            inputs={"token_ids": token_id_input, "padding_mask": padding_mask_input},
+            outputs=self.norm(x),
+            **kwargs,
+        )
+
+    def call_with_state(self, token_ids, state: Mamba2State | None = None, padding_mask=None):
+        """Runs the model on `(b t)` token ids after `state`.
+
+        Differentiable in the state too. A `padding_mask` of integers numbers documents, as in a
+        call; `state` then belongs to the first, and the returned one to the last.
+
+        Returns:
+            Tuple `(hidden_states, state)`: `(b t d)`, and the `Mamba2State` after each row's
+            last real token.
+        """
+        b, t = ops.shape(token_ids)
+        token = ops.full((b,), NO_TOKEN, "int32") if state is None else state.token
+        length = ops.zeros((b,), "int32") if state is None else state.length
+        layers = [None] * len(self.blocks) if state is None else state.layers
+        x, states = self.embeddings_dropout(self.token_embedding(token_ids)), []
+        for block, layer in zip(self.blocks, layers, strict=True):
+            x, layer = block.call_with_state(x, layer, padding_mask)
+            states.append(layer)
+        seen = t if padding_mask is None else ops.count_nonzero(padding_mask, axis=1)
+        return self.norm(x), Mamba2State(states, token, length + ops.cast(seen, "int32"))
+
+    def step(self, token_ids, state: Mamba2State, mask=None):
+        """Runs the model on one token a row, `(b)`, after `state`.
+
+        Where the boolean `mask` `(b)` is false, the state stays as it was.
+
+        Returns:
+            Tuple `(hidden_states, state)`: `(b d)`, and the `Mamba2State` after the token.
+        """
+        x, states = self.token_embedding(token_ids), []
+        for block, layer in zip(self.blocks, state.layers, strict=True):
+            x, layer = block.step(x, layer, mask)
+            states.append(layer)
+        seen = 1 if mask is None else ops.cast(mask, "int32")
+        return self.norm(x), Mamba2State(states, state.token, state.length + seen)
+
+    def state_spec(self, max_length: int | None = None) -> tuple[Any, ...]:
+        """What a state holds for one row: for each block the spec of its `Sublayer`."""
+        return tuple(block.sublayer.state_spec(max_length) for block in self.blocks)
+
+    def initial_state(self, batch_size: int, max_length: int | None = None) -> Mamba2State:
+        """The state before the first token of `batch_size` rows, of up to `max_length` tokens."""
+        return Mamba2State(
+            [block.sublayer.initial_state(batch_size, max_length) for block in self.blocks],
+            token=ops.full((batch_size,), NO_TOKEN, "int32"),
+            length=ops.zeros((batch_size,), "int32"),
+        )
+
+    @classmethod
+    def from_preset(cls, preset: str, load_weights: bool = True, **kwargs) -> "ResidualBackbone":
+        """Loads a backbone by name or folder. See `keras_hub.models.Backbone.from_preset`."""
+        loader, preset = open_preset(preset, weights=load_weights, tokenizer=False)
+        if loader is not None:
+            return loader.load_backbone(cls, load_weights, **kwargs)
+        return super().from_preset(preset, load_weights=load_weights, **kwargs)
+
+    @classmethod
+    def get_layout_map(
+        cls,
+        device_mesh: keras.distribution.DeviceMesh,
+        model_parallel_dim_name: str = "model",
+        data_parallel_dim_name: str = "batch",
+        sequence_parallel_dim_name: str = "sequence",
+    ) -> keras.distribution.LayoutMap:
+        """How weights and sequences are distributed over the devices of a mesh.
+
+        Its axes say what is cut. `data_parallel_dim_name` is always there: rows of the batch,
+        and every matrix, so that weights, gradients and optimizer need a share of the memory
+        (fully sharded). `model_parallel_dim_name` cuts heads and vocabulary (tensor parallel).
+        `sequence_parallel_dim_name` cuts positions: each device runs its part of every sequence,
+        if their number is divisible, and passes on the state.
+
+        Args:
+            device_mesh: `keras.distribution.DeviceMesh` with one or two of the axes.
+            model_parallel_dim_name: string, the axis that cuts heads.
+            data_parallel_dim_name: string, the axis that cuts the batch.
+            sequence_parallel_dim_name: string, the axis that cuts sequences.
+
+        Example:
+        ```python
+        mesh = keras.distribution.DeviceMesh((2, 4), ["batch", "sequence"])
+        layout_map = keras_mamba2.Mamba2Backbone.get_layout_map(mesh)
+        distribution = keras.distribution.ModelParallel(layout_map=layout_map)
+        with distribution.scope():
+            lm = keras_mamba2.Mamba2CausalLM.from_preset("mamba2_130m_en")
+        ```
+        """
+        return layout_map(
+            cls.sublayers,
+            device_mesh,
+            model_parallel_dim_name,
+            data_parallel_dim_name,
+            sequence_parallel_dim_name,
+        )
+
+    def default_lora_layer_names(self) -> list[str]:
+        return sorted({layer.name for layer in lora.projections(self)})
+
+    def enable_lora(self, rank: int, target_layer_names: Sequence[str] | None = None) -> None:
+        """Freezes the model, and adds LoRA adapters to its projections, to be trained instead.
+
+        Compile the model afterwards. A bias of a projection is frozen too, so that the adapters
+        hold all that training changes.
+
+        Args:
+            rank: int.
+            target_layer_names: sequence of strings, names of projections such as `"in_proj"` and
+                `"out_proj"`. `None` for all.
+
+        Raises:
+            ValueError: for another name, if LoRA is enabled already, and for weights quantized
+                to anything but int8 and int4.
+        """
+        if rank < 1:
+            raise ValueError(f"`rank` must be positive. Received: rank={rank}")
+        names = (
+            self.default_lora_layer_names() if target_layer_names is None else target_layer_names
+        )
+        lora.enable(self, {layer: (rank, rank) for layer in lora.projections_named(self, names)})
+
+    def merge_lora(self) -> None:
+        """Adds the LoRA adapters to the weights: the model is a plain one, with the same outputs.
+
+        Everything is trainable again; compile the model before it is trained on. Weights in int8
+        or int4 are quantized anew, so that outputs change by the rounding.
+        """
+        lora.merge(self)
+
+    def save_lora_weights(self, filepath) -> None:
+        """As `keras_hub.models.Backbone.save_lora_weights`: a file that ends in `.lora.h5`."""
+        lora.check_uniform(self)
+        super().save_lora_weights(filepath)
+
+    def load_lora_weights(self, filepath) -> None:
+        """Loads a file of `save_lora_weights`, and enables LoRA as it needs where it is not.
+
+        Raises:
+            ValueError: for the file of another model, and if LoRA is enabled on other layers than
+                those in the file, with another rank, or an alpha that is not the rank.
+        """
+        lora.check_uniform(self)
+        layers, rank = lora.read_file(self, filepath)
+        if not lora.adapted_projections(self):
+            lora.enable(self, {layer: (rank, rank) for layer in layers})
+        super().load_lora_weights(filepath)
+
+    def quantize(self, mode: str | None = None, config=None, filters=None, **kwargs) -> None:
+        """As `Mamba2CausalLM.quantize`."""
+        quantization.check(self, config)
+        filters = quantization.is_quantizable if filters is None else filters
+        super().quantize(mode, config=config, filters=filters, **kwargs)
+        quantization.remember_policies(self)
+
+    def get_quantization_layer_structure(self, mode: str):
+        return quantization.layer_structure(self, mode)
+
+
+def _check_cuts(token_embedding: ReversibleEmbedding, blocks: Sequence[ResidualBlock]) -> None:
+    """Raises, before a weight is made, if the current distribution would cut one unequally."""
+    axes = {
+        "vocabulary_size": token_embedding.input_dim,
+        "hidden_dim": token_embedding.output_dim,
+    }
+    cuts = {"token_embedding/embeddings": axes}
+    for block in blocks:
+        for path, axes in block.sublayer.weight_axes.items():
+            cuts[f"{block.name}/{block.sublayer.name}/{path}"] = axes
+    check_layout(cuts)
