@@ -270,11 +270,11 @@ class Mamba2Mixer(Sublayer):
     def weight_axes(self) -> dict[str, dict[str, int]]:
         projected = self.inner_dim + self.conv_dim + self.num_heads
         return {
+            "out_proj/kernel": {"num_heads": self.num_heads, "hidden_dim": self.hidden_dim},
             "in_proj/kernel": {
                 "hidden_dim": self.hidden_dim,
                 "2 * inner_dim + 2 * num_groups * state_dim + num_heads": projected,
             },
-            "out_proj/kernel": {"num_heads": self.num_heads, "hidden_dim": self.hidden_dim},
         }
 
     def _project(self, x):
