@@ -1,5 +1,10 @@
 """Mamba-2 language models for Keras 3. Start at `Mamba2CausalLM.from_preset`."""
 
+from keras_mamba2.backend_choice import choose_backend
+from keras_mamba2.backend_choice import report_other_backend
+
+choose_backend()
+
 from keras_mamba2 import layers as layers
 from keras_mamba2 import ops as ops
 from keras_mamba2 import training as training
@@ -14,5 +19,7 @@ from keras_mamba2.tasks import Mamba2Forecaster as Mamba2Forecaster
 from keras_mamba2.tasks import Mamba2Session as Mamba2Session
 from keras_mamba2.tasks import Mamba2TextClassifier as Mamba2TextClassifier
 from keras_mamba2.tasks import Mamba2TextClassifierPreprocessor as Mamba2TextClassifierPreprocessor
+
+report_other_backend()
 
 __version__ = "0.1.0"

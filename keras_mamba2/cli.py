@@ -22,7 +22,6 @@ class Format(enum.StrEnum):
 @app.callback()
 def main() -> None:
     """Mamba-2 language models in Keras."""
-    os.environ.setdefault("KERAS_BACKEND", "jax")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
