@@ -1,12 +1,10 @@
 import dataclasses
-import math
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 from typing import ClassVar
 
 import keras
-import numpy as np
 from keras import ops
 from keras import tree
 
@@ -24,11 +22,6 @@ class StateTensor:
 
     shape: tuple[int, ...]
     dtype: str
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of one row."""
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 class Sublayer(keras.layers.Layer):
