@@ -2,9 +2,11 @@
 
     python guides/train_tiny_shakespeare.py input.txt runs/tiny
 
-`input.txt` is the tiny Shakespeare corpus of karpathy/char-rnn. The first 90 % of its characters
-are for training, the last 10 % for validation. Interrupted, the same command goes on where the
-last epoch ended. The preset with its card and a picture of the loss goes to the second argument.
+`input.txt` is the tiny Shakespeare corpus of karpathy/char-rnn. The last 10 % of its characters are
+for validation: they are read once, at the very end, for the figure on the card. Everything that is
+chosen on text (when to stop, the temperature of the logits) is chosen on a part of the first 90 %
+that training leaves out. Interrupted, the same command goes on where the last epoch ended. The
+preset with its card and a picture of the loss goes to the second argument.
 
 On CPU most of a step can go to page faults, since XLA returns its memory to the system after each:
 with tcmalloc (LD_PRELOAD=libtcmalloc_minimal.so.4 TCMALLOC_RELEASE_RATE=0) it is twice as fast.
@@ -16,6 +18,7 @@ import math
 import os
 import pathlib
 import re
+from collections.abc import Callable
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
@@ -30,7 +33,10 @@ from keras_mamba2.models.mamba2_tokenizer import byte_vocabulary
 
 PRESET = "mamba2_tiny_shakespeare"
 STEPS_PER_EPOCH = 100
-VALIDATION_WINDOW = 1024
+SPLIT = 0.9  # the rest is for the one final measurement
+HELD_OUT = (0.82, 0.865)  # half of a play, whose other half is trained on
+EVALUATION_WINDOW = 1024
+PAGES, PAGE_LENGTH = 50, 1000
 BEST_WEIGHTS = "best.weights.h5"
 HISTORY = "history.csv"
 
@@ -41,20 +47,23 @@ trying things out, for tests and for guides; it knows nothing but these plays.
 
 | | |
 | --- | --- |
-| data | tiny Shakespeare (karpathy/char-rnn, public domain): first 90 % of the characters |
+| data | tiny Shakespeare (karpathy/char-rnn, public domain): the first 90 % of the \
+characters without {held_out_characters:,} that are held out |
 | parameters | {parameters:,} |
 | vocabulary | 256 bytes and an end token, no merges |
 | training | {steps} steps of {batch_size} windows of {window} characters, {tokens:.1f}M in all; \
-in {renamed:.0%} of the windows the speakers have invented names |
+in {exchanged:.0%} of the windows the speakers have names from other plays, in {invented:.0%} \
+invented ones |
 | recipe | AdamW, peak learning rate {learning_rate}, warm-up, cosine to a tenth, weight decay \
 {weight_decay} on matrices only, clipping at 1, dropout {dropout}, averaged weights; of {planned} \
-planned steps those until validation stopped improving |
-| calibration | all logits divided by {temperature:.2f}, the best for the first half of the \
-validation text, since a model that has read so little so often is too sure of itself |
-| validation loss | **{loss:.4f} nats a character** on the whole last 10 %, state carried \
-({uncalibrated:.4f} before calibration) |
+planned steps those that were best on the held-out part |
+| calibration | all logits divided by {temperature:.2f}, the best for the held-out part, since a \
+model that has read so little so often is too sure of itself |
+| validation loss | **{loss:.4f} nats a character** on the whole last 10 %, state carried; \
+this text was read once, for this figure |
 | for comparison | nanoGPT, 10.7M parameters on a GPU: 1.4697; its CPU setting: 1.88 |
-| speakers | one that a text has not named yet is often invented, as in training |
+| speakers | {real_speakers:.0%} of those in {pages} sampled pages of {page_length} characters \
+have a name that occurs in the plays |
 | machine | {machine} |
 | made by | `guides/train_tiny_shakespeare.py` |
 
@@ -70,66 +79,94 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("text", type=pathlib.Path)
     parser.add_argument("output", type=pathlib.Path)
-    parser.add_argument("--epochs", type=int, default=24, help="of 100 steps, at most")
+    parser.add_argument("--epochs", type=int, default=13, help="of 100 steps, at most")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--window", type=int, default=1024, help="characters a row")
     parser.add_argument("--learning-rate", type=float, default=3.5e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--renamed", type=float, default=0.7, help="windows with other speakers")
+    parser.add_argument("--exchanged", type=float, default=0.65, help="windows with other speakers")
+    parser.add_argument("--invented", type=float, default=0.05, help="windows with new names")
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--machine", default="not recorded", help="what the card says of it")
     return parser.parse_args()
 
 
 class RandomWindows:
-    """Draws batches of windows of a text; a step of an epoch always draws the same.
+    """Draws batches of windows of texts; a step of an epoch always draws the same.
 
-    In `renamed` of the windows the speakers have other names. The plays that a model is validated
-    on have speakers that it never met, so it should learn whose turn it is from the dialogue
-    itself, not a list of names by heart.
+    In some windows the speakers have other names. The plays that a model is validated on have
+    speakers that it never met, so it should learn whose turn it is from the dialogue itself. Nearly
+    all of the other names are those of other plays: a model that reads invented ones invents some.
     """
 
-    def __init__(self, text: str, window: int, batch_size: int, renamed: float):
-        self.text, self.window, self.batch_size, self.epoch = text, window, batch_size, 0
-        self.renamed, self.names = renamed, Names(text)
+    def __init__(self, texts: list[str], arguments: argparse.Namespace):
+        self.texts, self.names, self.epoch = texts, Names("\n\n".join(texts)), 0
+        self.window, self.batch_size = arguments.window, arguments.batch_size
+        self.shares = arguments.exchanged, arguments.invented
 
     def __call__(self, step: int):
         rng = np.random.default_rng([self.epoch, step])
-        starts = rng.integers(len(self.text) - 2 * self.window, size=self.batch_size)
-        return inputs_and_targets(np.stack([self.row(start, rng) for start in starts]))
+        return inputs_and_targets(np.stack([self.row(rng) for _ in range(self.batch_size)]))
 
-    def row(self, start: int, rng: np.random.Generator) -> np.ndarray:
-        text = self.text[start : start + 2 * self.window]  # other names may be shorter
-        if rng.random() < self.renamed:
-            text = self.names.replace(text, rng)
+    def row(self, rng: np.random.Generator) -> np.ndarray:
+        length = 2 * self.window  # other names may be shorter
+        starts = np.array([len(text) - length for text in self.texts])
+        text = self.texts[rng.choice(len(starts), p=starts / starts.sum())]
+        start = rng.integers(len(text) - length)
+        text = text[start : start + length]
+        exchanged, invented = self.shares
+        draw = rng.random()
+        if draw < exchanged:
+            text = rename(text, lambda speakers: self.names.exchange(speakers, rng))
+        elif draw < exchanged + invented:
+            text = rename(text, lambda speakers: self.names.invent(speakers, rng))
         return bytes_of(text[: self.window + 1])
 
 
-class Names:
-    """The speakers of plays, and new names made of the halves of theirs."""
+SPEAKER = re.compile(r"(?<=\n\n)[A-Z][A-Za-z ]*(?=:\n)")
 
-    SPEAKER = re.compile(r"(?<=\n\n)[A-Z][A-Za-z ]*(?=:\n)")
+
+class Names:
+    """Other names for the speakers of a play."""
 
     def __init__(self, text: str):
-        self.words = sorted({w for name in self.SPEAKER.findall(text) for w in name.split()})
+        self.speakers = sorted(set(SPEAKER.findall(text)))
+        self.words = sorted({word for name in self.speakers for word in name.split()})
 
-    def replace(self, text: str, rng: np.random.Generator) -> str:
-        """`text` with another name for each speaker, also where others speak of them."""
-        new = {name: self.invent(name, rng) for name in dict.fromkeys(self.SPEAKER.findall(text))}
-        text = self.SPEAKER.sub(lambda match: new[match[0]], text)
-        mentions = {n.title(): new[n].title() for n in new if n.isupper() and " " not in n}
-        if not mentions:
-            return text
-        any_mention = re.compile(rf"\b({'|'.join(mentions)})\b")
-        return any_mention.sub(lambda match: mentions[match[0]], text)
+    def exchange(self, speakers: list[str], rng: np.random.Generator) -> dict[str, str]:
+        """For each speaker another one's name: a proper name (in capitals), or a role."""
+        new = {}
+        for proper in (True, False):
+            old = [name for name in speakers if name.isupper() == proper]
+            names = [name for name in self.speakers if name.isupper() == proper]
+            new |= dict(zip(old, rng.permutation(names).tolist(), strict=False))
+        return new
 
-    def invent(self, name: str, rng: np.random.Generator) -> str:
-        halves = (
-            words[len(words) // 2 :] if last else words[: (len(words) + 1) // 2]
-            for last, words in enumerate(rng.choice(self.words, 2))
-        )
-        word = "".join(halves).upper()
-        return word if name.isupper() else word.title()
+    def invent(self, speakers: list[str], rng: np.random.Generator) -> dict[str, str]:
+        """For each speaker a name made of the halves of two words of names."""
+        new = {}
+        for name in speakers:
+            first, last = rng.choice(self.words, 2)
+            word = first[: (len(first) + 1) // 2] + last[len(last) // 2 :]
+            new[name] = word.upper() if name.isupper() else word.title()
+        return new
+
+
+def rename(text: str, other_names: Callable[[list[str]], dict[str, str]]) -> str:
+    """`text` with another name for each speaker, also where others speak of them."""
+    new = other_names(list(dict.fromkeys(SPEAKER.findall(text))))
+    text = SPEAKER.sub(lambda match: new[match[0]], text)
+    mentions = {n.title(): new[n].title() for n in new if n.isupper() and " " not in n}
+    if not mentions:
+        return text
+    any_mention = re.compile(rf"\b({'|'.join(mentions)})\b")
+    return any_mention.sub(lambda match: mentions[match[0]], text)
+
+
+def share_of_real_speakers(pages: list[str], plays: str) -> float:
+    speakers = [name for page in pages for name in SPEAKER.findall(page)]
+    real = set(SPEAKER.findall("\n\n" + plays))
+    return sum(name in real for name in speakers) / len(speakers)
 
 
 def bytes_of(text: str) -> np.ndarray:
@@ -163,7 +200,7 @@ def callbacks(windows: RandomWindows, output: pathlib.Path) -> list[keras.callba
         ),
         keras.callbacks.CSVLogger(output / HISTORY, append=True),
         # From there on it learns the training text by heart.
-        keras.callbacks.EarlyStopping(patience=2),
+        keras.callbacks.EarlyStopping(patience=3),
     ]
 
 
@@ -194,10 +231,14 @@ def plot(history: list[dict[str, str]], path: pathlib.Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
     axes.plot(steps, [float(row["loss"]) for row in history], label="training")
     axes.plot(
-        steps, [float(row["val_loss"]) for row in history], label="validation, averaged weights"
+        steps, [float(row["val_loss"]) for row in history], label="held out, averaged weights"
     )
     axes.axhline(
-        1.4697, color="gray", linewidth=1, linestyle=":", label="nanoGPT, 10.7M parameters"
+        1.4697,
+        color="gray",
+        linewidth=1,
+        linestyle=":",
+        label="nanoGPT, validation",
     )
     axes.set(xlabel="step", ylabel="nats a character", ylim=(1.2, 1.8))
     axes.legend(frameon=False)
@@ -228,7 +269,7 @@ def calibrate(lm: keras_mamba2.Mamba2CausalLM, text: str) -> float:
     return temperature
 
 
-def save_preset(lm, arguments, history, sample: str, **figures: float) -> None:
+def save_preset(lm, arguments, history, pages: list[str], **figures: float) -> None:
     folder = arguments.output / PRESET
     lm.save_to_preset(folder)
     plot(history, folder / "loss.png")
@@ -236,20 +277,16 @@ def save_preset(lm, arguments, history, sample: str, **figures: float) -> None:
     steps = STEPS_PER_EPOCH * (1 + losses.index(min(losses)))
     tokens = steps * arguments.batch_size * arguments.window
     card = CARD.format(
+        **vars(arguments),
+        **figures,
         preset=PRESET,
         parameters=lm.count_params(),
         steps=steps,
         planned=arguments.epochs * STEPS_PER_EPOCH,
-        renamed=arguments.renamed,
-        batch_size=arguments.batch_size,
-        window=arguments.window,
         tokens=tokens / 1e6,
-        learning_rate=arguments.learning_rate,
-        weight_decay=arguments.weight_decay,
-        dropout=arguments.dropout,
-        **figures,
-        machine=arguments.machine,
-        sample="\n".join("    " + line for line in sample.splitlines()),
+        pages=PAGES,
+        page_length=PAGE_LENGTH,
+        sample="\n".join("    " + line for line in pages[0][:500].splitlines()),
     )
     (folder / "README.md").write_text(card)
     print(card)
@@ -260,14 +297,15 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     keras.utils.set_random_seed(0)
     text = arguments.text.read_text()
-    split = int(0.9 * len(text))
-    windows = RandomWindows(text[:split], arguments.window, arguments.batch_size, arguments.renamed)
+    first, last, split = (int(share * len(text)) for share in (*HELD_OUT, SPLIT))
+    held_out = text[first:last]
+    windows = RandomWindows([text[:first], text[last:split]], arguments)
     lm = make_model(arguments)
     lm.summary()
     lm.fit(
         grain.MapDataset.range(STEPS_PER_EPOCH).map(windows),
         epochs=arguments.epochs,
-        validation_data=consecutive_windows(bytes_of(text[split:]), VALIDATION_WINDOW),
+        validation_data=consecutive_windows(bytes_of(held_out), EVALUATION_WINDOW),
         validation_batch_size=12,
         callbacks=callbacks(windows, arguments.output),
     )
@@ -279,15 +317,15 @@ def main() -> None:
     lm = keras_mamba2.Mamba2CausalLM(
         lm.backbone, keras_mamba2.Mamba2CausalLMPreprocessor(tokenizer)
     )
-    # Over the whole text, the state carried from its start to its end.
-    uncalibrated = math.log(lm.perplexity(text[split:]))
-    temperature = calibrate(lm, text[split : (split + len(text)) // 2])
+    temperature = calibrate(lm, held_out)
     lm.compile(sampler=keras_hub.samplers.TopPSampler(p=0.95, temperature=0.8, seed=1))
-    sample = lm.generate("ROMEO:\n", max_new_tokens=500)
+    pages = lm.generate(["ROMEO:\n"] * PAGES, max_new_tokens=PAGE_LENGTH, stop_token_ids=None)
     save_preset(
-        *(lm, arguments, history, sample),
-        uncalibrated=uncalibrated,
+        *(lm, arguments, history, pages),
+        held_out_characters=len(held_out),
         temperature=temperature,
+        real_speakers=share_of_real_speakers(pages, text[:split]),
+        # Over the whole text, the state carried from its start to its end.
         loss=math.log(lm.perplexity(text[split:])),
     )
 
