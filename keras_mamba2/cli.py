@@ -19,6 +19,11 @@ class Format(enum.StrEnum):
     transformers = "transformers"
 
 
+Dtype = Annotated[
+    str, typer.Option(help="Of the weights, such as bfloat16. auto: that of the files.")
+]
+
+
 @app.callback()
 def main() -> None:
     """Mamba-2 language models in Keras."""
@@ -57,6 +62,7 @@ def generate(
         pathlib.Path | None,
         typer.Option(help="A session's file: goes on from it if it is there, and is written."),
     ] = None,
+    dtype: Dtype = "auto",
     compilation_cache: Annotated[
         str | None, typer.Option(help="A folder where compiled programs are kept.")
     ] = None,
@@ -66,7 +72,7 @@ def generate(
     from keras_mamba2 import Mamba2CausalLM
 
     with errors_on_one_line():
-        lm = Mamba2CausalLM.from_preset(preset)
+        lm = Mamba2CausalLM.from_preset(preset, dtype=dtype)
         sampler = FilterSampler(
             temperature=temperature,
             top_p=top_p,
@@ -105,9 +111,7 @@ def convert(
     ],
     folder: Annotated[pathlib.Path, typer.Argument(help="Where to write; must not exist yet.")],
     to: Annotated[Format, typer.Option(help="The format to write.")] = Format.keras,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of the weights, such as bfloat16. float32 if not given.")
-    ] = None,
+    dtype: Dtype = "auto",
     tokenizer: Annotated[bool, typer.Option(help="Whether to convert the tokenizer too.")] = True,
 ) -> None:
     """Converts a checkpoint. The folder appears when it is complete, or not at all."""

@@ -65,6 +65,22 @@ def test_convert_to_another_dtype(preset_folder, tmp_path):
     assert config["config"]["dtype"]["config"]["name"] == "bfloat16"
 
 
+def test_convert_keeps_the_dtype_of_the_files(preset_folder, tmp_path):
+    narrow, again = tmp_path / "narrow", tmp_path / "again"
+    run_app("convert", preset_folder, narrow, "--to", "transformers", "--dtype", "bfloat16")
+    result = run_app("convert", narrow, again)
+    assert result.exit_code == 0, result.output
+    config = json.loads((again / "config.json").read_text())
+    assert config["config"]["dtype"]["config"]["name"] == "bfloat16"
+
+
+def test_an_unknown_dtype_is_one_line(preset_folder, tmp_path):
+    result = run_app("convert", preset_folder, tmp_path / "new", "--dtype", "float17")
+    assert result.exit_code == 2
+    assert "float17" in result.output
+    assert not (tmp_path / "new").exists()
+
+
 def test_convert_leaves_nothing_half_done(preset_folder, tmp_path, monkeypatch):
     full = tmp_path / "full"
     full.mkdir()

@@ -1,7 +1,12 @@
+import os
+import pathlib
+import re
 import subprocess
 import sys
 
 import keras_mamba2
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 HEAVY = ("tensorflow", "torch", "transformers", "matplotlib", "typer", "pandas", "scipy")
 
@@ -26,3 +31,19 @@ print(len(set(sys.modules) - before), sorted(new & set({HEAVY})))
 
 def test_version_is_known():
     assert keras_mamba2.__version__.count(".") == 2
+
+
+def test_the_readme_example_runs_as_it_stands(tmp_path):
+    """Unmodified, as a newcomer's program: no variable chooses the backend."""
+    readme = (ROOT / "README.md").read_text()
+    example = re.search(r"## In Python\n+```python\n(.*?)```", readme, re.DOTALL).group(1)
+    environment = {name: v for name, v in os.environ.items() if name != "KERAS_BACKEND"}
+    environment["KERAS_HOME"] = str(tmp_path / "home")
+    result = subprocess.run(
+        [sys.executable, "-c", example + "\nimport keras; print(keras.backend.backend())"],
+        **{"cwd": tmp_path, "env": environment, "capture_output": True, "text": True},
+    )
+    assert result.returncode == 0, result.stderr
+    assert "ROMEO:" in result.stdout
+    assert result.stdout.endswith("jax\n")
+    assert (tmp_path / "for_transformers" / "model.safetensors").is_file()

@@ -10,6 +10,6 @@ from keras_mamba2.conversion.load import load_weights as load_weights
 from keras_mamba2.conversion.peft import read_peft_adapter as read_peft_adapter
 from keras_mamba2.conversion.peft import write_peft_adapter as write_peft_adapter
 from keras_mamba2.conversion.preset_loader import CheckpointLoader as CheckpointLoader
+from keras_mamba2.conversion.preset_loader import keras_arguments as keras_arguments
 from keras_mamba2.conversion.preset_loader import open_preset as open_preset
 from keras_mamba2.conversion.preset_loader import register as register
-from keras_mamba2.conversion.preset_loader import task_arguments as task_arguments

@@ -14,6 +14,7 @@ from keras_mamba2.conversion.config import constructor_arguments
 from keras_mamba2.conversion.config import read_constructor_arguments
 from keras_mamba2.conversion.deferred import initialize_the_rest
 from keras_mamba2.conversion.deferred import without_values
+from keras_mamba2.conversion.readers import most_common_dtype
 from keras_mamba2.conversion.tokenizer import has_tokenizer
 from keras_mamba2.conversion.tokenizer import tokenizer_arguments
 from keras_mamba2.preset_files import BACKBONE_NAME
@@ -22,6 +23,8 @@ from keras_mamba2.preset_files import Preset
 from keras_mamba2.preset_files import is_foreign
 
 logger = logging.getLogger(__name__)
+
+AUTO = "auto"
 
 GPT_NEOX = "hf://EleutherAI/gpt-neox-20b"
 # Its tokens, and what embeddings for them are padded to at most.
@@ -50,6 +53,8 @@ class CheckpointLoader(PresetLoader):
 
     def load_backbone(self, cls, load_weights: bool = True, **kwargs):
         folder = self.files.weights_folder() if load_weights else self.files.folder
+        if kwargs.get("dtype") == AUTO:
+            kwargs["dtype"] = most_common_dtype(folder) if load_weights else self.config_dtype()
         arguments = {**read_constructor_arguments(folder), **kwargs}
         if not load_weights:
             return cls(**arguments)
@@ -58,6 +63,10 @@ class CheckpointLoader(PresetLoader):
         load.load_weights(backbone, folder)
         initialize_the_rest(backbone.variables)  # the seeds of dropout
         return backbone
+
+    def config_dtype(self) -> str | None:
+        """What the configuration says of the weights' dtype; that of state-spaces says nothing."""
+        return self.files.config.get("dtype") or self.files.config.get("torch_dtype")
 
     def load_tokenizer(self, cls, config_file=None, **kwargs):
         return cls(**{**tokenizer_arguments(self.locate_tokenizer()), **kwargs})
@@ -107,17 +116,24 @@ def open_preset(
     return None, files.keras_folder(weights, tokenizer)
 
 
-def task_arguments(preset: str, arguments: dict) -> dict:
-    """Arguments for KerasHub's `from_preset` of a task, which are enough for any `preset`.
+def keras_arguments(preset: str, arguments: dict) -> dict:
+    """Arguments for KerasHub's `from_preset`, which are enough for any `preset`.
 
-    Without a `dtype`, it takes the current policy for a model saved under another of floating
-    point, but does not know a mixed one for such.
+    With `dtype="auto"` a model gets the dtype that it was saved with. Without a `dtype`, KerasHub
+    takes the current policy for a model saved under another of floating point, but does not know a
+    mixed one for such.
     """
-    if arguments.get("dtype") is None and not is_foreign(preset):
-        policy = load_json(preset, CONFIG_FILE)["config"].get("dtype") or {}
-        if str(policy.get("config", {}).get("name")).startswith("mixed_"):
-            return {**arguments, "dtype": keras.config.dtype_policy()}
-    return arguments
+    dtype = arguments.get("dtype")
+    if dtype != AUTO and (dtype is not None or is_foreign(preset)):
+        return arguments
+    policy = load_json(preset, CONFIG_FILE)["config"].get("dtype") or {}
+    name = str(policy.get("config", {}).get("name"))
+    if dtype is None:
+        mixed = name.startswith("mixed_")
+        return {**arguments, "dtype": keras.config.dtype_policy()} if mixed else arguments
+    # A quantized model keeps its policies if none is given.
+    plain = policy.get("class_name") == "DTypePolicy"
+    return {**arguments, "dtype": name if plain else None}
 
 
 def register() -> None:

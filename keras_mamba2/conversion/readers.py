@@ -4,6 +4,7 @@ Both formats hold raw arrays behind an index. The index is read and checked as a
 arrays are memory-mapped when asked for.
 """
 
+import collections
 import json
 import pathlib
 from collections.abc import Mapping
@@ -58,6 +59,17 @@ def read_tensors(folder) -> dict[str, StoredTensor]:
     if found[0].suffix != ".json":
         return read_file(found[0])
     return _read_shards(found[0])
+
+
+def most_common_dtype(folder) -> str:
+    """The dtype that most of the weights' numbers in `folder` have, by its Keras name.
+
+    Some checkpoints keep a few small weights in float32. Raises as `read_tensors`.
+    """
+    counts: collections.Counter[str] = collections.Counter()
+    for tensor in read_tensors(folder).values():
+        counts[str(tensor.dtype)] += tensor.extent
+    return counts.most_common(1)[0][0]
 
 
 def _read_shards(index: pathlib.Path) -> dict[str, StoredTensor]:

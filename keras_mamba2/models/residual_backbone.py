@@ -6,6 +6,7 @@ import keras
 import keras_hub
 from keras import ops
 
+from keras_mamba2.conversion import keras_arguments
 from keras_mamba2.conversion import open_preset
 from keras_mamba2.layers.gated_rms_normalization import GatedRMSNormalization
 from keras_mamba2.layers.residual_block import ResidualBlock
@@ -118,11 +119,16 @@ class ResidualBackbone(keras_hub.models.Backbone):
 
     @classmethod
     def from_preset(cls, preset: str, load_weights: bool = True, **kwargs) -> "ResidualBackbone":
-        """Loads a backbone by name or folder. See `keras_hub.models.Backbone.from_preset`."""
+        """Loads a backbone by name or folder. See `keras_hub.models.Backbone.from_preset`.
+
+        `dtype="auto"` takes the dtype that the weights in the files have.
+        """
         loader, preset = open_preset(preset, weights=load_weights, tokenizer=False)
         if loader is not None:
             return loader.load_backbone(cls, load_weights, **kwargs)
-        return super().from_preset(preset, load_weights=load_weights, **kwargs)
+        return super().from_preset(
+            preset, load_weights=load_weights, **keras_arguments(preset, kwargs)
+        )
 
     @classmethod
     def get_layout_map(

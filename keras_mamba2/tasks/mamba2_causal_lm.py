@@ -12,9 +12,9 @@ from keras import ops
 from keras_mamba2._compat.keras_hub_models import normalize_generate_inputs
 from keras_mamba2._compat.keras_training import evaluates_within_fit
 from keras_mamba2.conversion import export_to_transformers
+from keras_mamba2.conversion import keras_arguments
 from keras_mamba2.conversion import open_preset
 from keras_mamba2.conversion import read_peft_adapter
-from keras_mamba2.conversion import task_arguments
 from keras_mamba2.conversion import write_peft_adapter
 from keras_mamba2.generation import Generator
 from keras_mamba2.generation import picks_tokens
@@ -41,6 +41,8 @@ from keras_mamba2.tasks.packing import packed_dataset
 from keras_mamba2.tasks.text_stream import TextStream
 from keras_mamba2.tasks.text_stream import TextStreams
 from keras_mamba2.tasks.text_stream import visits
+
+PREPROCESSING = ("sequence_length", "packing")
 
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
@@ -93,13 +95,35 @@ class Mamba2CausalLM(keras_hub.models.CausalLM):
 
     @classmethod
     def from_preset(cls, preset: str, load_weights: bool = True, **kwargs) -> "Mamba2CausalLM":
-        """Loads a model by name or folder. See `keras_hub.models.CausalLM.from_preset`."""
+        """Loads a model by name or folder. See `keras_hub.models.CausalLM.from_preset`.
+
+        Args:
+            preset: the name of a preset, the path of a folder, or a handle `hf://user/name`.
+            load_weights: bool, whether the weights are read; else they are random.
+            **kwargs: as there. `dtype` is a policy or its name, or `"auto"` for the dtype that
+                the weights in the files have. `sequence_length` and `packing` are set on the
+                preprocessor: see `Mamba2CausalLMPreprocessor`.
+
+        Raises:
+            ValueError: for an unknown preset, damaged files, and options of the preprocessor
+                together with `preprocessor`.
+        """
+        options = {name: kwargs.pop(name) for name in PREPROCESSING if name in kwargs}
+        if options and "preprocessor" in kwargs:
+            raise ValueError(f"Set {', '.join(options)} on the `preprocessor` that you pass.")
+        lm = cls._from_preset(preset, load_weights, **kwargs)
+        for name, value in options.items():
+            setattr(lm.preprocessor, name, value)
+        return lm
+
+    @classmethod
+    def _from_preset(cls, preset: str, load_weights: bool, **kwargs) -> "Mamba2CausalLM":
         tokenizer = kwargs.get("preprocessor", "from the preset") == "from the preset"
         loader, preset = open_preset(preset, weights=load_weights, tokenizer=tokenizer)
         if loader is not None:
             return loader.load_task(cls, load_weights, **kwargs)
         return super().from_preset(
-            preset, load_weights=load_weights, **task_arguments(preset, kwargs)
+            preset, load_weights=load_weights, **keras_arguments(preset, kwargs)
         )
 
     def export_to_transformers(self, path, dtype: str | None = None) -> None:

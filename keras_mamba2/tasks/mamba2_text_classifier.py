@@ -2,8 +2,8 @@ import keras
 import keras_hub
 from keras import ops
 
+from keras_mamba2.conversion import keras_arguments
 from keras_mamba2.conversion import open_preset
-from keras_mamba2.conversion import task_arguments
 from keras_mamba2.models import Mamba2Backbone
 from keras_mamba2.tasks.batch_checks import check_batch
 from keras_mamba2.tasks.batch_checks import check_labels
@@ -114,7 +114,7 @@ class Mamba2TextClassifier(keras_hub.models.TextClassifier):
         loader, preset = open_preset(preset, weights=load_weights, tokenizer=tokenizer)
         if loader is None:
             return super().from_preset(
-                preset, load_weights=load_weights, **task_arguments(preset, kwargs)
+                preset, load_weights=load_weights, **keras_arguments(preset, kwargs)
             )
         if "num_classes" not in kwargs:
             raise ValueError(f"{preset} has no head of a classifier. Pass `num_classes`.")

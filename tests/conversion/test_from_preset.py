@@ -327,3 +327,42 @@ def test_a_saved_preset_is_what_keras_hub_uploads(folders, monkeypatch):
     )
     keras_hub.upload_preset("hf://me/my_model", str(folders["keras"]))
     assert {"config.json", "model.weights.h5", "tokenizer.json"} <= set(uploaded["me/my_model"])
+
+
+@pytest.mark.parametrize("name", ["transformers", "keras"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_auto_is_the_dtype_of_the_files(folders, tmp_path, name, dtype):
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(folders["original"], dtype=dtype)
+    if name == "keras":
+        lm.save_to_preset(tmp_path / name)
+    else:
+        lm.export_to_transformers(tmp_path / name)
+    for load in (
+        keras_mamba2.Mamba2CausalLM.from_preset,
+        keras_mamba2.Mamba2Backbone.from_preset,
+    ):
+        loaded = load(tmp_path / name, dtype="auto")
+        assert loaded.dtype_policy.name == dtype
+    assert keras_mamba2.Mamba2CausalLM.from_preset(tmp_path / name).dtype_policy.name == "float32"
+
+
+def test_auto_keeps_a_quantized_model(folders, tmp_path):
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(folders["original"])
+    lm.quantize("int8")
+    lm.save_to_preset(tmp_path / "int8")
+    loaded = keras_mamba2.Mamba2CausalLM.from_preset(tmp_path / "int8", dtype="auto")
+    for model in (lm, loaded):
+        model.compile(sampler="greedy")
+    assert loaded.generate(PROMPTS, max_length=40) == lm.generate(PROMPTS, max_length=40)
+    kernels = [w.dtype for w in loaded.backbone.weights if w.path.endswith("proj/kernel")]
+    assert set(kernels) == {"int8"}
+
+
+def test_options_of_the_preprocessor(folders):
+    load = keras_mamba2.Mamba2CausalLM.from_preset
+    preprocessor = load(folders["original"], sequence_length=24, packing=True).preprocessor
+    assert preprocessor.packing
+    x, _, _ = preprocessor(["To be", "or not to be", "that is the question"])
+    assert x["token_ids"].shape[1] == 24
+    with pytest.raises(ValueError, match="packing on the `preprocessor`"):
+        load(folders["original"], packing=True, preprocessor=None)
