@@ -16,7 +16,23 @@
 # ends with the same weights, bit for bit. It runs in a minute on a laptop and downloads nothing.
 
 # %%
-# In Colab: !pip install -q git+https://github.com/keras-mamba2/keras-mamba2 transformers torch
+# In Colab this installs the package; elsewhere it does nothing.
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+if "google.colab" in sys.modules and importlib.util.find_spec("keras_mamba2") is None:
+    source = ""
+    if not source:  # not published yet: from a wheel beside this notebook, or its own repository
+        wheels = sorted(map(str, pathlib.Path().glob("keras_mamba2-*.whl")))
+        source = wheels[-1] if wheels else ".."
+        if not wheels and not pathlib.Path("../pyproject.toml").exists():
+            raise FileNotFoundError(
+                "keras_mamba2 is not published yet. Make a wheel with `pip wheel --no-deps .` in "
+                "its repository, upload it here (Files, on the left), and run this cell again."
+            )
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
 
 # %%
 import os

@@ -1,7 +1,12 @@
 import pathlib
 import runpy
+import sys
+import tomllib
+import types
 
 import jupytext
+import nbclient
+import nbformat
 import pytest
 
 GUIDES = pathlib.Path(__file__).parents[1] / "guides"
@@ -17,6 +22,46 @@ def test_notebooks_are_their_guides(notebook):
     assert cells[0] == cells[1]
 
 
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_first_cell_is_that_of_all_guides(notebook):
+    first = runpy.run_path(str(GUIDES / "first_cell.py"))["CELL"]
+    assert notebook.with_suffix(".py").read_text().count(first) == 1
+
+
+def test_the_home_is_named_once():
+    home = runpy.run_path(str(GUIDES / "first_cell.py"))["HOME"]
+    project = tomllib.loads((GUIDES.parent / "pyproject.toml").read_text())["project"]
+    assert bool(home) == ("urls" in project)
+
+
+@pytest.fixture
+def first_cell(monkeypatch, tmp_path):
+    """Runs the first cell as if in Colab without the package; returns what is run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    commands = []
+    monkeypatch.setattr("subprocess.run", lambda command, check: commands.append(command))
+    code = runpy.run_path(str(GUIDES / "first_cell.py"))["CELL"]
+
+    def run():
+        exec(compile(code, "first cell", "exec"), {})
+        return commands
+
+    return run
+
+
+def test_colab_installs_an_uploaded_wheel(first_cell, tmp_path):
+    (tmp_path / "keras_mamba2-0.1.0-py3-none-any.whl").touch()
+    ((*_, source),) = first_cell()
+    assert source == "keras_mamba2-0.1.0-py3-none-any.whl"
+
+
+def test_colab_without_a_wheel_says_how_to_get_one(first_cell):
+    with pytest.raises(FileNotFoundError, match="pip wheel --no-deps"):
+        first_cell()
+
+
 @pytest.mark.parametrize(
     ("name", "printed"),
     [
@@ -25,13 +70,17 @@ def test_notebooks_are_their_guides(notebook):
         ("stateful_generation", "8,192 tokens"),
     ],
 )
-def test_guides_run(name, printed, capsys, tmp_path, monkeypatch):
-    monkeypatch.setenv("MPLBACKEND", "agg")
-    source = (GUIDES / f"{name}.py").read_text()
-    shorter = tmp_path / "guide.py"
-    shorter.write_text(source.replace("LONGEST = 2**20", "LONGEST = 2**13"))
-    runpy.run_path(str(shorter), run_name="__main__")
-    assert printed in capsys.readouterr().out
+def test_notebooks_run(name, printed, tmp_path):
+    """As notebooks, in a kernel of their own, from the first cell on."""
+    notebook = nbformat.read(GUIDES / f"{name}.ipynb", as_version=4)
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("LONGEST = 2**20", "LONGEST = 2**13")
+    client = nbclient.NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
+    )
+    client.execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert printed in "".join(o.text for o in outputs if o.output_type == "stream")
 
 
 def test_other_recurrences_are_calls_of_ssd():
