@@ -47,3 +47,19 @@ def test_the_readme_example_runs_as_it_stands(tmp_path):
     assert "ROMEO:" in result.stdout
     assert result.stdout.endswith("jax\n")
     assert (tmp_path / "for_transformers" / "model.safetensors").is_file()
+
+
+def test_everything_public_has_a_place_in_the_reference():
+    pages = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    places = {line.split(".")[-1] for line in pages.splitlines() if line.startswith(":::")}
+    modules = (keras_mamba2, keras_mamba2.layers, keras_mamba2.ops, keras_mamba2.training)
+    public = {
+        name
+        for module in modules
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and str(getattr(value, "__module__", "")).startswith("keras_mamba2")
+        and name not in ("choose_backend", "report_other_backend")
+    }
+    assert len(public) > 25
+    assert public - places == set()
