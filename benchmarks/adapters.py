@@ -54,8 +54,8 @@ class KerasMamba2:
         self.generator = self.lm.make_generate_function()
 
     def prefill(self, token_ids: np.ndarray) -> None:
-        room = np.full(len(token_ids), 2**30)
-        self.rows = self.generator.start(list(token_ids), room)
+        limits = np.full(len(token_ids), 2**30)
+        self.rows = self.generator.start(list(token_ids), limits)
         self.decode(1)
 
     def decode(self, num_tokens: int) -> None:

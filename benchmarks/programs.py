@@ -12,7 +12,7 @@ from jax.stages import Traced
 from benchmarks.workload import Workload
 from keras_mamba2 import Mamba2Backbone
 from keras_mamba2 import Mamba2CausalLM
-from keras_mamba2.conversion.deferred import without_values
+from keras_mamba2.conversion.deferred import deferred_initialization
 from keras_mamba2.generation import Generator
 from keras_mamba2.generation.decode import Rows
 from keras_mamba2.generation.decode import model_variables
@@ -26,7 +26,7 @@ Place = Callable[..., jax.ShapeDtypeStruct]  # (shape, dtype) -> argument
 def abstract_model(workload: Workload, **arguments) -> Mamba2CausalLM:
     """A model whose variables have shapes and no values: 2.7B would not fit everywhere."""
     arguments = {**workload.model, "chunk_size": workload.chunk_size, **arguments}
-    with without_values():
+    with deferred_initialization():
         backbone = Mamba2Backbone(**arguments)
     lm = Mamba2CausalLM(backbone)
     lm.compile(sampler="greedy")

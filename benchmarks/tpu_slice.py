@@ -28,7 +28,7 @@ from benchmarks.report import number
 from benchmarks.report import write_table
 from benchmarks.workload import of_size
 from keras_mamba2 import Mamba2Backbone
-from keras_mamba2.conversion.deferred import without_values
+from keras_mamba2.conversion.deferred import deferred_initialization
 from keras_mamba2.training import adamw_recipe
 
 TOPOLOGY = "v6e:2x4x1"
@@ -116,7 +116,7 @@ def training_step(size, layers, batch_size, tokens, remat, distribution):
     workload = of_size(size, dtype="mixed_bfloat16", chunk_size=tpu_aot.CHUNK_SIZE)
     lm = abstract_model(workload, num_layers=layers or workload.num_layers, remat=remat)
     optimizer = adamw_recipe(1e-3, steps=1000)
-    with without_values():
+    with deferred_initialization():
         for variable in lm.trainable_variables:
             variable._layout = distribution.get_variable_layout(variable)
         optimizer.build(lm.trainable_variables)

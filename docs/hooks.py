@@ -7,6 +7,7 @@ import jupytext
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File
 from mkdocs.structure.files import Files
+from mkdocs.structure.pages import Page
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = {
@@ -29,6 +30,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for picture in PICTURES:
         files.append(File.generated(config, picture, abs_src_path=str(ROOT / picture)))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, **_) -> str:
+    """Links of `docs/*.md` are those of the repository, so that they work there too."""
+    source = pathlib.PurePath(page.file.src_uri)
+    if source.parent.name or str(source) in PAGES:
+        return markdown
+    return links_within_site(markdown, f"docs/{source}")
 
 
 def links_within_site(text: str, source: str) -> str:

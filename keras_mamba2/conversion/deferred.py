@@ -13,7 +13,7 @@ from keras_mamba2._compat.keras_variables import keep_pending_initializations
 
 
 @contextlib.contextmanager
-def without_values() -> Iterator[None]:
+def deferred_initialization() -> Iterator[None]:
     """Variables created here have no values, which would take long to draw."""
     # Or the next scope that ends would draw values for them.
     with keep_pending_initializations(), keras.StatelessScope(initialize_variables=False):

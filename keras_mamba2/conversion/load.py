@@ -26,7 +26,7 @@ ROWS_AT_ONCE = 1024
 STRIPE = 64  # numbers
 
 
-class Place(NamedTuple):
+class Target(NamedTuple):
     """A variable, and how the weight that fills it is laid out."""
 
     variable: keras.Variable
@@ -49,14 +49,14 @@ def load_weights(backbone, folder) -> None:
     """
     folder = pathlib.Path(folder)
     tensors = read_tensors(folder)
-    places = _places(backbone, spelling_of(tensors))
-    tensors = _without_tied_head(folder, tensors, places)
-    _check_names(folder, tensors, places)
-    _check_shapes(folder, tensors, places)
+    targets = _targets(backbone, spelling_of(tensors))
+    tensors = _without_tied_head(folder, tensors, targets)
+    _check_names(folder, tensors, targets)
+    _check_shapes(folder, tensors, targets)
     nbytes = sum(tensor.end - tensor.offset for tensor in tensors.values())
     nans = {
-        name: _assign(tensors[name], places[name])
-        for name in progress(places, "Loading weights", nbytes)
+        name: _assign(tensors[name], targets[name])
+        for name in progress(targets, "Loading weights", nbytes)
     }
     nans = {name: count for name, count in nans.items() if count}
     if nans:
@@ -67,22 +67,22 @@ def load_weights(backbone, folder) -> None:
         )
 
 
-def _places(backbone, spelling: str) -> dict[str, Place]:
+def _targets(backbone, spelling: str) -> dict[str, Target]:
     """Where each weight goes, by its name in the file."""
-    places = {}
+    targets = {}
     for variable in backbone.weights:
         name, layout = weight_name(variable.path, spelling)
-        places[name] = Place(variable, layout)
-    return places
+        targets[name] = Target(variable, layout)
+    return targets
 
 
 def _without_tied_head(
-    folder: pathlib.Path, tensors: Mapping[str, StoredTensor], places: Mapping[str, Place]
+    folder: pathlib.Path, tensors: Mapping[str, StoredTensor], targets: Mapping[str, Target]
 ) -> dict[str, StoredTensor]:
     """Drops the head if the model has none and it is the embedding once more."""
     tensors = dict(tensors)
     embedding = tensors.get(EMBEDDING[spelling_of(tensors)])
-    if HEAD in places or HEAD not in tensors or embedding is None:
+    if HEAD in targets or HEAD not in tensors or embedding is None:
         return tensors
     if not _equal(tensors.pop(HEAD), embedding):
         raise ValueError(
@@ -95,7 +95,7 @@ def _without_tied_head(
 def _equal(a: StoredTensor, b: StoredTensor) -> bool:
     """Whether two tensors are the same bit for bit, NaN included."""
     if a == b:
-        return True  # one place in one file
+        return True  # one tensor in one file
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     a, b = a.read(), b.read()
@@ -103,8 +103,10 @@ def _equal(a: StoredTensor, b: StoredTensor) -> bool:
     return all(a[i : i + ROWS_AT_ONCE].tobytes() == b[i : i + ROWS_AT_ONCE].tobytes() for i in rows)
 
 
-def _check_names(folder, tensors: Mapping[str, StoredTensor], places: Mapping[str, Place]) -> None:
-    unused, missing = sorted(set(tensors) - set(places)), sorted(set(places) - set(tensors))
+def _check_names(
+    folder, tensors: Mapping[str, StoredTensor], targets: Mapping[str, Target]
+) -> None:
+    unused, missing = sorted(set(tensors) - set(targets)), sorted(set(targets) - set(tensors))
     if unused or missing:
         raise ValueError(
             f"The weights in {folder} are not those of the model.\n"
@@ -113,9 +115,11 @@ def _check_names(folder, tensors: Mapping[str, StoredTensor], places: Mapping[st
         )
 
 
-def _check_shapes(folder, tensors: Mapping[str, StoredTensor], places: Mapping[str, Place]) -> None:
+def _check_shapes(
+    folder, tensors: Mapping[str, StoredTensor], targets: Mapping[str, Target]
+) -> None:
     problems = []
-    for name, (variable, layout) in places.items():
+    for name, (variable, layout) in targets.items():
         actual, expected = tensors[name].shape, layout.file_shape(variable.shape)
         if actual != expected and not _lacks_padding(name, actual, expected):
             problems.append(
@@ -145,9 +149,9 @@ def _about_vocabulary(name: str, actual: tuple[int, ...], expected: tuple[int, .
     )
 
 
-def _assign(tensor: StoredTensor, place: Place) -> int:
+def _assign(tensor: StoredTensor, target: Target) -> int:
     """Fills one variable and returns how many NaN it got."""
-    variable, layout = place
+    variable, layout = target
     _free(variable)
     # Memory of its own, which a backend may take over; the file's must not be.
     value = np.zeros(variable.shape, numpy_dtype(variable.dtype))

@@ -12,8 +12,8 @@ from keras_mamba2._compat.keras_hub_presets import load_json
 from keras_mamba2.conversion import load
 from keras_mamba2.conversion.config import constructor_arguments
 from keras_mamba2.conversion.config import read_constructor_arguments
+from keras_mamba2.conversion.deferred import deferred_initialization
 from keras_mamba2.conversion.deferred import initialize_the_rest
-from keras_mamba2.conversion.deferred import without_values
 from keras_mamba2.conversion.readers import most_common_dtype
 from keras_mamba2.conversion.tokenizer import has_tokenizer
 from keras_mamba2.conversion.tokenizer import tokenizer_arguments
@@ -58,7 +58,7 @@ class CheckpointLoader(PresetLoader):
         arguments = {**read_constructor_arguments(folder), **kwargs}
         if not load_weights:
             return cls(**arguments)
-        with without_values():
+        with deferred_initialization():
             backbone = cls(**arguments)
         load.load_weights(backbone, folder)
         initialize_the_rest(backbone.variables)  # the seeds of dropout

@@ -67,7 +67,7 @@ def decode(model, sampler, rows: Rows, num_steps, stop_token_ids, capacity: int)
 
 
 def stateless_step(model, sampler):
-    """One step as a function of the sampler's variables, the seeds of its random numbers.
+    """One step as a function of the sampler's variables, which hold where its random numbers are.
 
     On JAX the loop may not assign variables: the seeds are carried, the weights are constants
     of the loop.

@@ -1,4 +1,4 @@
-"""The host's side of generation: prompts in, tokens out, a visit to the device now and then."""
+"""The host's side of generation: prompts in, tokens out, one run of a compiled loop after another."""
 
 from collections.abc import Iterable
 from collections.abc import Mapping
@@ -92,11 +92,11 @@ class Generator:
             The same two arrays, with so many rows for each prompt. Rows are padded on the right,
             whatever they were before.
         """
-        prompts, room = prompts_of(inputs)
+        prompts, limits = prompts_of(inputs)
         if max_new_tokens is not None:
-            room = np.minimum(room, max_new_tokens)
+            limits = np.minimum(limits, max_new_tokens)
         generate = self.generate if picks_tokens(self.model.sampler) else self.search
-        rows = generate(prompts, room, tuple(stop_token_ids or ()), state, num_return_sequences)
+        rows = generate(prompts, limits, tuple(stop_token_ids or ()), state, num_return_sequences)
 
         prompts = [prompt for prompt in prompts for _ in range(num_return_sequences)]
         shape = (len(prompts), np.shape(inputs["token_ids"])[1])
@@ -151,11 +151,11 @@ class Generator:
     def start(
         self,
         prompts: list[np.ndarray],
-        room: np.ndarray,
+        limits: np.ndarray,
         state: Mamba2State | None = None,
         num_return_sequences: int = 1,
     ) -> Rows:
-        """Where the rows stand before their first new token, of which `room[i]` may come.
+        """Where the rows stand before their first new token, of which `limits[i]` may come.
 
         From one prefill come `num_return_sequences` rows for each prompt, one after the other.
         """
@@ -167,7 +167,7 @@ class Generator:
                 row[prompt] = True
         rows = Rows(
             state=state,
-            remaining=np.asarray(room, "int32"),
+            remaining=np.asarray(limits, "int32"),
             seen=seen,
         )
         n = num_return_sequences
@@ -187,21 +187,21 @@ class Generator:
         return self._decode(rows, np.array(num_steps, "int32"), stops)
 
     def decode(
-        self, rows: Rows, stop_token_ids: Sequence[int] = (), visits: Iterable[int] = ()
+        self, rows: Rows, stop_token_ids: Sequence[int] = (), run_lengths: Iterable[int] = ()
     ) -> "Decoding":
         """An iterator over what the rows get, until all have stopped."""
-        return Decoding(self, rows, stop_token_ids, visits)
+        return Decoding(self, rows, stop_token_ids, run_lengths)
 
     def generate(
         self,
         prompts: list[np.ndarray],
-        room: np.ndarray,
+        limits: np.ndarray,
         stop_token_ids: Sequence[int],
         state: Mamba2State | None = None,
         num_return_sequences: int = 1,
     ) -> list[np.ndarray]:
-        """The tokens that follow each prompt, at most `room[i]` of them."""
-        rows = self.start(prompts, room, state, num_return_sequences)
+        """The tokens that follow each prompt, at most `limits[i]` of them."""
+        rows = self.start(prompts, limits, state, num_return_sequences)
         nothing = [np.zeros(0, "int32")] * rows.state.batch_size
         pieces = [nothing, *self.decode(rows, stop_token_ids)]
         return [np.concatenate(row) for row in zip(*pieces, strict=True)]
@@ -209,7 +209,7 @@ class Generator:
     def search(
         self,
         prompts: list[np.ndarray],
-        room: np.ndarray,
+        limits: np.ndarray,
         stop_token_ids: tuple[int, ...],
         state: Mamba2State | None = None,
         num_return_sequences: int = 1,
@@ -228,21 +228,21 @@ class Generator:
         for length in np.unique(lengths):
             same = np.flatnonzero(lengths == length)
             group = np.stack([prompts[i] for i in same])
-            found = self._search_group(group, room[same], stop_token_ids)
+            found = self._search_group(group, limits[same], stop_token_ids)
             for i, new in zip(same, found, strict=True):
                 rows[i] = new
         return rows
 
     def _search_group(
-        self, prompts: np.ndarray, room: np.ndarray, stop_token_ids: tuple[int, ...]
+        self, prompts: np.ndarray, limits: np.ndarray, stop_token_ids: tuple[int, ...]
     ) -> list[np.ndarray]:
         length = prompts.shape[1]
-        token_ids = np.pad(prompts, [(0, 0), (0, int(room.max()))]).astype("int32")
+        token_ids = np.pad(prompts, [(0, 0), (0, int(limits.max()))]).astype("int32")
         padding_mask = np.broadcast_to(np.arange(token_ids.shape[1]) < length, token_ids.shape)
         inputs = {"token_ids": token_ids, "padding_mask": padding_mask}
         found = self._search(inputs, stop_token_ids=stop_token_ids or None)
         rows = []
-        for row, limit in zip(ops.convert_to_numpy(found["token_ids"]), room, strict=True):
+        for row, limit in zip(ops.convert_to_numpy(found["token_ids"]), limits, strict=True):
             new = row[length : length + limit]
             stops = np.flatnonzero(np.isin(new, stop_token_ids))
             rows.append(new[: stops[0] + 1] if len(stops) else new)
@@ -290,9 +290,9 @@ class Generator:
 
 
 class Decoding:
-    """A decode loop in progress. Iterating visits it: new tokens of each row, until all stop.
+    """A decode loop in progress. Iterating runs it on: new tokens of each row, until all stop.
 
-    `rows` is where they stand, between visits.
+    `rows` is where they stand, between runs.
     """
 
     def __init__(
@@ -300,12 +300,13 @@ class Decoding:
         generator: Generator,
         rows: Rows,
         stop_token_ids: Sequence[int],
-        visits: Iterable[int] = (),
+        run_lengths: Iterable[int] = (),
     ):
         self.generator = generator
         self.rows = rows
         self.stop_token_ids = stop_token_ids
-        self._visits = iter(visits)  # how many tokens until the next one; then as many as fit
+        # In tokens; when they are used up, as many as fit.
+        self._run_lengths = iter(run_lengths)
 
     def __iter__(self) -> "Decoding":
         return self
@@ -314,7 +315,7 @@ class Decoding:
         missing = int(ops.convert_to_numpy(self.rows.remaining).max())
         if missing <= 0:
             raise StopIteration
-        num_steps = min(next(self._visits, DECODE_CAPACITY), missing, DECODE_CAPACITY)
+        num_steps = min(next(self._run_lengths, DECODE_CAPACITY), missing, DECODE_CAPACITY)
         self.rows, tokens = self.generator.advance(self.rows, num_steps, self.stop_token_ids)
         return [row[row != NO_TOKEN] for row in ops.convert_to_numpy(tokens)]
 
@@ -326,7 +327,7 @@ class Decoding:
 
 
 def prompts_of(inputs: Mapping[str, Any]) -> tuple[list[np.ndarray], np.ndarray]:
-    """The rows without their padding, and the room that it leaves in each."""
+    """The rows without their padding, and how many tokens fit behind each."""
     token_ids = np.asarray(ops.convert_to_numpy(inputs["token_ids"]))
     padding_mask = np.asarray(ops.convert_to_numpy(inputs["padding_mask"])).astype(bool)
     prompts = [row[mask] for row, mask in zip(token_ids, padding_mask, strict=True)]

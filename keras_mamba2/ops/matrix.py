@@ -26,7 +26,7 @@ def matmul(x, kernel, layout: str = "de"):
 
     return lax.platform_dependent(
         *(x, kernel),
-        cpu=with_a_row_more(float32_result),
+        cpu=with_padding_row(float32_result),
         default=product,
     )
 
@@ -81,13 +81,13 @@ def int8_matmul(x, kernel, kernel_scale, inputs_quantizer=None):
         if inputs_quantizer is None:
             return matmul(x, ops.cast(kernel, x.dtype), "ed") / kernel_scale, gradient
         rounded, scale = inputs_quantizer(x, axis=-1)
-        y = with_a_row_more(lambda *args: ops.einsum("...d,ed->...e", *args))(rounded, kernel)
+        y = with_padding_row(lambda *args: ops.einsum("...d,ed->...e", *args))(rounded, kernel)
         return ops.cast(ops.cast(y, scale.dtype) / (scale * kernel_scale), x.dtype), gradient
 
     return product(x, ops.convert_to_tensor(kernel), ops.convert_to_tensor(kernel_scale))
 
 
-def with_a_row_more(product):
+def with_padding_row(product):
     """`product(x, kernel)`, with the first row once more at the end.
 
     So there are two at least. It also stands between the product and what made `x`: XLA would

@@ -40,7 +40,7 @@ from keras_mamba2.tasks.packing import is_dataset
 from keras_mamba2.tasks.packing import packed_dataset
 from keras_mamba2.tasks.text_stream import TextStream
 from keras_mamba2.tasks.text_stream import TextStreams
-from keras_mamba2.tasks.text_stream import visits
+from keras_mamba2.tasks.text_stream import run_lengths
 
 PREPROCESSING = ("sequence_length", "packing")
 
@@ -185,7 +185,7 @@ class Mamba2CausalLM(keras_hub.models.CausalLM):
 
         As `keras.Model.quantize`. The recurrence stays in float32. LoRA adapters can be trained
         on weights in int8 and int4. A saved model keeps the mode and sizes of groups, but not the
-        quantizers of a `config`, of which it takes Keras' own when it is loaded.
+        quantizers of a `config`: when it is loaded, it has those that Keras takes by itself.
 
         Args:
             mode: `"int8"`, `"int4"`, `"float8"`, `"gptq"` or `"awq"`.
@@ -492,7 +492,7 @@ class Mamba2CausalLM(keras_hub.models.CausalLM):
         """Yields what `generate` with `strip_prompt=True` returns, piece by piece.
 
         Text comes as soon as it is certain: never half a character, never the beginning of a
-        stop string. The loop stays compiled, and is visited every few tokens. The iterator can
+        stop string. The loop is one compiled program, which stops every few tokens. The iterator can
         be left at any time.
 
         Args:
@@ -634,11 +634,11 @@ class Mamba2CausalLM(keras_hub.models.CausalLM):
                 "stream, or to stop at strings, compile the model with a sampler that draws."
             )
         generator = self.make_generate_function()
-        prompts, room = prompts_of(inputs)
+        prompts, limits = prompts_of(inputs)
         if max_new_tokens is not None:
-            room = np.minimum(room, max_new_tokens)
+            limits = np.minimum(limits, max_new_tokens)
         decoding = generator.decode(
-            generator.start(prompts, room, state, n), stop_token_ids, visits()
+            generator.start(prompts, limits, state, n), stop_token_ids, run_lengths()
         )
         skip = (*stop_token_ids, *self.preprocessor.tokenizer.special_token_ids)
         decode = self.preprocessor.tokenizer.detokenize

@@ -47,14 +47,14 @@ def pack(
 
 def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
     """Which documents share a row: longest first, each into the row that it fills best."""
-    rows, room = [], []  # room: sorted pairs of (positions left, row)
+    rows, free = [], []  # free: sorted pairs of (positions left, row)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = bisect.bisect_left(room, (lengths[i], 0))
-        left, row = room.pop(place) if place < len(room) else (size, len(rows))
+        place = bisect.bisect_left(free, (lengths[i], 0))
+        left, row = free.pop(place) if place < len(free) else (size, len(rows))
         if row == len(rows):
             rows.append([])
         rows[row].append(i)
-        bisect.insort(room, (left - lengths[i], row))
+        bisect.insort(free, (left - lengths[i], row))
     return sorted(sorted(row) for row in rows)  # in the order of the documents
 
 

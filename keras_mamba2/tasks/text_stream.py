@@ -84,12 +84,12 @@ def _overlap(text: str, stop: str) -> int:
 
 
 # The first piece comes after one token; later, the host looks in less and less often.
-VISITS = (1, 2, 4, 8)
-LATER_VISITS = 16
+FIRST_RUNS = (1, 2, 4, 8)
+LATER_RUNS = 16
 
 
 class TextStreams(Iterator[list[str]]):
-    """Yields what is new in the text of each row of a loop, visit after visit."""
+    """Yields what is new in the text of each row of a loop, run after run."""
 
     def __init__(self, decoding: Decoding, streams: Sequence[TextStream]):
         self.decoding = decoding
@@ -113,5 +113,5 @@ class TextStreams(Iterator[list[str]]):
             yield pieces
 
 
-def visits() -> Iterator[int]:
-    return itertools.chain(VISITS, itertools.repeat(LATER_VISITS))
+def run_lengths() -> Iterator[int]:
+    return itertools.chain(FIRST_RUNS, itertools.repeat(LATER_RUNS))

@@ -125,8 +125,8 @@ def test_the_loop_leaves_each_row_the_state_of_its_own_text(lm):
     decode = generator._decode
     generator._decode = keep
     prompts = [np.array(prompt) for prompt in prompts_of(3, 10, 1)]
-    room = np.array([2, 7, 5])
-    new = generator.generate(prompts, room, ())
+    limits = np.array([2, 7, 5])
+    new = generator.generate(prompts, limits, ())
     texts = [np.concatenate(pair) for pair in zip(prompts, new, strict=True)]
     expected = generator.prefill(texts)
     for found, truth in zip(
