@@ -1,4 +1,4 @@
-"""The host's side of generation: prompts in, tokens out, one run of a compiled loop after another."""
+"""The host's side of generation: prompts in, tokens out, run after run of a compiled loop."""
 
 from collections.abc import Iterable
 from collections.abc import Mapping

@@ -492,8 +492,8 @@ class Mamba2CausalLM(keras_hub.models.CausalLM):
         """Yields what `generate` with `strip_prompt=True` returns, piece by piece.
 
         Text comes as soon as it is certain: never half a character, never the beginning of a
-        stop string. The loop is one compiled program, which stops every few tokens. The iterator can
-        be left at any time.
+        stop string. The loop is one compiled program that pauses every few tokens. The
+        iterator can be left at any time.
 
         Args:
             inputs: a string, or a list of strings.
