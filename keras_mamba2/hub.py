@@ -1,10 +1,12 @@
-"""From `hf://user/name` to a local folder. `huggingface_hub` does the work."""
+"""From `hf://user/name` to a local folder, and back. `huggingface_hub` does the work."""
 
 import pathlib
+import tempfile
 from collections.abc import Callable
 from collections.abc import Sequence
 
 PREFIX = "hf://"
+CARD = "README.md"
 
 # Picks, from the names of a repository's files, those that are needed.
 Choice = Callable[[Sequence[str]], list[str]]
@@ -66,6 +68,70 @@ def parse(handle: str) -> tuple[str, str | None]:
     if not handle.startswith(PREFIX) or not all(repository.partition("/")[::2]):
         raise ValueError(f"A handle on the hub is written 'hf://user/name'. Received: {handle!r}")
     return repository, revision or None
+
+
+def push(
+    handle: str,
+    save: Callable[[pathlib.Path], None],
+    pipeline_tag: str,
+    private: bool | None = None,
+    token: str | None = None,
+    commit_message: str = "Upload a keras_mamba2 preset",
+) -> str:
+    """Uploads what `save` writes into a folder as one commit, and returns the commit's address.
+
+    The repository is made if there is none. One without a model card gets a short one, whose
+    metadata says how to load the model.
+
+    Args:
+        handle: `user/name` or `hf://user/name`.
+        save: writes the files into the empty folder that it is given.
+        pipeline_tag: the hub's name of the task.
+        private: whether a new repository is private; `None` for the user's default.
+        token: the user's token; `None` for that of `hf auth login` or HF_TOKEN.
+        commit_message: of the commit.
+
+    Raises:
+        ValueError: for a handle that is none, and where the hub does not know the user, or does
+            not let them write there. Without a valid token before anything is saved.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub import errors
+
+    repository, revision = parse(PREFIX + handle.removeprefix(PREFIX))
+    if revision is not None:
+        raise ValueError(f"A preset is pushed to a repository, not to a revision: {handle!r}")
+    api = HfApi(token=token)
+    try:
+        api.whoami()
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = pathlib.Path(temporary)
+            save(folder)
+            repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
+            if not (folder / CARD).exists() and not api.file_exists(repository, CARD):
+                (folder / CARD).write_text(_card(repository, pipeline_tag))
+            return api.upload_folder(
+                repo_id=repository, folder_path=folder, commit_message=commit_message
+            ).commit_url
+    except (errors.LocalTokenNotFoundError, errors.HfHubHTTPError) as error:
+        raise ValueError(
+            f"{handle} could not be pushed. Log in with `hf auth login`, set HF_TOKEN or pass "
+            f"`token`: one that may write there. The hub's client says: {error}"
+        ) from error
+
+
+def _card(repository: str, pipeline_tag: str) -> str:
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(
+        library_name="keras-hub", pipeline_tag=pipeline_tag, tags=["mamba2", "keras_mamba2"]
+    )
+    name = repository.split("/")[-1]
+    task = "Mamba2CausalLM" if pipeline_tag == "text-generation" else "Mamba2TextClassifier"
+    return (
+        f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n```python\nimport keras_mamba2\n\n"
+        f'lm = keras_mamba2.{task}.from_preset("{PREFIX}{repository}")\n```\n'
+    )
 
 
 def _cached(handle: str, choose: Choice, reason: Exception) -> pathlib.Path:

@@ -1,5 +1,6 @@
-"""A hub on loopback: the endpoints that `huggingface_hub` calls to list and download files."""
+"""A hub on loopback: the endpoints that `huggingface_hub` calls to list, download and upload."""
 
+import base64
 import contextlib
 import hashlib
 import http.server
@@ -7,6 +8,7 @@ import json
 import threading
 import urllib.parse
 
+TOKEN = "hf_token"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -22,6 +24,7 @@ class Hub:
         self.repositories = repositories
         self.cut: dict[str, int] = {}
         self.sizes: dict[str, int] = {}
+        self.commits = 0
         self.asked: list[tuple[str, str]] = []
         self.resumed_at: list[int] = []
 
@@ -58,11 +61,45 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self._answer()
 
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.hub.asked.append((self.command, self.path))
+        parts = self.path.strip("/").split("?")[0].split("/")
+        repository, rest = "/".join(parts[2:4]), parts[4:]
+        if parts[:2] == ["api", "validate-yaml"]:
+            self._json({"errors": [], "warnings": []})
+        elif not self._is_known():
+            self._refuse("", status=401)
+        elif parts[:3] == ["api", "repos", "create"]:
+            asked = json.loads(body)
+            name = f"{asked.get('organization', 'user')}/{asked['name']}"
+            self.hub.repositories.setdefault(name, {})
+            self._json({"url": f"http://{self.headers['Host']}/{name}", "id": name, "name": name})
+        elif rest[:1] == ["preupload"]:
+            mode = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
+            files = [{"path": file["path"], **mode} for file in json.loads(body)["files"]]
+            self._json({"files": files})
+        elif rest[:1] == ["commit"]:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    content = base64.b64decode(line["value"]["content"])
+                    self.hub.repositories[repository][line["value"]["path"]] = content
+            self.hub.commits += 1
+            self._json({"commitUrl": f"http://{self.headers['Host']}/{repository}/commit/{COMMIT}",
+                        "commitOid": COMMIT})  # fmt: skip
+        else:
+            self._refuse("EntryNotFound")
+
+    def _is_known(self):
+        return self.headers.get("Authorization") == f"Bearer {TOKEN}"
+
     def _answer(self):
         path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
         self.hub.asked.append((self.command, path))
         parts = path.strip("/").split("/")
-        if parts[:2] == ["api", "models"]:
+        if parts == ["api", "whoami-v2"]:
+            self._json({"name": "user"}) if self._is_known() else self._refuse("", status=401)
+        elif parts[:2] == ["api", "models"]:
             self._answer_api("/".join(parts[2:4]), parts[4:])
         elif parts[2:3] == ["resolve"]:
             self._answer_file("/".join(parts[:2]), "/".join(parts[4:]))
@@ -122,11 +159,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body)
 
-    def _refuse(self, code):
-        self.send_response(404)
+    def _refuse(self, code, status=404):
+        self.send_response(status)
         self.send_header("X-Error-Code", code)
         self.send_header("Content-Length", "0")
         self.end_headers()

@@ -4,7 +4,10 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
+import keras_mamba2
 from keras_mamba2 import hub
+from tests.hub_server import COMMIT
+from tests.hub_server import TOKEN
 from tests.hub_server import Hub
 from tests.hub_server import serving
 
@@ -118,3 +121,44 @@ def test_a_handle_is_user_and_name(handle):
 def test_a_revision_is_written_behind_an_at():
     assert hub.parse("hf://user/model") == ("user/model", None)
     assert hub.parse("hf://user/model@refs/pr/1") == ("user/model", "refs/pr/1")
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return keras_mamba2.Mamba2CausalLM.from_preset("mamba2_tiny_shakespeare")
+
+
+def test_what_was_pushed_is_loaded(server, lm):
+    address = lm.push_to_hub("user/new", private=True, token=TOKEN)
+    assert address.endswith(f"/user/new/commit/{COMMIT}")
+    assert server.commits == 1, "a reader could have seen half of it"
+    again = keras_mamba2.Mamba2CausalLM.from_preset("hf://user/new")
+    for model in (lm, again):
+        model.compile(sampler="greedy")
+    assert again.generate("ROMEO:", max_new_tokens=20) == lm.generate("ROMEO:", max_new_tokens=20)
+    card = huggingface_hub.ModelCard(server.repositories["user/new"]["README.md"].decode())
+    assert card.data.pipeline_tag == "text-generation"
+    assert card.data.library_name == "keras-hub"
+    assert 'from_preset("hf://user/new")' in card.text
+
+
+def test_a_card_that_is_there_stays(server, lm):
+    server.repositories["user/model"]["README.md"] = b"mine"
+    lm.push_to_hub("hf://user/model", token=TOKEN)
+    assert server.repositories["user/model"]["README.md"] == b"mine"
+
+
+@pytest.mark.parametrize("token", [None, "hf_wrong"])
+def test_nothing_is_saved_for_an_unknown_user(server, lm, monkeypatch, tmp_path, token):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+    monkeypatch.setattr(lm, "save_to_preset", lambda folder: pytest.fail("saved"))
+    with pytest.raises(ValueError, match="hf auth login"):
+        lm.push_to_hub("user/new", token=token)
+    assert "user/new" not in server.repositories
+
+
+@pytest.mark.parametrize("handle", ["name", "", "hf://", "user/name@v1"])
+def test_a_handle_that_is_none_is_refused(lm, handle):
+    with pytest.raises(ValueError, match="handle|revision"):
+        lm.push_to_hub(handle, token=TOKEN)

@@ -9,6 +9,7 @@ import keras_hub
 import numpy as np
 from keras import ops
 
+from keras_mamba2 import hub
 from keras_mamba2._compat.keras_hub_models import normalize_generate_inputs
 from keras_mamba2._compat.keras_training import evaluates_within_fit
 from keras_mamba2.conversion import export_to_transformers
@@ -140,6 +141,32 @@ class Mamba2CausalLM(keras_hub.models.CausalLM):
         """
         tokenizer = None if self.preprocessor is None else self.preprocessor.tokenizer
         export_to_transformers(self.backbone, tokenizer, path, dtype)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload a keras_mamba2 preset",
+    ) -> str:
+        """Saves the model as a preset in a repository of the Hugging Face hub, as one commit.
+
+        Args:
+            repository: `user/name`, made if there is none. `from_preset("hf://user/name")` then
+                loads it.
+            private: bool, whether a new repository is private; `None` for the user's default.
+            token: the user's token; `None` for that of `hf auth login` or HF_TOKEN.
+            commit_message: of the commit.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ValueError: for a wrong name, and a user who is unknown or may not write there.
+        """
+        return hub.push(
+            repository, self.save_to_preset, "text-generation", private, token, commit_message
+        )
 
     def load_peft_adapter(self, preset) -> None:
         """Loads a LoRA adapter of the `peft` library for transformers' Mamba-2.

@@ -2,6 +2,7 @@ import keras
 import keras_hub
 from keras import ops
 
+from keras_mamba2 import hub
 from keras_mamba2.conversion import keras_arguments
 from keras_mamba2.conversion import open_preset
 from keras_mamba2.models import Mamba2Backbone
@@ -119,6 +120,32 @@ class Mamba2TextClassifier(keras_hub.models.TextClassifier):
         if "num_classes" not in kwargs:
             raise ValueError(f"{preset} has no head of a classifier. Pass `num_classes`.")
         return loader.load_task(cls, load_weights, **kwargs)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload a keras_mamba2 preset",
+    ) -> str:
+        """Saves the model as a preset in a repository of the Hugging Face hub, as one commit.
+
+        Args:
+            repository: `user/name`, made if there is none. `from_preset("hf://user/name")` then
+                loads it.
+            private: bool, whether a new repository is private; `None` for the user's default.
+            token: the user's token; `None` for that of `hf auth login` or HF_TOKEN.
+            commit_message: of the commit.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ValueError: for a wrong name, and a user who is unknown or may not write there.
+        """
+        return hub.push(
+            repository, self.save_to_preset, "text-classification", private, token, commit_message
+        )
 
     def preprocess_samples(self, x, y=None, sample_weight=None):
         samples = super().preprocess_samples(x, y, sample_weight)
