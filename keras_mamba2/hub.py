@@ -73,20 +73,19 @@ def parse(handle: str) -> tuple[str, str | None]:
 def push(
     handle: str,
     save: Callable[[pathlib.Path], None],
-    pipeline_tag: str,
-    private: bool | None = None,
-    token: str | None = None,
-    commit_message: str = "Upload a keras_mamba2 preset",
+    card: Callable[[str], str],
+    private: bool | None,
+    token: str | None,
+    commit_message: str,
 ) -> str:
     """Uploads what `save` writes into a folder as one commit, and returns the commit's address.
 
-    The repository is made if there is none. One without a model card gets a short one, whose
-    metadata says how to load the model.
+    The repository is made if there is none.
 
     Args:
         handle: `user/name` or `hf://user/name`.
         save: writes the files into the empty folder that it is given.
-        pipeline_tag: the hub's name of the task.
+        card: from the repository's name the model card for one that has none.
         private: whether a new repository is private; `None` for the user's default.
         token: the user's token; `None` for that of `hf auth login` or HF_TOKEN.
         commit_message: of the commit.
@@ -108,8 +107,8 @@ def push(
             folder = pathlib.Path(temporary)
             save(folder)
             repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
-            if not (folder / CARD).exists() and not api.file_exists(repository, CARD):
-                (folder / CARD).write_text(_card(repository, pipeline_tag))
+            if not api.file_exists(repository, CARD):
+                (folder / CARD).write_text(card(repository))
             return api.upload_folder(
                 repo_id=repository, folder_path=folder, commit_message=commit_message
             ).commit_url
@@ -120,17 +119,17 @@ def push(
         ) from error
 
 
-def _card(repository: str, pipeline_tag: str) -> str:
+def card(repository: str, pipeline_tag: str, task: str) -> str:
+    """A short model card: metadata, and how the class `task` loads the model."""
     from huggingface_hub import ModelCardData
 
     data = ModelCardData(
         library_name="keras-hub", pipeline_tag=pipeline_tag, tags=["mamba2", "keras_mamba2"]
     )
     name = repository.split("/")[-1]
-    task = "Mamba2CausalLM" if pipeline_tag == "text-generation" else "Mamba2TextClassifier"
     return (
         f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n```python\nimport keras_mamba2\n\n"
-        f'lm = keras_mamba2.{task}.from_preset("{PREFIX}{repository}")\n```\n'
+        f'model = keras_mamba2.{task}.from_preset("{PREFIX}{repository}")\n```\n'
     )
 
 

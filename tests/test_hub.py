@@ -142,6 +142,16 @@ def test_what_was_pushed_is_loaded(server, lm):
     assert 'from_preset("hf://user/new")' in card.text
 
 
+def test_a_classifier_is_pushed_too(server, lm):
+    lm = keras_mamba2.Mamba2TextClassifier(lm.backbone, num_classes=3, preprocessor=None)
+    lm.push_to_hub("user/judge", token=TOKEN)
+    again = keras_mamba2.Mamba2TextClassifier.from_preset("hf://user/judge", preprocessor=None)
+    assert again.num_classes == 3
+    card = huggingface_hub.ModelCard(server.repositories["user/judge"]["README.md"].decode())
+    assert card.data.pipeline_tag == "text-classification"
+    assert "Mamba2TextClassifier.from_preset" in card.text
+
+
 def test_a_card_that_is_there_stays(server, lm):
     server.repositories["user/model"]["README.md"] = b"mine"
     lm.push_to_hub("hf://user/model", token=TOKEN)

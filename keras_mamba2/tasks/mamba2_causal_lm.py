@@ -9,7 +9,6 @@ import keras_hub
 import numpy as np
 from keras import ops
 
-from keras_mamba2 import hub
 from keras_mamba2._compat.keras_hub_models import normalize_generate_inputs
 from keras_mamba2._compat.keras_training import evaluates_within_fit
 from keras_mamba2.conversion import export_to_transformers
@@ -39,6 +38,7 @@ from keras_mamba2.tasks.mamba2_session import Mamba2Session
 from keras_mamba2.tasks.packing import first_batch
 from keras_mamba2.tasks.packing import is_dataset
 from keras_mamba2.tasks.packing import packed_dataset
+from keras_mamba2.tasks.push_to_hub import PushToHub
 from keras_mamba2.tasks.text_stream import TextStream
 from keras_mamba2.tasks.text_stream import TextStreams
 from keras_mamba2.tasks.text_stream import run_lengths
@@ -47,7 +47,7 @@ PREPROCESSING = ("sequence_length", "packing")
 
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
-class Mamba2CausalLM(keras_hub.models.CausalLM):
+class Mamba2CausalLM(keras_hub.models.CausalLM, PushToHub):
     """A Mamba-2 language model: text in, text out, and trainable with `fit`.
 
     Generation needs a state of fixed size, however long the text. `compile(sampler=...)` sets
@@ -76,6 +76,7 @@ class Mamba2CausalLM(keras_hub.models.CausalLM):
         - [Compiler-First State Space Duality, 2026](https://arxiv.org/abs/2603.09555)
     """
 
+    pipeline_tag = "text-generation"
     backbone_cls = Mamba2Backbone
     preprocessor_cls = Mamba2CausalLMPreprocessor
 
@@ -141,32 +142,6 @@ class Mamba2CausalLM(keras_hub.models.CausalLM):
         """
         tokenizer = None if self.preprocessor is None else self.preprocessor.tokenizer
         export_to_transformers(self.backbone, tokenizer, path, dtype)
-
-    def push_to_hub(
-        self,
-        repository: str,
-        private: bool | None = None,
-        token: str | None = None,
-        commit_message: str = "Upload a keras_mamba2 preset",
-    ) -> str:
-        """Saves the model as a preset in a repository of the Hugging Face hub, as one commit.
-
-        Args:
-            repository: `user/name`, made if there is none. `from_preset("hf://user/name")` then
-                loads it.
-            private: bool, whether a new repository is private; `None` for the user's default.
-            token: the user's token; `None` for that of `hf auth login` or HF_TOKEN.
-            commit_message: of the commit.
-
-        Returns:
-            The address of the commit.
-
-        Raises:
-            ValueError: for a wrong name, and a user who is unknown or may not write there.
-        """
-        return hub.push(
-            repository, self.save_to_preset, "text-generation", private, token, commit_message
-        )
 
     def load_peft_adapter(self, preset) -> None:
         """Loads a LoRA adapter of the `peft` library for transformers' Mamba-2.

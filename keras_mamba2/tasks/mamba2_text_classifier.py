@@ -2,7 +2,6 @@ import keras
 import keras_hub
 from keras import ops
 
-from keras_mamba2 import hub
 from keras_mamba2.conversion import keras_arguments
 from keras_mamba2.conversion import open_preset
 from keras_mamba2.models import Mamba2Backbone
@@ -13,10 +12,11 @@ from keras_mamba2.tasks.batch_checks import check_token_ids
 from keras_mamba2.tasks.compile_config import compile_from_config
 from keras_mamba2.tasks.compile_config import with_optimizer_built
 from keras_mamba2.tasks.mamba2_text_classifier_preprocessor import Mamba2TextClassifierPreprocessor
+from keras_mamba2.tasks.push_to_hub import PushToHub
 
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
-class Mamba2TextClassifier(keras_hub.models.TextClassifier):
+class Mamba2TextClassifier(keras_hub.models.TextClassifier, PushToHub):
     """Classifies texts by what a Mamba-2 backbone knows at the last token of each.
 
     `fit`, `evaluate` and `predict` refuse rows without a token, and labels that are no class:
@@ -52,6 +52,7 @@ class Mamba2TextClassifier(keras_hub.models.TextClassifier):
         - [Dao and Gu, 2024](https://arxiv.org/abs/2405.21060)
     """
 
+    pipeline_tag = "text-classification"
     backbone_cls = Mamba2Backbone
     preprocessor_cls = Mamba2TextClassifierPreprocessor
 
@@ -120,32 +121,6 @@ class Mamba2TextClassifier(keras_hub.models.TextClassifier):
         if "num_classes" not in kwargs:
             raise ValueError(f"{preset} has no head of a classifier. Pass `num_classes`.")
         return loader.load_task(cls, load_weights, **kwargs)
-
-    def push_to_hub(
-        self,
-        repository: str,
-        private: bool | None = None,
-        token: str | None = None,
-        commit_message: str = "Upload a keras_mamba2 preset",
-    ) -> str:
-        """Saves the model as a preset in a repository of the Hugging Face hub, as one commit.
-
-        Args:
-            repository: `user/name`, made if there is none. `from_preset("hf://user/name")` then
-                loads it.
-            private: bool, whether a new repository is private; `None` for the user's default.
-            token: the user's token; `None` for that of `hf auth login` or HF_TOKEN.
-            commit_message: of the commit.
-
-        Returns:
-            The address of the commit.
-
-        Raises:
-            ValueError: for a wrong name, and a user who is unknown or may not write there.
-        """
-        return hub.push(
-            repository, self.save_to_preset, "text-classification", private, token, commit_message
-        )
 
     def preprocess_samples(self, x, y=None, sample_weight=None):
         samples = super().preprocess_samples(x, y, sample_weight)
