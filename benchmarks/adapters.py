@@ -59,12 +59,12 @@ class KerasMamba2:
         self.decode(1)
 
     def decode(self, num_tokens: int) -> None:
-        self.rows, _ = self.generator.advance(self.rows, num_tokens)
+        self.rows, *_ = self.generator.advance(self.rows, num_tokens)
         self.jax.block_until_ready(self.rows.remaining)
 
     def decode_by_step(self, num_tokens: int) -> None:
         for _ in range(num_tokens):
-            self.rows, _ = self.generator.advance(self.rows, 1)
+            self.rows, *_ = self.generator.advance(self.rows, 1)
         self.jax.block_until_ready(self.rows.remaining)
 
     def generate_one(self, token_ids: np.ndarray) -> None:

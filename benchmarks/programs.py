@@ -14,10 +14,10 @@ from keras_mamba2 import Mamba2Backbone
 from keras_mamba2 import Mamba2CausalLM
 from keras_mamba2.conversion.deferred import deferred_initialization
 from keras_mamba2.generation import Generator
-from keras_mamba2.generation.decode import Rows
 from keras_mamba2.generation.decode import model_variables
-from keras_mamba2.generation.generator import STOP_TOKEN_CAPACITY
 from keras_mamba2.generation.prefill import blocks
+from keras_mamba2.generation.rows import STOP_TOKEN_CAPACITY
+from keras_mamba2.generation.rows import Rows
 from keras_mamba2.state import NO_TOKEN
 
 Place = Callable[..., jax.ShapeDtypeStruct]  # (shape, dtype) -> argument
@@ -36,9 +36,8 @@ def abstract_model(workload: Workload, **arguments) -> Mamba2CausalLM:
 def decode_program(lm: Mamba2CausalLM, batch_size: int, place: Place) -> Traced:
     """The decode loop of a model that samples greedily."""
     state = _state(lm, batch_size, place)
-    rows = Rows(state, place((batch_size,), "int32"), place((batch_size, 0), "bool"))
-    rest = (place((), "int32"), place((STOP_TOKEN_CAPACITY,), "int32"))
-    return Generator(lm)._decode.program.trace(_weights(lm, place), rows, rest)
+    rows = _rows(state, place)
+    return Generator(lm)._decode.program.trace(_weights(lm, place), rows, (place((), "int32"),))
 
 
 def prefill_program(lm: Mamba2CausalLM, batch_size: int, tokens: int, place: Place) -> Traced:
@@ -55,24 +54,47 @@ def programs_of_one(lm: Mamba2CausalLM, token_ids: np.ndarray) -> Callable[[], N
     """
     generator, weights = Generator(lm), [v.value for v in model_variables(lm)]
     pieces = [jax.device_put(piece) for piece in blocks([token_ids[0, :-1]])]
-    rest = jax.device_put((np.int32(1), np.full(STOP_TOKEN_CAPACITY, NO_TOKEN, "int32")))
-    # Not on the device, since the decode loop takes their memory.
-    going, last = (np.array([1], "int32"), np.zeros((1, 0), bool)), token_ids[:, -1]
+    rest = jax.device_put((np.int32(1),))
+    last = token_ids[:, -1]
     one_row = np.zeros(1, "int8")
     state = generator._zeros(one_row)
     prefill = [
         generator._prefill_block.program.lower(weights, state, piece).compile() for piece in pieces
     ]
-    rows = Rows(state.with_token(last), *going)
-    decode = generator._decode.program.lower(weights, rows, rest).compile()
+
+    # Not on the device, since the decode loop takes their memory.
+    def rows(state):
+        return Rows(
+            state.with_token(last),
+            remaining=np.array([1], "int32"),
+            stop_token_ids=np.full((1, STOP_TOKEN_CAPACITY), NO_TOKEN, "int32"),
+            seen=np.zeros((1, 0), bool),
+            keys=np.zeros((1, 0), "int32"),
+            sampling=(),
+        )
+
+    decode = generator._decode.program.lower(weights, rows(state), rest).compile()
 
     def run() -> None:
         state = generator._zeros(one_row)
         for program, piece in zip(prefill, pieces, strict=True):
             state, _ = program(weights, state, piece)
-        jax.block_until_ready(decode(weights, Rows(state.with_token(last), *going), rest))
+        jax.block_until_ready(decode(weights, rows(state), rest))
 
     return run
+
+
+def _rows(state, place) -> Rows:
+    """The rows of a model that samples greedily."""
+    b = state.batch_size
+    return Rows(
+        state,
+        remaining=place((b,), "int32"),
+        stop_token_ids=place((b, STOP_TOKEN_CAPACITY), "int32"),
+        seen=place((b, 0), "bool"),
+        keys=place((b, 0), "int32"),
+        sampling=(),
+    )
 
 
 def _weights(lm, place):

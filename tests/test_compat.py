@@ -323,19 +323,6 @@ def test_lora_rank():
     assert part("keras_hub_models").lora_rank(backbone) is None
 
 
-def test_normalize_generate_inputs():
-    class CausalLM(keras_hub.models.CausalLM):
-        def __init__(self):
-            super().__init__()
-            self.preprocessor = keras.layers.Identity()
-
-    normalize = functools.partial(part("keras_hub_models").normalize_generate_inputs, CausalLM())
-    assert normalize("a") == ([["a"]], True)
-    assert normalize(["a", "b"]) == ([["a", "b"]], False)
-    batches, is_scalar = normalize(tf.data.Dataset.from_tensor_slices(["a", "b"]).batch(1))
-    assert ([batch.tolist() for batch in batches], is_scalar) == ([[b"a"], [b"b"]], False)
-
-
 # Preprocessing of KerasHub
 
 

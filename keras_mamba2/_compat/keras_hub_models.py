@@ -29,11 +29,3 @@ def lora_rank(backbone: keras_hub.models.Backbone) -> int | None:
     `_lora_rank`. Written for KerasHub 0.32.
     """
     return backbone._lora_rank
-
-
-def normalize_generate_inputs(lm: keras_hub.models.CausalLM, inputs) -> tuple:
-    """The batches in what `generate` gets, and whether that was one string.
-
-    `_normalize_generate_inputs`. Written for KerasHub 0.32.
-    """
-    return lm._normalize_generate_inputs(inputs)

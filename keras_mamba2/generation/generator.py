@@ -10,27 +10,39 @@ import tqdm.auto
 from keras import ops
 from keras import tree
 
-from keras_mamba2.generation.decode import Rows
+from keras_mamba2.generation.decode import NOT_FINITE
 from keras_mamba2.generation.decode import decode
+from keras_mamba2.generation.picking import needs_history
+from keras_mamba2.generation.picking import picks_tokens
+from keras_mamba2.generation.picking import row_keys
+from keras_mamba2.generation.picking import run_seed
+from keras_mamba2.generation.picking import sampling_of
 from keras_mamba2.generation.prefill import BLOCK_SIZES
 from keras_mamba2.generation.prefill import blocks
 from keras_mamba2.generation.prefill import blocks_alone
 from keras_mamba2.generation.prefill import prefill_block
 from keras_mamba2.generation.prefill import prefill_row
 from keras_mamba2.generation.programs import compiled
-from keras_mamba2.generation.sampler import needs_history
-from keras_mamba2.generation.sampler import picks_tokens
+from keras_mamba2.generation.rows import Rows
+from keras_mamba2.generation.rows import put
+from keras_mamba2.generation.rows import stop_tokens
+from keras_mamba2.generation.sampler import FilterSampler
 from keras_mamba2.generation.score import block_loss
+from keras_mamba2.generation.search import search
 from keras_mamba2.state import NO_TOKEN
 from keras_mamba2.state import Mamba2State
 from keras_mamba2.state.files import check_belongs
 
 # The decode loop returns to the host after so many tokens, so one program serves any number.
 DECODE_CAPACITY = 256
-# Fewer stop tokens are filled up, so that their number is not compiled in.
-STOP_TOKEN_CAPACITY = 8
 # A prompt of more tokens has a progress bar.
 LONG_PROMPT = 100_000
+NOT_FINITE_REASON = (
+    "The weights or the state hold NaN or infinity, or numbers that are too large for the dtype."
+)
+MOST_TOKENS = np.iinfo("int32").max
+# A search holds its rows whole, with room for all that may come.
+MOST_SEARCHED = 1_000_000
 
 
 class Generator:
@@ -58,54 +70,45 @@ class Generator:
         def loss(state, token_ids, targets, padding_mask):
             return block_loss(model, state, token_ids, targets, padding_mask)
 
-        def decode_rows(rows, num_steps, stop_token_ids):
-            return decode(
-                model, model.sampler, Rows(*rows), num_steps, stop_token_ids, DECODE_CAPACITY
-            )
+        # Rows with parameters of their own are drawn by it, whatever the model's sampler is.
+        sampler = model.sampler
+        self._filters = sampler if isinstance(sampler, FilterSampler) else FilterSampler()
+
+        def decode_rows(rows, num_steps, with_logprobs=False):
+            rows = Rows(*rows)
+            sampler = self._filters if rows.sampling else model.sampler
+            return decode(model, sampler, rows, num_steps, DECODE_CAPACITY, with_logprobs)
+
+        def search_rows(token_ids, padding_mask, stop_token_ids):
+            return search(model, model.sampler, token_ids, padding_mask, stop_token_ids)
 
         self._zeros = compiled(model, zeros)
         self._copy = compiled(model, copy)
         self._prefill_block = compiled(model, prefill, donate=True)
         self._prefill_row = compiled(model, prefill_one, donate=True)
         self._block_loss = compiled(model, loss, donate=True)
-        self._decode = compiled(model, decode_rows, donate=True)
-        self._search = compiled(model, model.generate_step, static=("stop_token_ids",))
+        self._decode = compiled(model, decode_rows, donate=True, static=("with_logprobs",))
+        self._put = compiled(model, put, donate=True)
+        self._search = compiled(
+            model, search_rows, static=("stop_token_ids",), assigned=sampler.variables
+        )
 
     def __call__(
-        self,
-        inputs: Mapping[str, Any],
-        stop_token_ids: Sequence[int] | None = None,
-        max_new_tokens: int | None = None,
-        state: Mamba2State | None = None,
-        num_return_sequences: int = 1,
+        self, inputs: Mapping[str, Any], stop_token_ids: Sequence[int] | None = None
     ) -> dict[str, np.ndarray]:
         """Fills the padding of a batch of prompts with generated tokens.
 
         Args:
             inputs: `token_ids` and `padding_mask`, `(b max_length)`, padded on either side.
             stop_token_ids: token ids that end a row.
-            max_new_tokens: int, ends a row too; by default the padding does.
-            state: the `Mamba2State` that the prompts continue.
-            num_return_sequences: int, how often each prompt is continued.
 
         Returns:
-            The same two arrays, with so many rows for each prompt. Rows are padded on the right,
-            whatever they were before.
+            The same two arrays. Rows are padded on the right, whatever they were before.
         """
         prompts, limits = prompts_of(inputs)
-        if max_new_tokens is not None:
-            limits = np.minimum(limits, max_new_tokens)
-        generate = self.generate if picks_tokens(self.model.sampler) else self.search
-        rows = generate(prompts, limits, tuple(stop_token_ids or ()), state, num_return_sequences)
-
-        prompts = [prompt for prompt in prompts for _ in range(num_return_sequences)]
-        shape = (len(prompts), np.shape(inputs["token_ids"])[1])
-        token_ids, padding_mask = np.zeros(shape, "int32"), np.zeros(shape, bool)
-        for i, (prompt, new) in enumerate(zip(prompts, rows, strict=True)):
-            length = len(prompt) + len(new)
-            token_ids[i, :length] = np.concatenate([prompt, new])
-            padding_mask[i, :length] = True
-        return {"token_ids": token_ids, "padding_mask": padding_mask}
+        new = self.generate(prompts, limits, tuple(stop_token_ids or ()))
+        rows = [np.concatenate(pair) for pair in zip(prompts, new, strict=True)]
+        return padded(rows, np.shape(inputs["token_ids"])[1])
 
     def prefill(self, prompts: list[np.ndarray], state: Mamba2State | None = None) -> Mamba2State:
         """The state after `prompts`, rows of token ids of any lengths, that continue `state`.
@@ -152,97 +155,113 @@ class Generator:
         self,
         prompts: list[np.ndarray],
         limits: np.ndarray,
+        stop_token_ids: Sequence[int] = (),
         state: Mamba2State | None = None,
         num_return_sequences: int = 1,
+        seed: int | None = None,
+        **parameters: float | None,
     ) -> Rows:
         """Where the rows stand before their first new token, of which `limits[i]` may come.
 
         From one prefill come `num_return_sequences` rows for each prompt, one after the other.
+
+        Args:
+            prompts: rows of token ids, of any lengths.
+            limits: int array `(b)`.
+            stop_token_ids: token ids that end a row.
+            state: the `Mamba2State` that the prompts continue.
+            num_return_sequences: int, how often each prompt is continued.
+            seed: int, for the random numbers. `None` for the next of the sampler's own.
+            **parameters: of `FilterSampler`, instead of the sampler's.
         """
-        state = self.prefill(prompts, state)
-        size = self.model.backbone.vocabulary_size if needs_history(self.model.sampler) else 0
+        n = num_return_sequences
+        b = len(prompts) * n
+        sampler = self.model.sampler
+        sampling = sampling_of(sampler, b, **parameters)
+        sampler = self._filters if sampling else sampler
+        penalizes = sampling and (sampling.repetition_penalty != 1).any()
+        size = self.model.backbone.vocabulary_size
+        size = size if penalizes or (not sampling and needs_history(sampler)) else 0
         seen = np.zeros((len(prompts), size), bool)
         if size:
             for row, prompt in zip(seen, prompts, strict=True):
                 row[prompt] = True
-        rows = Rows(
-            state=state,
-            remaining=np.asarray(limits, "int32"),
-            seen=seen,
+        after = self.prefill(prompts, state)
+        texts = _texts(prompts, state)
+        return Rows(
+            state=after if n == 1 else after.repeat(n),
+            remaining=np.repeat(np.minimum(limits, MOST_TOKENS).astype("int32"), n),
+            stop_token_ids=stop_tokens(stop_token_ids, b),
+            seen=np.repeat(seen, n, axis=0),
+            keys=row_keys(
+                sampler,
+                run_seed(sampler) if seed is None else seed,
+                [text for text in texts for _ in range(n)],
+            ),
+            sampling=sampling,
         )
-        n = num_return_sequences
-        if n == 1:
-            return rows
-        return tree.map_structure(lambda leaf: ops.repeat(leaf, n, axis=0), rows)
 
-    def advance(self, rows: Rows, num_steps: int, stop_token_ids: Sequence[int] = ()):
+    def insert(self, rows: Rows, index: int, row: Rows) -> Rows:
+        """`rows` with `row`, of one row, in the place `index`. The memory of `rows` is given up.
+
+        The others go on as if nothing had happened. `row` comes from `start` with the same
+        sampler; a place is free when nothing remains to it.
+        """
+        return Rows(*self._put(rows, np.array(index, "int32"), row))
+
+    def advance(self, rows: Rows, num_steps: int, with_logprobs: bool = False):
         """Runs the loop for at most `num_steps <= DECODE_CAPACITY` tokens a row.
 
-        The memory of `rows` is given up. Returns the new rows, and the tokens
-        `(b DECODE_CAPACITY)` with -1 where a row had stopped.
+        The memory of `rows` is given up. Returns the new rows; the tokens `(b DECODE_CAPACITY)`
+        with -1 where a row had stopped, -2 where its logits were not finite; and log
+        probabilities of the same shape, if asked for.
         """
-        size = -(-max(len(stop_token_ids), 1) // STOP_TOKEN_CAPACITY) * STOP_TOKEN_CAPACITY
-        stops = np.full(size, NO_TOKEN, "int32")
-        stops[: len(stop_token_ids)] = stop_token_ids
-        return self._decode(rows, np.array(num_steps, "int32"), stops)
+        return self._decode(rows, np.array(num_steps, "int32"), with_logprobs=with_logprobs)
 
     def decode(
-        self, rows: Rows, stop_token_ids: Sequence[int] = (), run_lengths: Iterable[int] = ()
+        self, rows: Rows, run_lengths: Iterable[int] = (), with_logprobs: bool = False
     ) -> "Decoding":
         """An iterator over what the rows get, until all have stopped."""
-        return Decoding(self, rows, stop_token_ids, run_lengths)
+        return Decoding(self, rows, run_lengths, with_logprobs)
 
     def generate(
-        self,
-        prompts: list[np.ndarray],
-        limits: np.ndarray,
-        stop_token_ids: Sequence[int],
-        state: Mamba2State | None = None,
-        num_return_sequences: int = 1,
+        self, prompts: list[np.ndarray], limits: np.ndarray, stop_token_ids: Sequence[int]
     ) -> list[np.ndarray]:
         """The tokens that follow each prompt, at most `limits[i]` of them."""
-        rows = self.start(prompts, limits, state, num_return_sequences)
-        nothing = [np.zeros(0, "int32")] * rows.state.batch_size
-        pieces = [nothing, *self.decode(rows, stop_token_ids)]
-        return [np.concatenate(row) for row in zip(*pieces, strict=True)]
+        if not picks_tokens(self.model.sampler):
+            return self.search(prompts, limits, tuple(stop_token_ids))
+        return self.decode(self.start(prompts, limits, stop_token_ids)).all_tokens()
 
     def search(
-        self,
-        prompts: list[np.ndarray],
-        limits: np.ndarray,
-        stop_token_ids: tuple[int, ...],
-        state: Mamba2State | None = None,
-        num_return_sequences: int = 1,
+        self, prompts: list[np.ndarray], limits: np.ndarray, stop_token_ids: tuple[int, ...]
     ) -> list[np.ndarray]:
         """As `generate`, for a sampler that searches with a loop of its own."""
-        if state is not None or num_return_sequences > 1:
-            raise ValueError(
-                f"{type(self.model.sampler).__name__} searches with a loop of its own, which "
-                "takes neither `state` nor `num_return_sequences`. Use a sampler that draws."
-            )
         self._check_prompts(prompts, None)
         rows: list[np.ndarray] = [np.zeros(0, "int32")] * len(prompts)
         lengths = np.array([len(prompt) for prompt in prompts])
+        if (lengths + limits).max() > MOST_SEARCHED:
+            raise ValueError(
+                f"{type(self.model.sampler).__name__} holds whole rows, of {MOST_SEARCHED} tokens "
+                f"at most. Received: {(lengths + limits).max()} tokens, prompt included"
+            )
         # Their loops begin at the shortest prompt, and weigh tokens that a longer one then
         # overrules. Among prompts of one length there is nothing to overrule.
         for length in np.unique(lengths):
             same = np.flatnonzero(lengths == length)
-            group = np.stack([prompts[i] for i in same])
+            group = [prompts[i] for i in same]
             found = self._search_group(group, limits[same], stop_token_ids)
             for i, new in zip(same, found, strict=True):
                 rows[i] = new
         return rows
 
     def _search_group(
-        self, prompts: np.ndarray, limits: np.ndarray, stop_token_ids: tuple[int, ...]
+        self, prompts: list[np.ndarray], limits: np.ndarray, stop_token_ids: tuple[int, ...]
     ) -> list[np.ndarray]:
-        length = prompts.shape[1]
-        token_ids = np.pad(prompts, [(0, 0), (0, int(limits.max()))]).astype("int32")
-        padding_mask = np.broadcast_to(np.arange(token_ids.shape[1]) < length, token_ids.shape)
-        inputs = {"token_ids": token_ids, "padding_mask": padding_mask}
-        found = self._search(inputs, stop_token_ids=stop_token_ids or None)
+        length = len(prompts[0])
+        inputs = padded(prompts, length + int(limits.max()))
+        found = self._search(*inputs.values(), stop_token_ids=stop_token_ids or None)
         rows = []
-        for row, limit in zip(ops.convert_to_numpy(found["token_ids"]), limits, strict=True):
+        for row, limit in zip(ops.convert_to_numpy(found), limits, strict=True):
             new = row[length : length + limit]
             stops = np.flatnonzero(np.isin(new, stop_token_ids))
             rows.append(new[: stops[0] + 1] if len(stops) else new)
@@ -261,6 +280,8 @@ class Generator:
             total += float(loss)
             bar.update(inputs.shape[1])
         bar.close()
+        if not np.isfinite(total):
+            raise ValueError(f"The loss is not finite. {NOT_FINITE_REASON}")
         return total
 
     def _check_prompts(self, prompts: list[np.ndarray], state: Mamba2State | None) -> None:
@@ -293,19 +314,29 @@ class Decoding:
     """A decode loop in progress. Iterating runs it on: new tokens of each row, until all stop.
 
     `rows` is where they stand, between runs.
+
+    Args:
+        generator: a `Generator`.
+        rows: where the rows stand.
+        run_lengths: ints, how many tokens come in each run; when they are used up, as many as fit.
+        with_logprobs: bool, whether `likely_tokens` has anything.
+
+    Raises:
+        ValueError: when the logits of a row are not finite.
     """
 
     def __init__(
         self,
         generator: Generator,
         rows: Rows,
-        stop_token_ids: Sequence[int],
         run_lengths: Iterable[int] = (),
+        with_logprobs: bool = False,
     ):
         self.generator = generator
         self.rows = rows
-        self.stop_token_ids = stop_token_ids
-        # In tokens; when they are used up, as many as fit.
+        self._tokens: list[list[np.ndarray]] = [[np.zeros(0, "int32")] for _ in rows.remaining]
+        self._logprobs: list[list[np.ndarray]] = [[np.zeros(0, "float32")] for _ in rows.remaining]
+        self._with_logprobs = with_logprobs
         self._run_lengths = iter(run_lengths)
 
     def __iter__(self) -> "Decoding":
@@ -316,14 +347,47 @@ class Decoding:
         if missing <= 0:
             raise StopIteration
         num_steps = min(next(self._run_lengths, DECODE_CAPACITY), missing, DECODE_CAPACITY)
-        self.rows, tokens = self.generator.advance(self.rows, num_steps, self.stop_token_ids)
-        return [row[row != NO_TOKEN] for row in ops.convert_to_numpy(tokens)]
+        rows, *found = self.generator.advance(self.rows, num_steps, self._with_logprobs)
+        tokens, logprobs = map(ops.convert_to_numpy, found)
+        self.rows = Rows(*rows)
+        self._check_finite(tokens)
+        is_token = tokens != NO_TOKEN
+        new = [row[mask] for row, mask in zip(tokens, is_token, strict=True)]
+        for i, row in enumerate(new):
+            self._tokens[i].append(row)
+            if self._with_logprobs:
+                self._logprobs[i].append(logprobs[i][is_token[i]])
+        return new
+
+    def all_tokens(self) -> list[np.ndarray]:
+        """Runs to the end. Returns the tokens of each row."""
+        for _ in self:
+            pass
+        return [np.concatenate(row) for row in self._tokens]
+
+    def likely_tokens(self) -> list[dict[str, np.ndarray]]:
+        """For each row its tokens so far, and their log probabilities: if asked for, else none."""
+        if not self._with_logprobs:
+            return []
+        return [
+            {"token_ids": np.concatenate(tokens), "logprobs": np.concatenate(logprobs)}
+            for tokens, logprobs in zip(self._tokens, self._logprobs, strict=True)
+        ]
 
     def stop(self, row: int) -> None:
         """Lets no more tokens come in `row`."""
         remaining = np.array(ops.convert_to_numpy(self.rows.remaining))
         remaining[row] = 0
         self.rows = self.rows._replace(remaining=remaining)
+
+    def _check_finite(self, tokens: np.ndarray) -> None:
+        rows = np.flatnonzero((tokens == NOT_FINITE).any(axis=1))
+        if len(rows):
+            length = ops.convert_to_numpy(self.rows.state.length)[rows[0]]
+            raise ValueError(
+                f"The logits of row {rows[0]} after {length} tokens are not finite. "
+                + NOT_FINITE_REASON
+            )
 
 
 def prompts_of(inputs: Mapping[str, Any]) -> tuple[list[np.ndarray], np.ndarray]:
@@ -332,3 +396,22 @@ def prompts_of(inputs: Mapping[str, Any]) -> tuple[list[np.ndarray], np.ndarray]
     padding_mask = np.asarray(ops.convert_to_numpy(inputs["padding_mask"])).astype(bool)
     prompts = [row[mask] for row, mask in zip(token_ids, padding_mask, strict=True)]
     return prompts, token_ids.shape[1] - padding_mask.sum(axis=1)
+
+
+def padded(rows: Sequence[np.ndarray], size: int) -> dict[str, np.ndarray]:
+    """Rows of token ids as a dict of arrays `(b size)`, padded on the right."""
+    token_ids = np.zeros((len(rows), size), "int32")
+    padding_mask = np.zeros((len(rows), size), bool)
+    for i, row in enumerate(rows):
+        token_ids[i, : len(row)] = row
+        padding_mask[i, : len(row)] = True
+    return {"token_ids": token_ids, "padding_mask": padding_mask}
+
+
+def _texts(prompts: list[np.ndarray], state: Mamba2State | None) -> list[tuple]:
+    """What tells one row's text from another's: its tokens, and where it continues another."""
+    tokens = [tuple(np.asarray(prompt).tolist()) for prompt in prompts]
+    if state is None:
+        return tokens
+    before = zip(*map(ops.convert_to_numpy, (state.digest, state.token)), strict=True)
+    return [(*map(int, row), *prompt) for row, prompt in zip(before, tokens, strict=True)]

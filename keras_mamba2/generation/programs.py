@@ -9,19 +9,21 @@ from keras import tree
 from keras_mamba2.generation.decode import model_variables
 
 
-def compiled(model, function, donate: bool = False, static: tuple[str, ...] = ()):
-    """Compiles `function(first, *args, **static)`, which may call `model` and its sampler.
+def compiled(model, function, donate: bool = False, static: tuple[str, ...] = (), assigned=()):
+    """Compiles `function(first, *args, **static)`, which may call `model`.
 
     On JAX variables are arguments of the program, so that a change of weights is seen and no
-    weight is copied into it; those of the sampler are assigned what the program leaves in them.
-    A model with `run_eagerly=True` gets the function itself. Arguments may be numpy arrays: on JAX
-    to make tensors of them outside would compile programs of its own, one for every shape.
+    weight is copied into it. A model with `run_eagerly=True` gets the function itself. Arguments
+    may be numpy arrays: on JAX to make tensors of them outside would compile programs of its own,
+    one for every shape.
 
     Args:
         model: a `Mamba2CausalLM`.
         function: what to compile.
         donate: bool, whether the first argument's memory may be reused for the result.
         static: names of keyword arguments that the program is compiled for.
+        assigned: variables that `function` assigns, such as the random generators of a sampler
+            with a loop of its own.
     """
     backend = keras.config.backend()
     if backend == "torch":
@@ -30,7 +32,7 @@ def compiled(model, function, donate: bool = False, static: tuple[str, ...] = ()
         return _on_tensors(function)
     if backend == "tensorflow":
         return _on_tensors(_tensorflow_function(function))
-    return _jitted(model, function, donate, static)
+    return _jitted(model, function, donate, static, assigned)
 
 
 def _on_tensors(function):
@@ -68,24 +70,23 @@ def _without_gradients(function):
     return torch.no_grad()(function)
 
 
-def _jitted(model, function, donate, static):
+def _jitted(model, function, donate, static, assigned):
     import jax
 
     def variables():
-        return [*model_variables(model), *model.sampler.variables]
+        return [*model_variables(model), *assigned]
 
     @functools.partial(jax.jit, donate_argnums=(1,) if donate else (), static_argnames=static)
     def program(values, first, args, **kwargs):
         mapping = list(zip(variables(), values, strict=True))
         with keras.StatelessScope(state_mapping=mapping) as scope:
             result = function(first, *args, **kwargs)
-        return result, [scope.get_current_value(v) for v in model.sampler.variables]
+        return result, [scope.get_current_value(v) for v in assigned]
 
     @functools.wraps(function)
     def call(first, *args, **kwargs):
-        values = [v.value for v in variables()]
-        result, sampler_values = program(values, first, args, **kwargs)
-        for variable, value in zip(model.sampler.variables, sampler_values, strict=True):
+        result, values = program([v.value for v in variables()], first, args, **kwargs)
+        for variable, value in zip(assigned, values, strict=True):
             variable.assign(value)
         return result
 

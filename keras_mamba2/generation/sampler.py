@@ -2,6 +2,10 @@ import keras
 import keras_hub
 from keras import ops
 
+from keras_mamba2.generation.sampling import Sampling
+from keras_mamba2.generation.sampling import filtered
+from keras_mamba2.generation.sampling import penalized
+
 
 class FilterSampler(keras_hub.samplers.Sampler):
     """Draws from the likeliest tokens, by any of the usual filters together.
@@ -59,29 +63,24 @@ class FilterSampler(keras_hub.samplers.Sampler):
     def needs_history(self) -> bool:
         return self.repetition_penalty != 1
 
+    def sampling(self, batch_size: int) -> Sampling:
+        """The parameters for each of `batch_size` rows."""
+        parameters = {name: getattr(self, name) for name in Sampling._fields}
+        return Sampling.of_rows(batch_size, **parameters)
+
     def compute_probabilities(self, logits, seen=None):
         """Filtered probabilities `(b v)` of `logits` `(b v)`; `seen` is a boolean `(b v)`."""
+        sampling = self.sampling(logits.shape[0])
         logits = ops.cast(logits, "float32")
-        if seen is not None:
-            penalty = self.repetition_penalty
-            penalized = ops.where(logits > 0, logits / penalty, logits * penalty)
-            logits = ops.where(seen, penalized, logits)
-        if self.temperature == 0:
-            return ops.softmax(logits)
-        probabilities = ops.softmax(logits / self.temperature)
-        if self.top_k is not None and self.top_k < logits.shape[-1]:
-            least = ops.top_k(probabilities, self.top_k)[0][:, -1:]
-            probabilities = keep_at_least(least, probabilities)
-        if self.top_p is not None:
-            probabilities = keep_at_least(nucleus(probabilities, self.top_p), probabilities)
-        if self.min_p is not None:
-            likeliest = ops.max(probabilities, axis=-1, keepdims=True)
-            probabilities = keep_at_least(self.min_p * likeliest, probabilities)
-        return probabilities
+        return filtered(logits if seen is None else penalized(logits, sampling, seen), sampling)
 
     def get_next_token(self, probabilities):
         if self.temperature == 0:
             return ops.argmax(probabilities, axis=-1)
+        return self.draw(probabilities)
+
+    def draw(self, probabilities):
+        """Ids `(b)` by `probabilities` `(b v)`, whatever the temperature."""
         logits = ops.log(ops.maximum(probabilities, 1e-30))
         logits = ops.where(probabilities > 0, logits, -1e30)
         return keras.random.categorical(logits, 1, seed=self.seed_generator, dtype="int32")[:, 0]
@@ -91,47 +90,3 @@ class FilterSampler(keras_hub.samplers.Sampler):
         names = ("top_k", "top_p", "min_p", "repetition_penalty", "seed")
         config.update({name: getattr(self, name) for name in names})
         return config
-
-
-def keep_at_least(least, probabilities):
-    kept = ops.where(probabilities >= least, probabilities, 0.0)
-    return kept / ops.sum(kept, axis=-1, keepdims=True)
-
-
-def nucleus(probabilities, p):
-    """The least probability among the fewest likeliest that sum to `p`, `(b 1)`."""
-    falling = -ops.sort(-probabilities, axis=-1)
-    before = ops.cumsum(falling, axis=-1) - falling
-    return ops.min(ops.where(before < p, falling, 1.0), axis=-1, keepdims=True)
-
-
-def next_tokens(sampler: keras_hub.samplers.Sampler, logits, seen):
-    """What `sampler` picks, `(b)`, for `logits` `(b v)` and the ids that a row has had, `(b v)`."""
-    if type(sampler) is keras_hub.samplers.GreedySampler:
-        return likeliest(logits)
-    history = {"seen": seen} if needs_history(sampler) else {}
-    return sampler.get_next_token(sampler.compute_probabilities(logits, **history))
-
-
-def likeliest(logits):
-    """`argmax(logits)`. XLA on CPU looks at one id after the other in that, at many in these."""
-    v = logits.shape[-1]
-    ids = ops.arange(v, dtype="int32")
-    highest = ops.max(logits, axis=-1, keepdims=True)
-    return ops.min(ops.where(logits == highest, ids, v - 1), axis=-1)
-
-
-def needs_history(sampler: keras_hub.samplers.Sampler) -> bool:
-    """Whether `sampler` asks which tokens a row has had."""
-    return getattr(sampler, "needs_history", False)
-
-
-def reseed(sampler: keras_hub.samplers.Sampler, seed: int) -> None:
-    """Restarts the random numbers of `sampler`, so that its draws depend on `seed` alone."""
-    for variable in sampler.variables:
-        variable.assign(keras.ops.convert_to_numpy(keras.random.SeedGenerator(seed).state))
-
-
-def picks_tokens(sampler: keras_hub.samplers.Sampler) -> bool:
-    """Whether `sampler` only picks tokens, by `get_next_token`, and has no loop of its own."""
-    return type(sampler).__call__ is keras_hub.samplers.Sampler.__call__

@@ -18,6 +18,7 @@ from keras_mamba2.models.layout import check_layout
 from keras_mamba2.models.layout import layout_map
 from keras_mamba2.state import NO_TOKEN
 from keras_mamba2.state import Mamba2State
+from keras_mamba2.state.digest import digest_after
 
 
 class ResidualBackbone(keras_hub.models.Backbone):
@@ -82,13 +83,17 @@ class ResidualBackbone(keras_hub.models.Backbone):
         b, t = ops.shape(token_ids)
         token = ops.full((b,), NO_TOKEN, "int32") if state is None else state.token
         length = ops.zeros((b,), "int32") if state is None else state.length
+        digest = ops.zeros((b,), "int32") if state is None else state.digest
         layers = [None] * len(self.blocks) if state is None else state.layers
         x, states = self.embeddings_dropout(self.token_embedding(token_ids)), []
         for block, layer in zip(self.blocks, layers, strict=True):
             x, layer = block.call_with_state(x, layer, padding_mask)
             states.append(layer)
         seen = t if padding_mask is None else ops.count_nonzero(padding_mask, axis=1)
-        return self.norm(x), Mamba2State(states, token, length + ops.cast(seen, "int32"))
+        length = length + ops.cast(seen, "int32")
+        mask = None if padding_mask is None else ops.cast(padding_mask, "bool")
+        digest = digest_after(digest, token_ids, mask)
+        return self.norm(x), Mamba2State(states, token, length, digest)
 
     def step(self, token_ids, state: Mamba2State, mask=None):
         """Runs the model on one token a row, `(b)`, after `state`.
@@ -103,7 +108,10 @@ class ResidualBackbone(keras_hub.models.Backbone):
             x, layer = block.step(x, layer, mask)
             states.append(layer)
         seen = 1 if mask is None else ops.cast(mask, "int32")
-        return self.norm(x), Mamba2State(states, state.token, state.length + seen)
+        digest = digest_after(
+            state.digest, token_ids[:, None], None if mask is None else mask[:, None]
+        )
+        return self.norm(x), Mamba2State(states, state.token, state.length + seen, digest)
 
     def state_spec(self, max_length: int | None = None) -> tuple[Any, ...]:
         """What a state holds for one row: for each block the spec of its `Sublayer`."""
@@ -115,6 +123,7 @@ class ResidualBackbone(keras_hub.models.Backbone):
             [block.sublayer.initial_state(batch_size, max_length) for block in self.blocks],
             token=ops.full((batch_size,), NO_TOKEN, "int32"),
             length=ops.zeros((batch_size,), "int32"),
+            digest=ops.zeros((batch_size,), "int32"),
         )
 
     @classmethod

@@ -13,7 +13,9 @@ from keras import tree
 
 from keras_mamba2.atomic_files import atomic_file
 
-FILE_VERSION = "1"
+FILE_VERSION = "2"
+# What a state holds beside its layers, int32 `(b)` each.
+COUNTS = ("token", "length", "digest")
 # Enough of every weight to tell two models apart, without reading gigabytes.
 FINGERPRINT_SAMPLES = 256
 
@@ -24,6 +26,7 @@ class StoredState(NamedTuple):
     layers: tuple[Any, ...]
     token: Any  # (b) int32
     length: Any  # (b) int32
+    digest: Any  # (b) int32
     text: str
 
 
@@ -53,7 +56,7 @@ def save(file, state, backbone, text: str = "") -> None:
         for i, layer in enumerate(state.layers)
         for name, leaf in named_leaves(layer)
     }
-    for name in ("token", "length"):
+    for name in COUNTS:
         tensors[name] = np.asarray(ops.convert_to_numpy(getattr(state, name)))
     with atomic_file(file) as temporary:
         save_file(tensors, temporary, metadata)
@@ -88,8 +91,8 @@ def load(file, backbone) -> StoredState:
         )
         for i, layer in enumerate(backbone.state_spec())
     ]
-    token, length = (ops.convert_to_tensor(tensors[name], "int32") for name in ("token", "length"))
-    return StoredState(tuple(layers), token, length, metadata["text"])
+    counts = [ops.convert_to_tensor(tensors[name], "int32") for name in COUNTS]
+    return StoredState(tuple(layers), *counts, metadata["text"])
 
 
 def _read(file) -> tuple[dict[str, str], dict[str, np.ndarray]]:

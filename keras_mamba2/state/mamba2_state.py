@@ -27,6 +27,7 @@ class Mamba2State:
         token: int32 `(b)`, the last token, which the layers have not seen yet; -1 for none. So
             a state can be continued with more text or without.
         length: int32 `(b)`, how many tokens the layers have seen.
+        digest: int32 `(b)`, a number for these tokens, which tells texts apart.
 
     Example:
     ```python
@@ -36,13 +37,14 @@ class Mamba2State:
     ```
     """
 
-    def __init__(self, layers: Sequence[Any], token: Any, length: Any):
+    def __init__(self, layers: Sequence[Any], token: Any, length: Any, digest: Any):
         self.layers = tuple(layers)
         self.token = token
         self.length = length
+        self.digest = digest
 
     def with_token(self, token) -> "Mamba2State":
-        return Mamba2State(self.layers, token, self.length)
+        return Mamba2State(self.layers, token, self.length, self.digest)
 
     @property
     def batch_size(self) -> int:
@@ -96,8 +98,8 @@ class Mamba2State:
             ValueError: that names the file, if it is missing, truncated, of another version, or
                 the state of another model.
         """
-        layers, token, length, _ = files.load(file, backbone)
-        return cls(layers, token, length)
+        *parts, _ = files.load(file, backbone)
+        return cls(*parts)
 
     def __repr__(self) -> str:
         first = ", ".join(
@@ -106,12 +108,12 @@ class Mamba2State:
         return f"Mamba2State({len(self.layers)} layers, batch size {self.batch_size}, {first})"
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], None]:
-        return (*self.layers, self.token, self.length), None
+        return (*self.layers, self.token, self.length, self.digest), None
 
     @classmethod
     def tree_unflatten(cls, metadata: None, children: Sequence[Any]) -> "Mamba2State":
-        *layers, token, length = children
-        return cls(layers, token, length)
+        *layers, token, length, digest = children
+        return cls(layers, token, length, digest)
 
     # On the torch backend `keras.tree` wants them under these names, in this order.
     def torchtree_flatten(self) -> tuple[list[Any], None]:

@@ -27,7 +27,16 @@ class Mamba2Session:
     def __init__(self, lm, text: str, state: Mamba2State):
         self.lm = lm
         self.text = text
-        self.state = state
+        self._state = state
+        self._unread = ""  # text that the state has not seen yet
+
+    @property
+    def state(self) -> Mamba2State:
+        """The `Mamba2State` after `text`."""
+        if self._unread:
+            self._state = self.lm.prefill(self._unread, self._state)
+            self._unread = ""
+        return self._state
 
     def generate(self, text: str = "", **kwargs) -> str:
         """Appends `text` and what the model makes of it. Returns only what is new.
@@ -53,16 +62,17 @@ class Mamba2Session:
             is_whole = not streams.streams[0].stopped
         except GeneratorExit:
             pass
-        # The loop may be ahead of the text: behind a stop string, or behind the last piece.
         if is_whole:
-            self.state = streams.decoding.rows.state
-        elif text + shown:
-            self.state = self.lm.prefill(text + shown, self.state)
+            self._state = streams.decoding.rows.state
+        else:
+            # The loop is ahead of the text: behind a stop string, or behind the last piece. The
+            # text is read when the state is next asked for: an iterator may be closed anywhere.
+            self._unread = text + shown
         self.text += text + shown
 
     def append(self, text: str) -> None:
         """Appends `text` without generating any."""
-        self.state = self.lm.prefill(text, self.state)
+        self._state = self.lm.prefill(text, self.state)
         self.text += text
 
     def fork(self, n: int) -> list["Mamba2Session"]:

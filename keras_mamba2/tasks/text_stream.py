@@ -99,6 +99,13 @@ class TextStreams(Iterator[list[str]]):
     def __next__(self) -> list[str]:
         return next(self._pieces)
 
+    def all_texts(self) -> list[str]:
+        """Runs to the end. Returns the text of each row."""
+        texts = [""] * len(self.streams)
+        for pieces in self:
+            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+        return texts
+
     def _run(self) -> Iterator[list[str]]:
         for tokens in self.decoding:
             pieces = []

@@ -114,7 +114,7 @@ class StatefulTraining(keras.Model):
         tree.map_structure(
             lambda weight, leaf: weight.assign(ops.stop_gradient(leaf)), self._state, state
         )
-        return backbone.token_embedding(hidden_states, reverse=True)
+        return self.lm.logits(hidden_states)
 
     def fit(self, x=None, *args, callbacks=None, **kwargs) -> keras.callbacks.History:
         """As `keras.Model.fit`, in order: `x` is not shuffled."""

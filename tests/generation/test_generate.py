@@ -118,9 +118,9 @@ def test_the_loop_leaves_each_row_the_state_of_its_own_text(lm):
     generator = Generator(lm)
     seen = {}
 
-    def keep(rows, *args):
-        seen["rows"], tokens = decode(rows, *args)
-        return seen["rows"], tokens
+    def keep(rows, *args, **kwargs):
+        seen["rows"], *found = decode(rows, *args, **kwargs)
+        return seen["rows"], *found
 
     decode = generator._decode
     generator._decode = keep

@@ -111,7 +111,7 @@ def test_a_file_of_another_version_is_named(file, lm):
     from safetensors.numpy import save_file
 
     save_file({"a": np.ones(1)}, file, {"version": "9"})
-    with pytest.raises(ValueError, match="Expected: version='1'. Received: '9'"):
+    with pytest.raises(ValueError, match="Expected: version='2'. Received: '9'"):
         Mamba2State.load(file, lm.backbone)
 
 

@@ -124,14 +124,14 @@ def test_the_pieces_of_a_stream_are_the_generated_text(drawing, seed):
 def test_text_ends_before_the_first_stop_string(letters):
     def generate(**kwargs):
         return letters.generate(
-            ["hello", "you"], max_new_tokens=60, seed=3, strip_prompt=True, **kwargs
+            ["hello", "you"], max_new_tokens=60, seed=5, strip_prompt=True, **kwargs
         )
 
     free = generate()
     stops = [free[0][20:23], free[0][30:32], free[1][40]]
     expected = [min((text.split(stop)[0] for stop in stops), key=len) for text in free]
     assert generate(stop_strings=stops) == expected
-    options = {"max_new_tokens": 60, "seed": 3, "stop_strings": stops}
+    options = {"max_new_tokens": 60, "seed": 5, "stop_strings": stops}
     pieces = list(letters.stream(["hello", "you"], **options))
     assert len(pieces) > 3
     assert ["".join(row) for row in zip(*pieces, strict=True)] == expected
@@ -169,7 +169,7 @@ class TestSession:
         new = session.generate("Citizen", max_new_tokens=8, seed=0)
         assert session.text == "First Citizen" + new
         assert new == letters.generate("First Citizen", max_new_tokens=8, strip_prompt=True, seed=0)
-        more = session.generate(max_new_tokens=8)
+        more = session.generate(max_new_tokens=8, seed=0)
         assert new + more == letters.generate(
             "First Citizen", max_new_tokens=16, strip_prompt=True, seed=0
         )
@@ -321,7 +321,7 @@ def test_searches_do_not_stream(preset_folder):
     lm.compile(sampler=keras_hub.samplers.BeamSampler(num_beams=2))
     with pytest.raises(ValueError, match="BeamSampler searches whole texts"):
         lm.stream("hello", max_new_tokens=5)
-    with pytest.raises(ValueError, match="takes neither `state` nor"):
+    with pytest.raises(ValueError, match="does not take `state`"):
         lm.generate("hello", max_new_tokens=5, state=lm.prefill("a"))
     without = keras_mamba2.Mamba2CausalLM(lm.backbone)
     for call in (without.stream, without.prefill, without.perplexity):

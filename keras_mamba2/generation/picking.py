@@ -1,0 +1,150 @@
+"""The next token of each row: by any sampler, with random numbers that are the row's own."""
+
+import hashlib
+import threading
+from collections import Counter
+from collections.abc import Hashable
+from collections.abc import Sequence
+
+import keras
+import keras_hub
+import numpy as np
+from keras import ops
+
+from keras_mamba2.generation.rows import Rows
+from keras_mamba2.generation.sampler import FilterSampler
+from keras_mamba2.generation.sampling import filtered
+from keras_mamba2.generation.sampling import penalized
+
+_drawing_seeds = threading.Lock()
+
+
+def pick(sampler: keras_hub.samplers.Sampler, logits, rows: Rows, digest):
+    """What `sampler` picks for each row, `(b)`, after logits `(b v)`.
+
+    Args:
+        sampler: any that picks tokens by `get_next_token`; a `FilterSampler` for rows with
+            parameters of their own.
+        logits: tensor `(b v)`.
+        rows: where the rows stand.
+        digest: int32 `(b)`, a number for the text before. The random numbers for a token depend
+            on it and on the row's key: a text that is stopped and continued is what it is whole.
+    """
+    if type(sampler) is keras_hub.samplers.GreedySampler:
+        return likeliest(logits)
+    keys = ops.stack([rows.keys, ops.broadcast_to(digest[:, None], rows.keys.shape)], axis=-1)
+    if not rows.sampling:
+        history = {"seen": rows.seen} if needs_history(sampler) else {}
+        probabilities = sampler.compute_probabilities(logits, **history)
+        return draw(sampler.get_next_token, sampler.variables, probabilities, keys)
+    logits = ops.cast(logits, "float32")
+    if rows.seen.shape[1]:
+        logits = penalized(logits, rows.sampling, rows.seen)
+    probabilities = filtered(logits, rows.sampling)
+    drawn = draw(sampler.draw, sampler.variables, probabilities, keys)
+    return ops.where(rows.sampling.temperature > 0, drawn, likeliest(logits))
+
+
+def draw(get_next_token, generators: Sequence[keras.Variable], probabilities, keys):
+    """`get_next_token(probabilities)`, for each row with random generators in states of its own.
+
+    Args:
+        get_next_token: function of `(b v)`, which may draw from `generators`.
+        generators: the states of r random generators.
+        probabilities: tensor `(b v)`.
+        keys: int tensor `(b r 2)`, the states for each row.
+    """
+    if not generators:
+        return get_next_token(probabilities)
+
+    def draw_row(row):
+        probabilities, key = row
+        mapping = list(zip(generators, ops.unstack(key), strict=True))
+        with keras.StatelessScope(state_mapping=mapping):
+            return get_next_token(probabilities[None])[0]
+
+    if keras.config.backend() == "jax":
+        return ops.vectorized_map(draw_row, (probabilities, keys))
+    # Their `vectorized_map` does not know random numbers.
+    return ops.stack([draw_row((probabilities[i], keys[i])) for i in range(keys.shape[0])])
+
+
+def likeliest(logits):
+    """`argmax(logits)`. XLA on CPU looks at one id after the other in that, at many in these."""
+    v = logits.shape[-1]
+    ids = ops.arange(v, dtype="int32")
+    highest = ops.max(logits, axis=-1, keepdims=True)
+    return ops.min(ops.where(logits == highest, ids, v - 1), axis=-1)
+
+
+def needs_history(sampler: keras_hub.samplers.Sampler) -> bool:
+    """Whether `sampler` asks which tokens a row has had."""
+    return getattr(sampler, "needs_history", False)
+
+
+def picks_tokens(sampler: keras_hub.samplers.Sampler) -> bool:
+    """Whether `sampler` only picks tokens, by `get_next_token`, and has no loop of its own."""
+    return type(sampler).__call__ is keras_hub.samplers.Sampler.__call__
+
+
+def sampling_of(sampler: keras_hub.samplers.Sampler, batch_size: int, **overrides):
+    """The parameters of each row: those of `sampler`, but for `overrides` that are not `None`.
+
+    Returns:
+        `Sampling`, or the empty tuple for a sampler of another kind without overrides: it works
+        as it is.
+
+    Raises:
+        ValueError: for overrides of a sampler that has no such parameters, or out of range.
+    """
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    if type(sampler) is FilterSampler:
+        parameters = sampler.get_config()
+    elif not overrides:
+        return ()
+    elif type(sampler) in PARAMETERS:
+        theirs = PARAMETERS[type(sampler)]
+        parameters = {ours: getattr(sampler, name) for ours, name in theirs.items()}
+    else:
+        raise ValueError(
+            f"{type(sampler).__name__} does not take {', '.join(overrides)}. Compile the model "
+            "with `keras_mamba2.FilterSampler`, or with a sampler of KerasHub that draws."
+        )
+    return FilterSampler(**{**parameters, **overrides}).sampling(batch_size)
+
+
+# What KerasHub calls the parameters of `FilterSampler`.
+PARAMETERS = {
+    keras_hub.samplers.GreedySampler: {},
+    keras_hub.samplers.RandomSampler: {"temperature": "temperature"},
+    keras_hub.samplers.TopKSampler: {"temperature": "temperature", "top_k": "k"},
+    keras_hub.samplers.TopPSampler: {"temperature": "temperature", "top_p": "p", "top_k": "k"},
+}
+
+
+def run_seed(sampler: keras_hub.samplers.Sampler) -> str:
+    """The seed of a run that was given none: the next of the sampler's random numbers."""
+    with _drawing_seeds:
+        drawn = [np.array(ops.convert_to_numpy(variable)) for variable in sampler.variables]
+        for variable, (seed, count) in zip(sampler.variables, drawn, strict=True):
+            variable.assign(np.array([seed, count + 1], variable.dtype))
+    return " ".join(str(number) for state in drawn for number in state)
+
+
+def row_keys(
+    sampler: keras_hub.samplers.Sampler, seed: int | str, texts: Sequence[Hashable]
+) -> np.ndarray:
+    """The seed of each row's random generators, `(b r)`.
+
+    It depends on the seed of the run, and on how often the row's text stood in the batch above:
+    a row draws what it draws alone, and rows of one text draw differently.
+    """
+    dtype = sampler.variables[0].dtype if sampler.variables else "int32"
+    keys = np.zeros((len(texts), len(sampler.variables)), dtype)
+    above: Counter[Hashable] = Counter()
+    for row, text in zip(keys, texts, strict=True):
+        for i in range(len(row)):
+            hashed = hashlib.sha256(f"{seed} {above[text]} {i}".encode()).digest()
+            row[i] = int.from_bytes(hashed[:4]) >> 1  # 31 bits: positive in every dtype
+        above[text] += 1
+    return keys

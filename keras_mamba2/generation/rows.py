@@ -1,0 +1,51 @@
+"""What each row of a running loop has of its own."""
+
+from collections.abc import Sequence
+from typing import Any
+from typing import NamedTuple
+
+import numpy as np
+from keras import ops
+from keras import tree
+
+from keras_mamba2.state import NO_TOKEN
+
+# Fewer stop tokens are filled up, so that their number is not compiled in.
+STOP_TOKEN_CAPACITY = 8
+
+
+class Rows(NamedTuple):
+    """Where each row of a batch stands. Batch first, as the state.
+
+    Nothing in it is shared between rows, so that a row may be put in or taken out while others
+    go on.
+    """
+
+    state: Any  # Mamba2State, the last token of each row waiting in it
+    remaining: Any  # (b) int32, how many more tokens may come; 0 for a row that has stopped
+    stop_token_ids: Any  # (b s) int32, -1 where there are fewer
+    seen: Any  # (b v) bool, which ids a row has had, for a sampler that asks; else (b 0)
+    keys: Any  # (b r) int, a seed for each random generator of the sampler
+    sampling: Any  # `Sampling` `(b)`; empty for a sampler without such parameters
+
+
+def stop_tokens(stop_token_ids: Sequence[int], batch_size: int) -> np.ndarray:
+    """The same stop tokens for every row, `(b s)`."""
+    size = -(-max(len(stop_token_ids), 1) // STOP_TOKEN_CAPACITY) * STOP_TOKEN_CAPACITY
+    stops = np.full((batch_size, size), NO_TOKEN, "int32")
+    stops[:, : len(stop_token_ids)] = stop_token_ids
+    return stops
+
+
+def put(rows, index, row):
+    """`rows` with `row`, a batch of one, at `index`: both pytrees with batch-first leaves."""
+
+    def put_leaf(leaf, new):
+        return ops.slice_update(leaf, (index, *[0] * (len(leaf.shape) - 1)), new)
+
+    return tree.map_structure(put_leaf, rows, row)
+
+
+def take(rows, index):
+    """The row at `index` as a batch of one."""
+    return tree.map_structure(lambda leaf: ops.take(leaf, index[None], axis=0), rows)

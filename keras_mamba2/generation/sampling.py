@@ -1,0 +1,78 @@
+"""The parameters of sampling as arrays, a row's own, so that one program serves all of them."""
+
+from typing import Any
+from typing import NamedTuple
+
+import numpy as np
+from keras import ops
+
+ALL = np.iinfo("int32").max  # a `top_k` that keeps every token
+
+
+class Sampling(NamedTuple):
+    """The parameters of `FilterSampler` for each row, `(b)`."""
+
+    temperature: Any  # float32; 0 takes the likeliest token
+    top_k: Any  # int32; `ALL` keeps every token
+    top_p: Any  # float32; 1 keeps every token
+    min_p: Any  # float32; 0 keeps every token
+    repetition_penalty: Any  # float32; 1 changes nothing
+
+    @classmethod
+    def of_rows(
+        cls,
+        batch_size: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+    ) -> "Sampling":
+        """The same for every row."""
+        return cls(
+            np.full(batch_size, temperature, "float32"),
+            np.full(batch_size, ALL if top_k is None else min(top_k, ALL), "int32"),
+            np.full(batch_size, 1.0 if top_p is None else top_p, "float32"),
+            np.full(batch_size, 0.0 if min_p is None else min_p, "float32"),
+            np.full(batch_size, repetition_penalty, "float32"),
+        )
+
+
+def penalized(logits, sampling: Sampling, seen):
+    """Logits `(b v)` after the repetition penalty on the ids `seen` `(b v)`."""
+    penalty = ops.convert_to_tensor(sampling.repetition_penalty)[:, None]
+    return ops.where(seen, ops.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def filtered(logits, sampling: Sampling):
+    """The probabilities `(b v)` that temperature, `top_k`, `top_p` and `min_p` leave of `logits`.
+
+    Each filter sees the probabilities that the one before has left, scaled to sum to 1. A row of
+    temperature 0 has those of temperature 1.
+    """
+    temperature, top_k, top_p, min_p, _ = (ops.convert_to_tensor(a)[:, None] for a in sampling)
+    temperature = ops.where(temperature > 0, temperature, 1.0)
+    probabilities = ops.softmax(logits / temperature)
+    # A sort costs more than all the rest of sampling, so only if a row asks for one.
+    sorts = ops.any(ops.logical_or(top_k < logits.shape[-1], top_p < 1))
+    least = ops.cond(
+        sorts,
+        lambda: least_kept(probabilities, top_k, top_p),
+        lambda: ops.zeros_like(probabilities[:, :1]),
+    )
+    least = ops.maximum(least, min_p * ops.max(probabilities, axis=-1, keepdims=True))
+    kept = ops.where(probabilities >= least, probabilities, 0.0)
+    return kept / ops.sum(kept, axis=-1, keepdims=True)
+
+
+def least_kept(probabilities, top_k, top_p):
+    """The least probability `(b 1)` that is left by `top_k`, and then by `top_p` of the rest."""
+    falling = -ops.sort(-probabilities, axis=-1)
+    last = ops.minimum(top_k, falling.shape[-1]) - 1
+    kept = falling >= ops.take_along_axis(falling, last, axis=-1)
+    falling = ops.where(kept, falling, 0.0)
+    before = ops.cumsum(falling, axis=-1) - falling
+    in_nucleus = before < top_p * ops.sum(falling, axis=-1, keepdims=True)
+    # All of them, whatever rounding says of the last.
+    in_nucleus = ops.logical_or(in_nucleus, top_p >= 1)
+    return ops.min(ops.where(ops.logical_and(kept, in_nucleus), falling, 1.0), -1, keepdims=True)

@@ -1,0 +1,121 @@
+"""What `generate` and `stream` are asked for, checked before any work is done."""
+
+import operator
+from collections.abc import Iterable
+from collections.abc import Sequence
+from typing import Any
+from typing import NamedTuple
+
+from keras_mamba2.state import Mamba2State
+
+
+class GenerationOptions(NamedTuple):
+    """The arguments of `Mamba2CausalLM.generate` with their defaults filled in."""
+
+    max_length: int | None
+    max_new_tokens: int | None
+    stop_token_ids: tuple[int, ...]
+    stop_strings: tuple[str, ...]
+    num_return_sequences: int
+    state: Mamba2State | None
+    seed: int | None
+    parameters: dict[str, Any]  # of `FilterSampler`; None where the sampler's own holds
+
+    @classmethod
+    def checked(
+        cls,
+        model,
+        max_length: int | None,
+        max_new_tokens: int | None,
+        stop_token_ids: Sequence[int] | str | None,
+        stop_strings: Sequence[str] | str | None,
+        state: Mamba2State | None,
+        seed: int | None,
+        num_return_sequences: int = 1,
+        **parameters: float | None,
+    ) -> "GenerationOptions":
+        if max_new_tokens is not None and max_length is not None:
+            raise ValueError(
+                "Pass `max_length`, the total length, or `max_new_tokens`, not both. "
+                f"Received: max_length={max_length}, max_new_tokens={max_new_tokens}"
+            )
+        if state is not None and not isinstance(state, Mamba2State):
+            raise ValueError(
+                "`state` must be a `Mamba2State`, which `prefill` returns. "
+                f"Received: {type(state).__name__}"
+            )
+        return cls(
+            max_length=_positive("max_length", max_length),
+            max_new_tokens=_positive("max_new_tokens", max_new_tokens),
+            stop_token_ids=_stop_token_ids(stop_token_ids, model),
+            stop_strings=_stop_strings(stop_strings, model.preprocessor),
+            num_return_sequences=_positive("num_return_sequences", num_return_sequences or 0),
+            state=state,
+            seed=_integer("seed", seed),
+            parameters=parameters,
+        )
+
+
+def _integer(name: str, value: Any) -> int | None:
+    if value is None:
+        return None
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"`{name}` must be an integer. Received: {name}={value!r}") from None
+
+
+def _positive(name: str, value: Any) -> int | None:
+    value = _integer(name, value)
+    if value is not None and value < 1:
+        raise ValueError(f"`{name}` must be positive. Received: {name}={value}")
+    return value
+
+
+def _stop_strings(stop_strings, preprocessor) -> tuple[str, ...]:
+    if stop_strings is None:
+        return ()
+    is_one = isinstance(stop_strings, str) or not isinstance(stop_strings, Iterable)
+    stop_strings = (stop_strings,) if is_one else tuple(stop_strings)
+    for stop in stop_strings:
+        if not isinstance(stop, str):
+            raise ValueError(f"`stop_strings` must be strings. Received: {stop!r}")
+    if not all(stop_strings):
+        raise ValueError("A stop string is empty. Pass `stop_strings=()` for none.")
+    if stop_strings and preprocessor is None:
+        raise ValueError("`stop_strings` need text, and so a `preprocessor`.")
+    return stop_strings
+
+
+def _stop_token_ids(stop_token_ids, model) -> tuple[int, ...]:
+    if stop_token_ids is None:
+        return ()
+    if isinstance(stop_token_ids, str) and stop_token_ids == "auto":
+        return _end_tokens(model.preprocessor)
+    if isinstance(stop_token_ids, str) or not isinstance(stop_token_ids, Iterable):
+        raise ValueError(
+            '`stop_token_ids` must be "auto", None or a sequence of token ids. '
+            f"Received: {stop_token_ids!r}"
+        )
+    ids = tuple(_integer("stop_token_ids", id) for id in stop_token_ids)
+    size = model.backbone.vocabulary_size
+    for id in ids:
+        if id is None or not 0 <= id < size:
+            raise ValueError(
+                f"`stop_token_ids` must lie between 0 and {size - 1}, the vocabulary. "
+                f"Received: {id}"
+            )
+    return ids
+
+
+def _end_tokens(preprocessor) -> tuple[int, ...]:
+    if preprocessor is None:
+        raise ValueError(
+            'A `preprocessor` must be attached to the model if `stop_token_ids="auto"`. '
+            "Currently `preprocessor=None`. Pass `stop_token_ids=None` to generate until "
+            "`max_length`, or the ids of tokens that end a row."
+        )
+    end_token_id = preprocessor.tokenizer.end_token_id
+    return () if end_token_id is None else (end_token_id,)

@@ -1,0 +1,82 @@
+import math
+from collections.abc import Sequence
+
+import keras
+from keras import ops
+
+
+class Scoring:
+    """The part of `Mamba2CausalLM` that says how likely texts are."""
+
+    def perplexity(
+        self, texts: str | Sequence[str], stride: int | None = None
+    ) -> float | list[float]:
+        """exp of the mean loss of a text's tokens, each after all that come before it.
+
+        The state is carried through texts of any length, in flat memory. The first token has
+        nothing before it, and does not count.
+
+        Args:
+            texts: a string, or a list of strings.
+            stride: int, forgets everything each time so many tokens are read, as a model with a
+                limited context would. `None` never forgets.
+
+        Returns:
+            A float for a string, a list of floats for a list.
+        """
+        if isinstance(texts, str):
+            return self.perplexity([texts], stride)[0]
+        if stride is not None and stride < 2:
+            raise ValueError(f"`stride` must be at least 2. Received: stride={stride}")
+        if self.preprocessor is None:
+            raise ValueError("`perplexity` reads text, which needs a `preprocessor`.")
+        loss = self.make_generate_function().loss
+        perplexities = []
+        for i, token_ids in enumerate(self.preprocessor.prompts(texts)):
+            if len(token_ids) < 2:
+                raise ValueError(f"Text {i} has fewer than two tokens: {texts[i]!r}")
+            size = stride or len(token_ids)
+            pieces = [token_ids[j : j + size] for j in range(0, len(token_ids), size)]
+            count = sum(len(piece) - 1 for piece in pieces)
+            total = sum(loss(piece) for piece in pieces if len(piece) > 1)
+            perplexities.append(math.exp(total / count))
+        return perplexities
+
+    def score(
+        self,
+        token_ids,
+        padding_mask=None,
+        scoring_mode: str = "logits",
+        layer_intercept_fn=None,
+        target_ids=None,
+    ):
+        """Scores token ids, as other KerasHub models do.
+
+        Args:
+            token_ids: int tensor `(b t)`.
+            padding_mask: optional tensor `(b t)`, non-zero at real tokens.
+            scoring_mode: `"logits"` or `"loss"`.
+            layer_intercept_fn: optional function of hidden states `(b t d)` and the index of the
+                block they come from, -1 for the embeddings. It returns hidden states to go on
+                with.
+            target_ids: int tensor `(b t)`, needed for `"loss"`.
+
+        Returns:
+            Logits `(b t v)`, or the loss of each target `(b t)`.
+        """
+        if scoring_mode not in ("logits", "loss"):
+            raise ValueError(
+                f"`scoring_mode` must be 'logits' or 'loss'. Received: {scoring_mode!r}"
+            )
+        if scoring_mode == "loss" and target_ids is None:
+            raise ValueError("`scoring_mode='loss'` needs `target_ids`.")
+        intercept = layer_intercept_fn or (lambda x, i: x)
+        if padding_mask is None:
+            padding_mask = ops.ones(ops.shape(token_ids), "int32")
+        x = intercept(self.backbone.token_embedding(token_ids), -1)
+        for i, block in enumerate(self.backbone.blocks):
+            x = intercept(block(x, padding_mask=padding_mask), i)
+        logits = self.logits(self.backbone.norm(x))
+        if scoring_mode == "logits":
+            return logits
+        return keras.losses.sparse_categorical_crossentropy(target_ids, logits, from_logits=True)

@@ -1,0 +1,307 @@
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from keras_mamba2.generation import Decoding
+from keras_mamba2.generation import Generator
+from keras_mamba2.generation import padded
+from keras_mamba2.generation import picks_tokens
+from keras_mamba2.generation import prompts_of
+from keras_mamba2.models import Mamba2State
+from keras_mamba2.state import files as state_files
+from keras_mamba2.tasks.generation_options import GenerationOptions
+from keras_mamba2.tasks.mamba2_session import Mamba2Session
+from keras_mamba2.tasks.prompts import batches
+from keras_mamba2.tasks.prompts import is_one_text
+from keras_mamba2.tasks.prompts import texts_of
+from keras_mamba2.tasks.text_stream import TextStream
+from keras_mamba2.tasks.text_stream import TextStreams
+from keras_mamba2.tasks.text_stream import run_lengths
+
+
+class TextGeneration:
+    """The part of `Mamba2CausalLM` that generates: prompts in, texts out."""
+
+    def make_generate_function(self) -> Generator:
+        if self.generate_function is None:
+            self.generate_function = Generator(self)
+        return self.generate_function
+
+    def generate(
+        self,
+        inputs,
+        max_length: int | None = None,
+        stop_token_ids: Sequence[int] | str | None = "auto",
+        strip_prompt: bool = False,
+        *,
+        max_new_tokens: int | None = None,
+        stop_strings: Sequence[str] | str | None = (),
+        num_return_sequences: int = 1,
+        state: Mamba2State | None = None,
+        seed: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        return_logprobs: bool = False,
+    ):
+        """Generates text, or token ids, that continue `inputs`.
+
+        Prompts of different lengths in one batch give for each what it gives alone, up to
+        rounding, with random samplers too. A prompt costs what its tokens cost, and another
+        number of tokens compiles nothing anew.
+
+        Args:
+            inputs: a string, a list of strings, or a dataset of them, batched or not. Or a dict
+                of `token_ids` and `padding_mask` `(b t)`, or a dataset of such.
+            max_length: int, the total length of each row, prompt included. Defaults to the
+                preprocessor's `sequence_length`; for a dict, to the inputs' length.
+            stop_token_ids: token ids that end a row. `"auto"` is the tokenizer's end token,
+                `None` is no token.
+            strip_prompt: bool, whether to return only what is new.
+            max_new_tokens: int, how many tokens each row gets at most, instead of `max_length`.
+            stop_strings: a string or several. A row ends before the first that occurs in what
+                is new.
+            num_return_sequences: int, how often each prompt is continued, from one prefill. The
+                results for a prompt follow one another.
+            state: the `Mamba2State` of `prefill` that `inputs` continue, one row a prompt. A
+                prompt may then be empty. The state stays as it was.
+            seed: int. The same seed gives the same text, whatever else was or is generated.
+            temperature: float, instead of the sampler's, like the following. The first such call
+                compiles a program, which then serves all values.
+            top_k: int, as in `keras_mamba2.FilterSampler`, like the following.
+            top_p: float, as there.
+            min_p: float, as there.
+            repetition_penalty: float, as there.
+            return_logprobs: bool, whether to return the new tokens too, and how likely they were
+                to the model, before temperature and filters.
+
+        Returns:
+            What `inputs` is: a string, a list of strings, or a dict of arrays. For one string
+            and several sequences, a list of strings. With `return_logprobs` a tuple of that and
+            a list: for each row a dict of `token_ids` `(n)` and `logprobs` `(n)`, natural
+            logarithms, of all tokens that were generated, also behind a stop string.
+
+        Raises:
+            ValueError: for an empty prompt, one longer than `max_length`, token ids outside the
+                vocabulary, arguments out of range, a state of another model or batch size, and
+                logits that are not finite.
+        """
+        options = GenerationOptions.checked(
+            self,
+            max_length,
+            max_new_tokens,
+            stop_token_ids,
+            stop_strings,
+            state,
+            seed,
+            num_return_sequences,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+        )
+        results: list[Any] = []
+        logprobs: list[dict[str, np.ndarray]] = []
+        size = 0
+        for batch in batches(inputs):
+            rows, its = self._generate_batch(batch, options, strip_prompt, return_logprobs)
+            results += rows
+            logprobs += its
+            if isinstance(batch, Mapping):
+                size = max(size, np.shape(batch["token_ids"])[1], *map(len, rows))
+        if not results:
+            raise ValueError("There is nothing to generate from: the batch of prompts is empty.")
+        if not isinstance(results[0], str):
+            outputs = padded(results, size)
+        else:
+            outputs = results[0] if is_one_text(inputs) and len(results) == 1 else results
+        return (outputs, logprobs) if return_logprobs else outputs
+
+    def _generate_batch(
+        self, batch, options: GenerationOptions, strip_prompt: bool, with_logprobs: bool
+    ) -> tuple[list[Any], list[dict[str, np.ndarray]]]:
+        """The texts, or rows of token ids, of one batch; and log probabilities if asked for."""
+        prompts, limits = self._read(batch, options)
+        before = [p[:0] if strip_prompt else p for p in prompts]
+        before = [row for row in before for _ in range(options.num_return_sequences)]
+        if not picks_tokens(self.sampler):
+            self._check_searchable(options, with_logprobs)
+            new = self.make_generate_function().search(prompts, limits, options.stop_token_ids)
+            logprobs = []
+        else:
+            lengths = run_lengths() if options.stop_strings else ()
+            decoding = self._decoding(prompts, limits, options, lengths, with_logprobs)
+            if options.stop_strings:
+                new = self._streams(decoding, options).all_texts()
+                texts = zip(self._texts(before), new, strict=True)
+                return ["".join(pair) for pair in texts], decoding.likely_tokens()
+            new, logprobs = decoding.all_tokens(), decoding.likely_tokens()
+        rows = [np.concatenate(pair) for pair in zip(before, new, strict=True)]
+        return (rows if isinstance(batch, Mapping) else self._texts(rows)), logprobs
+
+    def stream(
+        self,
+        inputs: str | Sequence[str],
+        max_length: int | None = None,
+        stop_token_ids: Sequence[int] | str | None = "auto",
+        *,
+        max_new_tokens: int | None = None,
+        stop_strings: Sequence[str] | str | None = (),
+        state: Mamba2State | None = None,
+        seed: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+    ) -> Iterator[str] | TextStreams:
+        """Yields what `generate` with `strip_prompt=True` returns, piece by piece.
+
+        Text comes as soon as it is certain: never half a character, never the beginning of a
+        stop string. The loop is one compiled program that pauses every few tokens. The
+        iterator can be left at any time.
+
+        Args:
+            inputs: a string, or a list of strings.
+            max_length: as in `generate`, like the following.
+            stop_token_ids: as there.
+            max_new_tokens: as there.
+            stop_strings: as there.
+            state: as there.
+            seed: as there.
+            temperature: as there.
+            top_k: as there.
+            top_p: as there.
+            min_p: as there.
+            repetition_penalty: as there.
+
+        Returns:
+            Iterator over strings, or over lists with a string, maybe empty, for each row.
+
+        Raises:
+            ValueError: as `generate`, before the first piece is asked for; for logits that are
+                not finite when they come.
+        """
+        if self.preprocessor is None:
+            raise ValueError("`stream` yields text, which needs a `preprocessor`.")
+        options = GenerationOptions.checked(
+            self,
+            max_length,
+            max_new_tokens,
+            stop_token_ids,
+            stop_strings,
+            state,
+            seed,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+        )
+        prompts, limits = self._read(texts_of(inputs), options)
+        decoding = self._decoding(prompts, limits, options, run_lengths())
+        run = self._streams(decoding, options)
+        return (piece for [piece] in run) if is_one_text(inputs) else run
+
+    def prefill(self, inputs, state: Mamba2State | None = None) -> Mamba2State:
+        """Reads text without generating any.
+
+        Args:
+            inputs: a string, a list of strings, or a dict of `token_ids` and `padding_mask`.
+            state: the `Mamba2State` that `inputs` continue, one row a prompt. It stays as it was.
+
+        Returns:
+            The `Mamba2State` after `inputs`, one row a prompt, for `generate`, `stream` and
+            `prefill`. Continuing from it gives what one long prompt gives, for the same tokens;
+            text that is cut inside a word may be other tokens.
+        """
+        return self.make_generate_function().prefill(self._prompts(inputs, state), state)
+
+    def start(self, text: str) -> Mamba2Session:
+        """A session: one text that grows, and the state after it."""
+        return Mamba2Session(self, text, self.prefill(text))
+
+    def resume(self, file) -> Mamba2Session:
+        """The session that `Mamba2Session.save` wrote to `file`."""
+        *parts, text = state_files.load(file, self.backbone)
+        return Mamba2Session(self, text, Mamba2State(*parts))
+
+    def _prompts(self, inputs, state: Mamba2State | None) -> list[np.ndarray]:
+        if isinstance(inputs, Mapping):
+            return prompts_of(inputs)[0]
+        if self.preprocessor is None:
+            raise ValueError("Without a `preprocessor`, pass a dict of token ids and mask.")
+        return self.preprocessor.prompts(texts_of(inputs), continued=state is not None)
+
+    def _read(self, batch, options: GenerationOptions) -> tuple[list[np.ndarray], np.ndarray]:
+        """The prompts of a batch as token ids, and how many tokens may follow each."""
+        if isinstance(batch, Mapping) and options.stop_strings:
+            raise ValueError("`stop_strings` need prompts of text. Received: a dict of token ids")
+        prompts = self._prompts(batch, options.state)
+        if options.max_new_tokens is not None:
+            return prompts, np.full(len(prompts), options.max_new_tokens)
+        total = options.max_length
+        if total is None and isinstance(batch, Mapping):
+            total = np.shape(batch["token_ids"])[1]
+        total = total or self.preprocessor.sequence_length
+        for i, prompt in enumerate(prompts):
+            if len(prompt) > total:
+                raise ValueError(
+                    f"Prompt {i} has {len(prompt)} tokens, more than the total length of {total}. "
+                    "Pass a larger `max_length`, or `max_new_tokens` instead."
+                )
+        return prompts, np.array([total - len(prompt) for prompt in prompts])
+
+    def _decoding(
+        self, prompts, limits, options: GenerationOptions, run_lengths, with_logprobs: bool = False
+    ) -> Decoding:
+        if not picks_tokens(self.sampler):
+            raise ValueError(
+                f"{type(self.sampler).__name__} searches whole texts and takes them back. To "
+                "stream, or to stop at strings, compile the model with a sampler that draws."
+            )
+        generator = self.make_generate_function()
+        rows = generator.start(
+            prompts,
+            limits,
+            options.stop_token_ids,
+            options.state,
+            options.num_return_sequences,
+            options.seed,
+            **options.parameters,
+        )
+        return generator.decode(rows, run_lengths, with_logprobs)
+
+    def _streams(self, decoding: Decoding, options: GenerationOptions) -> TextStreams:
+        """The texts that come out of a loop, which begins to run when they are asked for."""
+        tokenizer = self.preprocessor.tokenizer
+        skip = (*options.stop_token_ids, *tokenizer.special_token_ids)
+        streams = [
+            TextStream(tokenizer.detokenize, skip, options.stop_strings)
+            for _ in range(decoding.rows.state.batch_size)
+        ]
+        return TextStreams(decoding, streams)
+
+    def _texts(self, rows: list[np.ndarray]) -> list[str]:
+        return self.preprocessor.generate_postprocess(padded(rows, max(map(len, rows))))
+
+    def _check_searchable(self, options: GenerationOptions, with_logprobs: bool) -> None:
+        asked = {
+            **options.parameters,
+            "state": options.state,
+            "num_return_sequences": options.num_return_sequences - 1 or None,
+            "stop_strings": options.stop_strings or None,
+            "return_logprobs": with_logprobs or None,
+        }
+        asked = [f"`{name}`" for name, value in asked.items() if value is not None]
+        if asked:
+            raise ValueError(
+                f"{type(self.sampler).__name__} searches with a loop of its own, which does not "
+                f"take {', '.join(asked)}. Use a sampler that draws."
+            )

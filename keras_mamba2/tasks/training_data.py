@@ -1,0 +1,120 @@
+from collections.abc import Mapping
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_mamba2._compat.keras_training import evaluates_within_fit
+from keras_mamba2.tasks.batch_checks import check_batch
+from keras_mamba2.tasks.batch_checks import check_labels
+from keras_mamba2.tasks.batch_checks import check_token_ids
+from keras_mamba2.tasks.batch_checks import real_positions
+from keras_mamba2.tasks.packing import first_batch
+from keras_mamba2.tasks.packing import is_dataset
+from keras_mamba2.tasks.packing import packed_dataset
+
+
+class TrainingData:
+    """The part of `Mamba2CausalLM` between the data of `fit` and its kin and the model."""
+
+    def fit(
+        self, x=None, y=None, sample_weight=None, validation_data=None, **kwargs
+    ) -> keras.callbacks.History:
+        """As `keras_hub.models.CausalLM.fit`; texts share rows if the preprocessor packs.
+
+        Texts longer than `sequence_length` are cut off there; packed, they go on in other rows.
+        A text of less than two tokens, and a row of padding, have no loss and change nothing.
+        Arrays and lists are read in their order, in every epoch.
+
+        Args:
+            x: texts as a list, an array, or a `tf.data` or `grain` dataset of batches of them.
+                Or rows that are preprocessed already, as a dict of `token_ids` and
+                `padding_mask`, or a dataset of them with targets.
+            y: targets of preprocessed rows, `(b t)`.
+            sample_weight: weights of preprocessed rows, `(b t)`. `None` for those that the
+                padding mask gives: 0 at padding, 1 elsewhere. A target without weight is ignored.
+            validation_data: as `x`, or a tuple `(x, y)` or `(x, y, sample_weight)`.
+            **kwargs: as there.
+
+        Raises:
+            ValueError: for data with nothing to learn from, and for token ids and targets outside
+                the vocabulary: in arrays before the first step, in datasets when the batch is
+                read (inside of `tf.data`, TensorFlow wraps it in an error of its own).
+        """
+        if validation_data is not None:
+            if not isinstance(validation_data, tuple):
+                validation_data = (validation_data,)
+            rows = self._prepared(*keras.utils.unpack_x_y_sample_weight(validation_data))
+            validation_data = rows[0] if is_dataset(rows[0]) else rows
+        x, y, sample_weight = self._prepared(x, y, sample_weight)
+        return super().fit(
+            x, y, sample_weight=sample_weight, validation_data=validation_data, **kwargs
+        )
+
+    def evaluate(self, x=None, y=None, sample_weight=None, **kwargs):
+        """As `keras_hub.models.CausalLM.evaluate`; inputs as in `fit`."""
+        if not evaluates_within_fit(kwargs):  # else `fit` has prepared them
+            x, y, sample_weight = self._prepared(x, y, sample_weight)
+        return super().evaluate(x, y, sample_weight=sample_weight, **kwargs)
+
+    def predict(self, x=None, **kwargs):
+        """As `keras_hub.models.CausalLM.predict`; inputs as in `fit`."""
+        if isinstance(x, Mapping):
+            self._check_batch(ops.convert_to_numpy(x["token_ids"]))
+        return super().predict(x, **kwargs)
+
+    def preprocess_samples(self, x, y=None, sample_weight=None):
+        if isinstance(x, Mapping):  # preprocessed already
+            if y is not None and sample_weight is None:
+                sample_weight = real_positions(x["padding_mask"])
+            samples = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+        else:
+            samples = super().preprocess_samples(x, y, sample_weight)
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(samples)
+        if isinstance(x, Mapping):
+            check_batch(self._check_batch, x["token_ids"], y, sample_weight)
+        return samples
+
+    def _prepared(self, x, y, sample_weight):
+        """Refuses data with nothing to learn from; packs texts, if the preprocessor packs."""
+        packing = self.preprocessor is not None and self.preprocessor.packing
+        if is_dataset(x):
+            if packing:
+                return packed_dataset(x, self.preprocessor), None, None
+            first_batch(x)
+        elif isinstance(x, Mapping):
+            self._check_arrays(x, y, sample_weight)
+        elif self.preprocessor is None:
+            raise ValueError("Without a `preprocessor`, pass a dict of token ids and mask.")
+        else:
+            weights = (self.preprocessor(text)[2] for text in x)  # of no more texts than needed
+            if not any(np.any(ops.convert_to_numpy(weight)) for weight in weights):
+                raise ValueError(f"No text has two tokens to learn from. Received {len(x)} texts.")
+            if packing:
+                return self.preprocessor(x)
+        return x, y, sample_weight
+
+    def _check_arrays(self, x, y, sample_weight) -> None:
+        # All of them at once: KerasHub's pipeline would find the first wrong batch in `tf.data`,
+        # whose errors are of another type, and later ones after training steps.
+        array = ops.convert_to_numpy
+        token_ids, real = array(x["token_ids"]), array(x["padding_mask"])
+        weights = real if sample_weight is None else array(sample_weight)
+        shapes = {"token_ids": token_ids.shape, "y": np.shape(y), "sample_weight": weights.shape}
+        if not shapes["y"][:2] == shapes["sample_weight"] == token_ids.shape:
+            raise ValueError(
+                "Preprocessed rows need targets and weights, one for each position. "
+                f"Received: {', '.join(f'{name} {shape}' for name, shape in shapes.items())}"
+            )
+        if not np.any((real != 0) & (weights != 0)):
+            raise ValueError(
+                f"No row has a token to learn from. Received {len(token_ids)} rows, in which all "
+                "is padding, or has no weight."
+            )
+        self._check_batch(token_ids, array(y), weights)
+
+    def _check_batch(self, token_ids, labels=None, weights=None) -> None:
+        size = self.num_tokens
+        check_token_ids(token_ids, size)
+        if labels is not None:
+            check_labels(labels, self.loss, size, "vocabulary_size", weights)
