@@ -147,10 +147,10 @@ class Mamba2CausalLM(
     def get_quantization_layer_structure(self, mode: str):
         return self.backbone.get_quantization_layer_structure(mode)
 
-    def call(self, inputs):
+    def call(self, inputs, training=None):
         # Not the functional model's own head: how many tokens there are is known when the
         # tokenizer is loaded, which KerasHub does later.
-        return self.logits(self.backbone(inputs))
+        return self.logits(self.backbone(inputs, training=training))
 
     def call_with_cache(
         self,

@@ -114,7 +114,6 @@ class TrainingData:
         self._check_batch(token_ids, array(y), weights)
 
     def _check_batch(self, token_ids, labels=None, weights=None) -> None:
-        size = self.num_tokens
-        check_token_ids(token_ids, size)
+        check_token_ids(token_ids, self.backbone.vocabulary_size)
         if labels is not None:
-            check_labels(labels, self.loss, size, "vocabulary_size", weights)
+            check_labels(labels, self.loss, self.num_tokens, "num_tokens", weights)

@@ -14,6 +14,7 @@ import keras_mamba2
 from keras_mamba2.generation import Generator
 from keras_mamba2.generation import generator as generator_module
 from keras_mamba2.generation import prefill
+from keras_mamba2.generation import prompts_of
 
 BLOCK_SIZES = [(512, 64, 8), (16, 4), (5,)]
 CHUNK_SIZES = [1, 3, 64]
@@ -79,12 +80,12 @@ def test_generate_is_step_by_step(model_of, generator_of, lengths, side, chunk_s
         mock.patch.object(prefill, "BLOCK_SIZES", sizes),
         mock.patch.object(generator_module, "BLOCK_SIZES", sizes),
     ):
-        found = generator(inputs_of(prompts, side), max_new_tokens=NEW)
+        read, _ = prompts_of(inputs_of(prompts, side))
+        found = generator.generate(read, np.full(len(read), NEW), ())
         state = generator.prefill(prompts)
     for i, prompt in enumerate(prompts):
         new, _ = step_by_step(lm, step, prompt, NEW)
-        row = found["token_ids"][i][found["padding_mask"][i]]
-        assert row.tolist() == [*prompt.tolist(), *new]
+        assert (read[i].tolist(), found[i].tolist()) == (prompt.tolist(), new)
         _, expected = step_by_step(lm, step, prompt, 0)
         for ours, theirs in zip(
             jax.tree.leaves(state[i].layers), jax.tree.leaves(expected.layers), strict=True

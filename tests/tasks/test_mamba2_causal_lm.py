@@ -50,6 +50,56 @@ def test_fit_lowers_the_loss(preset_folder):
     assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.fixture(scope="module")
+def lm():
+    """Its embedding has 272 ids, of which the tokenizer has 257."""
+    tokenizer = keras_mamba2.Mamba2Tokenizer(byte_vocabulary("<|endoftext|>"), [])
+    preprocessor = keras_mamba2.Mamba2CausalLMPreprocessor(tokenizer, add_end_token=False)
+    backbone = keras_mamba2.Mamba2Backbone(272, 2, 16, state_dim=4, head_dim=8, dropout=0.5)
+    return keras_mamba2.Mamba2CausalLM(backbone, preprocessor)
+
+
+class TestHead:
+    def test_perplexity_is_exp_of_the_loss(self, lm):
+        text = "to be, or not to be"
+        lm.preprocessor.sequence_length = len(text) - 1
+        lm.compile(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        loss = lm.evaluate([text], verbose=0, return_dict=True)["loss"]
+        assert lm.perplexity(text) == pytest.approx(np.exp(loss), rel=1e-5)
+        ids = lm.preprocessor.prompts([text])[0][None]
+        scores = lm.score(ids[:, :-1], scoring_mode="loss", target_ids=ids[:, 1:])
+        assert float(ops.mean(scores)) == pytest.approx(loss, rel=1e-5)
+
+    def test_everything_masks_what_is_no_token(self, lm):
+        ids = np.arange(9)[None]
+        inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+        stateful = keras_mamba2.training.StatefulTraining(lm, batch_size=1)
+        whole = lm(inputs)
+        for logits in (lm.call_with_cache(ids, None)[0], lm.score(ids), stateful(inputs), whole):
+            probabilities = ops.convert_to_numpy(ops.softmax(logits))
+            assert (probabilities[..., 257:] == 0).all()
+            np.testing.assert_allclose(probabilities, ops.softmax(whole), atol=1e-6)
+
+    def test_dropout_is_for_training(self, lm):
+        ids = np.arange(9)[None]
+        inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+        whole, dropped = (ops.convert_to_numpy(lm(inputs, training=t)) for t in (False, True))
+        assert np.abs(whole - dropped).max() > 0.01
+
+    def test_float16_has_room_for_the_mask(self):
+        backbone = keras_mamba2.Mamba2Backbone(272, 1, 16, state_dim=4, head_dim=8, dtype="float16")
+        tokenizer = keras_mamba2.Mamba2Tokenizer(byte_vocabulary("<|endoftext|>"), [])
+        preprocessor = keras_mamba2.Mamba2CausalLMPreprocessor(tokenizer)
+        lm = keras_mamba2.Mamba2CausalLM(backbone, preprocessor)
+        assert np.isfinite(ops.convert_to_numpy(lm.score(np.arange(9)[None]))).all()
+
+    def test_labels_that_are_no_tokens_are_refused(self, lm):
+        ids = np.arange(9)[None]
+        inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+        with pytest.raises(ValueError, match="260"):
+            lm.fit(inputs, np.full_like(ids, 260), verbose=0)
+
+
 def test_padding_takes_no_part_in_the_loss(preset_folder):
     lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder)
     texts = ["to be", "or not to be"]

@@ -302,7 +302,7 @@ def changed(rows, name, value):
 BAD_ROWS = {
     "an id": ({"name": "token_ids", "value": 257}, "Token ids.*vocabulary_size=257.*257 in row 2"),
     "a negative id": ({"name": "token_ids", "value": -1}, "Token ids.*Received: -1 in row 2"),
-    "a target": ({"name": "y", "value": 300}, "Labels.*vocabulary_size=257.*300 in row 2"),
+    "a target": ({"name": "y", "value": 300}, "Labels.*num_tokens=257.*300 in row 2"),
 }
 
 
