@@ -56,7 +56,7 @@ print(len(devices), "devices:", ", ".join(devices))
 
 # %% [markdown]
 # A model of its own for this guide, small enough that a laptop compiles it in seconds. Training
-# rows are packed: several documents share one, told apart by the numbers in the mask.
+# rows are packed: several documents share one, told apart by `segment_ids`.
 
 # %%
 SEQUENCE_LENGTH = 128
@@ -75,8 +75,9 @@ def make_model():
 
 rng = np.random.default_rng(0)
 token_ids = np.cumsum(rng.integers(0, 3, size=(BATCH_SIZE, SEQUENCE_LENGTH + 1)), axis=1) % 256
-padding_mask = 1 + np.cumsum(rng.random((BATCH_SIZE, SEQUENCE_LENGTH)) < 0.02, axis=1)
-x, y = {"token_ids": token_ids[:, :-1], "padding_mask": padding_mask}, token_ids[:, 1:]
+segment_ids = np.cumsum(rng.random((BATCH_SIZE, SEQUENCE_LENGTH)) < 0.02, axis=1)
+x, y = {"token_ids": token_ids[:, :-1], "segment_ids": segment_ids}, token_ids[:, 1:]
+x["padding_mask"] = np.ones_like(segment_ids)
 
 # %% [markdown]
 # ## Cut the batch

@@ -145,7 +145,7 @@ Unwillingly to school.
 # %% [markdown]
 # ## Rows without waste
 #
-# A preprocessor that packs puts several recipes into a row, and numbers them in the padding mask.
+# A preprocessor that packs puts several recipes into a row, and numbers them in `segment_ids`.
 # The model starts afresh at every number, so each recipe is learned as if it were alone. Rows that
 # do not fill a batch are left out, for devices share batches evenly.
 
@@ -163,9 +163,7 @@ def whole_batches(texts: list[str]):
 
 x, y, sample_weight = whole_batches(recipes)
 val_rows = whole_batches(validation)
-print(
-    f"{len(y)} rows with up to {x['padding_mask'].max()} recipes; {sample_weight.mean():.1%} used"
-)
+print(f"{len(y)} rows with up to {x['segment_ids'].max()} recipes; {sample_weight.mean():.1%} used")
 
 # %% [markdown]
 # ## Before

@@ -23,8 +23,9 @@ class Mamba2Block(ResidualBlock):
 
     Call arguments:
         x: tensor `(b t d)`.
-        padding_mask: optional tensor `(b t)`, non-zero at real tokens. Integers also number the
-            documents of a packed row: the mixer restarts where the number changes.
+        padding_mask: optional tensor `(b t)`, non-zero at real tokens.
+        segment_ids: optional int tensor `(b t)`, numbers of the documents of a packed row: the
+            mixer restarts where the number changes.
     """
 
     def __init__(

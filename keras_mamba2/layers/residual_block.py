@@ -6,7 +6,7 @@ from keras import ops
 from keras_mamba2.layers.gated_rms_normalization import GatedRMSNormalization
 from keras_mamba2.layers.sublayer import Sublayer
 from keras_mamba2.ops.checks import float32_at_least
-from keras_mamba2.ops.segments import segment_ids_of
+from keras_mamba2.ops.segments import document_segments
 
 
 class ResidualBlock(keras.layers.Layer):
@@ -24,9 +24,9 @@ class ResidualBlock(keras.layers.Layer):
 
     Call arguments:
         x: tensor `(b t d)`.
-        padding_mask: optional tensor `(b t)`, non-zero at real tokens. Integers also number the
-            documents of a packed row: what the sublayer remembers is forgotten where the number
-            changes.
+        padding_mask: optional tensor `(b t)`, non-zero at real tokens.
+        segment_ids: optional int tensor `(b t)`, numbers of the documents of a packed row: what
+            the sublayer remembers is forgotten where the number changes.
     """
 
     def __init__(
@@ -55,22 +55,25 @@ class ResidualBlock(keras.layers.Layer):
     def sublayer(self) -> Sublayer:
         raise NotImplementedError
 
-    def build(self, x_shape, padding_mask_shape=None):
+    def build(self, x_shape, padding_mask_shape=None, segment_ids_shape=None):
         self.norm.build(x_shape)
         self.sublayer.build(x_shape)
 
-    def call(self, x, padding_mask=None):
+    def call(self, x, padding_mask=None, segment_ids=None):
         def inside(x):
-            mask, segment_ids = _masks(padding_mask)
-            return self.sublayer(self.norm(x), mask=mask, segment_ids=segment_ids)
+            mask, segments = _standard(padding_mask, segment_ids)
+            return self.sublayer(self.norm(x), mask=mask, segment_ids=segments)
 
         return self._add(x, self.dropout_layer(self._remat(inside)(x)))
 
-    def call_with_state(self, x, state=None, padding_mask=None) -> tuple[Any, Any]:
+    def call_with_state(
+        self, x, state=None, padding_mask=None, segment_ids=None
+    ) -> tuple[Any, Any]:
         """Returns the output for `x` `(b t d)` after `state`, and the state after `x`."""
 
         def inside(x, state):
-            return self.sublayer.call_with_state(self.norm(x), state, *_masks(padding_mask))
+            masks = _standard(padding_mask, segment_ids)
+            return self.sublayer.call_with_state(self.norm(x), state, *masks)
 
         y, state = self._remat(inside)(x, state)
         return self._add(x, self.dropout_layer(y)), state
@@ -94,7 +97,7 @@ class ResidualBlock(keras.layers.Layer):
     def _residual_dtype(self):
         return float32_at_least(self.compute_dtype) if self.residual_in_fp32 else self.compute_dtype
 
-    def compute_output_spec(self, x, padding_mask=None):
+    def compute_output_spec(self, x, padding_mask=None, segment_ids=None):
         return keras.KerasTensor(x.shape, dtype=self._residual_dtype)
 
     def get_config(self):
@@ -111,11 +114,7 @@ class ResidualBlock(keras.layers.Layer):
         return config
 
 
-def _masks(padding_mask):
-    """Which positions are real, and which segment each belongs to if the mask can tell."""
-    if padding_mask is None:
-        return None, None
-    mask = ops.cast(padding_mask, "bool")
-    if keras.backend.standardize_dtype(padding_mask.dtype) == "bool":
-        return mask, None
-    return mask, segment_ids_of(padding_mask)
+def _standard(padding_mask, segment_ids):
+    """Which positions are real, and which document each belongs to, as sublayers take them."""
+    mask = None if padding_mask is None else ops.cast(padding_mask, "bool")
+    return mask, None if segment_ids is None else document_segments(segment_ids, mask)

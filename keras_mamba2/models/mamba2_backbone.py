@@ -49,9 +49,9 @@ class Mamba2Backbone(ResidualBackbone):
     Call arguments:
         token_ids: int tensor `(b t)`.
         padding_mask: int tensor `(b t)`, non-zero at real tokens, which are contiguous in each
-            row; padding on either side leaves the outputs of real tokens as they were. Other
-            numbers than 1 tell documents of a packed row apart (0 padding, 1, 2, ...): each gets
-            what it gets alone.
+            row; padding on either side leaves the outputs of real tokens as they were.
+        segment_ids: optional int tensor `(b t)`, numbers of the documents of packed rows: each
+            gets what it gets alone.
 
     Example:
     ```python

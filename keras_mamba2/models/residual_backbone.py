@@ -14,6 +14,7 @@ from keras_mamba2.layers.reversible_embedding import ReversibleEmbedding
 from keras_mamba2.layers.sublayer import Sublayer
 from keras_mamba2.models import lora
 from keras_mamba2.models import quantization
+from keras_mamba2.models.inputs import standard_names
 from keras_mamba2.models.layout import check_layout
 from keras_mamba2.models.layout import layout_map
 from keras_mamba2.state import NO_TOKEN
@@ -37,6 +38,7 @@ class ResidualBackbone(keras_hub.models.Backbone):
     Call arguments:
         token_ids: int tensor `(b t)`.
         padding_mask: int tensor `(b t)`, as in `keras_mamba2.Mamba2Backbone`.
+        segment_ids: optional int tensor `(b t)`, as there.
     """
 
     # The kinds of sublayers that a model of this class may have.
@@ -61,20 +63,27 @@ class ResidualBackbone(keras_hub.models.Backbone):
         # === Functional Model ===
         token_id_input = keras.Input(shape=(None,), dtype="int32", name="token_ids")
         padding_mask_input = keras.Input(shape=(None,), dtype="int32", name="padding_mask")
-        x = self.embeddings_dropout(self.token_embedding(token_id_input))
-        for block in self.blocks:
-            x = block(x, padding_mask=padding_mask_input)
-        super().__init__(
-            inputs={"token_ids": token_id_input, "padding_mask": padding_mask_input},
-            outputs=self.norm(x),
-            **kwargs,
-        )
+        # Without `segment_ids`: KerasHub's tools expect the inputs that preprocessors make.
+        inputs = {"token_ids": token_id_input, "padding_mask": padding_mask_input}
+        super().__init__(inputs=inputs, outputs=self._hidden_states(**inputs), **kwargs)
+        self.input_spec = None  # Keras' own knows no other names; `standard_names` checks them
 
-    def call_with_state(self, token_ids, state: Mamba2State | None = None, padding_mask=None):
+    def call(self, inputs, training=None):
+        return self._hidden_states(**standard_names(inputs))  # Keras passes `training` on
+
+    def _hidden_states(self, token_ids, padding_mask, segment_ids=None):
+        x = self.embeddings_dropout(self.token_embedding(token_ids))
+        for block in self.blocks:
+            x = block(x, padding_mask=padding_mask, segment_ids=segment_ids)
+        return self.norm(x)
+
+    def call_with_state(
+        self, token_ids, state: Mamba2State | None = None, padding_mask=None, segment_ids=None
+    ):
         """Runs the model on `(b t)` token ids after `state`.
 
-        Differentiable in the state too. A `padding_mask` of integers numbers documents, as in a
-        call; `state` then belongs to the first, and the returned one to the last.
+        Differentiable in the state too. With `segment_ids`, `state` belongs to the first document
+        of a row, and the returned one to the last.
 
         Returns:
             Tuple `(hidden_states, state)`: `(b t d)`, and the `Mamba2State` after each row's
@@ -87,7 +96,7 @@ class ResidualBackbone(keras_hub.models.Backbone):
         layers = [None] * len(self.blocks) if state is None else state.layers
         x, states = self.embeddings_dropout(self.token_embedding(token_ids)), []
         for block, layer in zip(self.blocks, layers, strict=True):
-            x, layer = block.call_with_state(x, layer, padding_mask)
+            x, layer = block.call_with_state(x, layer, padding_mask, segment_ids)
             states.append(layer)
         seen = t if padding_mask is None else ops.count_nonzero(padding_mask, axis=1)
         length = length + ops.cast(seen, "int32")

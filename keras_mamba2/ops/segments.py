@@ -9,14 +9,20 @@ def runs(segment_ids):
     return ops.pad(ops.cumsum(changed, axis=1), [(0, 0), (1, 0)])
 
 
-def segment_ids_of(padding_mask):
-    """The `segment_ids` of a packed row's mask `(b t)`: 0 is padding, other numbers documents.
+def document_segments(segment_ids, mask=None):
+    """Numbers the documents of packed rows `(b t)` from 0, so that padding begins none.
 
-    Padding begins no segment, so that what is before a row's first token, or before its padding
-    on the left, belongs to its first document.
+    What is before a row's first token, or before its padding on the left, belongs to its first
+    document. A document goes on as long as its number does, without padding in between.
+
+    Args:
+        segment_ids: int tensor `(b t)`, whose values at padding do not matter.
+        mask: optional boolean tensor `(b t)`, true at real tokens.
     """
-    is_real = padding_mask != 0
-    seen = ops.cumsum(ops.cast(is_real, "int32"), axis=1)
-    changed = ops.pad(padding_mask[:, 1:] != padding_mask[:, :-1], [(0, 0), (1, 0)])
-    begins = ops.logical_and(ops.logical_and(changed, is_real), seen > 1)
+    changed = segment_ids[:, 1:] != segment_ids[:, :-1]
+    if mask is None:
+        return ops.pad(ops.cumsum(ops.cast(changed, "int32"), axis=1), [(0, 0), (1, 0)])
+    changed = ops.pad(ops.logical_or(changed, ops.logical_not(mask[:, :-1])), [(0, 0), (1, 0)])
+    seen = ops.cumsum(ops.cast(mask, "int32"), axis=1)
+    begins = ops.logical_and(ops.logical_and(changed, mask), seen > 1)
     return ops.cumsum(ops.cast(begins, "int32"), axis=1)

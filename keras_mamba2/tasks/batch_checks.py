@@ -37,7 +37,19 @@ def check_batch(check: Callable[..., None], *arrays) -> None:
         check(*map(ops.convert_to_numpy, arrays))
 
 
+def check_mask(padding_mask: np.ndarray) -> None:
+    """Refuses anything but 0 and 1."""
+    wrong = np.argwhere(~np.isin(padding_mask, (0, 1)))
+    if len(wrong):
+        raise ValueError(
+            "A `padding_mask` is 1 at real tokens and 0 elsewhere; numbers of documents that share "
+            f"a row are `segment_ids`. Received: {padding_mask[tuple(wrong[0])]} in row "
+            f"{wrong[0][0]}"
+        )
+
+
 def check_rows(padding_mask: np.ndarray) -> None:
+    check_mask(padding_mask)
     empty = np.flatnonzero(~(padding_mask != 0).any(axis=-1))
     if len(empty):
         raise ValueError(

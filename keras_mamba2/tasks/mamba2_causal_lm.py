@@ -71,6 +71,7 @@ class Mamba2CausalLM(
         inputs = backbone.input
         outputs = backbone.token_embedding(backbone(inputs), reverse=True)
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
+        self.input_spec = None  # as the backbone's, which says what is wrong
 
     @classmethod
     def from_preset(cls, preset: str, load_weights: bool = True, **kwargs) -> "Mamba2CausalLM":

@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_mamba2._compat.keras_hub_preprocessing import uses_tensorflow
 from keras_mamba2.models import Mamba2Tokenizer
+from keras_mamba2.models.inputs import NAMES
 from keras_mamba2.tasks.build_once import build_once
 from keras_mamba2.tasks.mamba2_preprocessor import Mamba2Preprocessor
 from keras_mamba2.tasks.packing import pack
@@ -19,8 +20,8 @@ class Mamba2CausalLMPreprocessor(Mamba2Preprocessor, keras_hub.models.CausalLMPr
     For training, texts are tokenized, an end token is added, and all are cut or padded on the
     right to `sequence_length`; the targets are the next tokens, and padding has no weight.
 
-    With `packing=True` several texts share a row, so that next to nothing is padding. The mask
-    numbers them (0 padding, 1, 2, ...), and the model gives each what it gives it alone. Texts
+    With `packing=True` several texts share a row, so that next to nothing is padding.
+    `segment_ids` number them, and the model gives each what it gives it alone. Texts
     longer than a row are cut into pieces instead of being cut off, each read on its own. A batch
     of texts then gives another number of rows; `fit` and `evaluate` make batches of equal size.
 
@@ -84,14 +85,14 @@ class Mamba2CausalLMPreprocessor(Mamba2Preprocessor, keras_hub.models.CausalLMPr
         def flat_rows(texts):
             texts = [text.decode("utf-8") for text in texts]
             x, y, sample_weight = self._call_python(texts, sequence_length=sequence_length)
-            return x["token_ids"], x["padding_mask"], y, sample_weight
+            return *x.values(), y, sample_weight
 
-        dtypes = (tf.int32, tf.int32, tf.int32, tf.bool)
+        dtypes = (tf.int32,) * 4 + (tf.bool,)
         rows = tf.numpy_function(flat_rows, [tf.reshape(x, [-1])], dtypes)
         for part in rows:
             part.set_shape((None, sequence_length or self.sequence_length))
-        token_ids, padding_mask, y, sample_weight = rows
-        return {"token_ids": token_ids, "padding_mask": padding_mask}, y, sample_weight
+        *x, y, sample_weight = rows
+        return dict(zip(NAMES, x, strict=True)), y, sample_weight
 
     def prompts(self, texts: Sequence[str], continued: bool = False) -> list[np.ndarray]:
         """The token ids of each text, for generation.

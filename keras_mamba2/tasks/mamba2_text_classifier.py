@@ -5,6 +5,7 @@ from keras import ops
 from keras_mamba2.conversion import keras_arguments
 from keras_mamba2.conversion import open_preset
 from keras_mamba2.models import Mamba2Backbone
+from keras_mamba2.models.inputs import standard_names
 from keras_mamba2.tasks.batch_checks import check_batch
 from keras_mamba2.tasks.batch_checks import check_labels
 from keras_mamba2.tasks.batch_checks import check_rows
@@ -96,6 +97,7 @@ class Mamba2TextClassifier(keras_hub.models.TextClassifier, PushToHub):
         for layer in (*hidden_layers, self.output_dropout):
             x = layer(x)
         super().__init__(inputs=inputs, outputs=self.output_dense(x), **kwargs)
+        self.input_spec = None  # as the backbone's, which says what is wrong
 
         # === Config ===
         self.num_classes = num_classes
@@ -121,6 +123,12 @@ class Mamba2TextClassifier(keras_hub.models.TextClassifier, PushToHub):
         if "num_classes" not in kwargs:
             raise ValueError(f"{preset} has no head of a classifier. Pass `num_classes`.")
         return loader.load_task(cls, load_weights, **kwargs)
+
+    def call(self, inputs, training=None):
+        inputs = standard_names(inputs)
+        if "segment_ids" in inputs:
+            raise ValueError("A classifier reads one text a row, and takes no `segment_ids`.")
+        return super().call(inputs, training=training)
 
     def preprocess_samples(self, x, y=None, sample_weight=None):
         samples = super().preprocess_samples(x, y, sample_weight)

@@ -1,4 +1,4 @@
-"""Documents in rows without waste: each whole, and told apart by the numbers in the mask."""
+"""Documents in rows without waste: each whole, and told apart by numbers."""
 
 import bisect
 from collections.abc import Callable
@@ -23,8 +23,8 @@ def pack(
     is cut into pieces that are documents of their own.
 
     Returns:
-        Tuple `(x, y, sample_weight)`: `x["padding_mask"]` has 0 at padding and the documents'
-        numbers, from 1, elsewhere.
+        Tuple `(x, y, sample_weight)`: `x["segment_ids"]` has the documents' numbers, from 1, and
+        0 at padding.
     """
     pieces = [
         np.asarray(document[i : i + sequence_length + 1], "int32")
@@ -34,15 +34,17 @@ def pack(
     rows = best_fit([len(piece) - 1 for piece in pieces], sequence_length)
     shape = (len(rows), sequence_length)
     token_ids, targets = np.full((2, *shape), pad_token_id, "int32")
-    padding_mask = np.zeros(shape, "int32")
+    segment_ids = np.zeros(shape, "int32")
     for i, row in enumerate(rows):
         start = 0
         for number, piece in enumerate((pieces[j] for j in row), start=1):
             here = slice(start, start + len(piece) - 1)
             token_ids[i, here], targets[i, here] = piece[:-1], piece[1:]
-            padding_mask[i, here] = number
+            segment_ids[i, here] = number
             start = here.stop
-    return {"token_ids": token_ids, "padding_mask": padding_mask}, targets, padding_mask > 0
+    real = segment_ids > 0
+    x = {"token_ids": token_ids, "padding_mask": real.astype("int32"), "segment_ids": segment_ids}
+    return x, targets, real
 
 
 def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:

@@ -11,6 +11,7 @@ from keras_mamba2.generation import padded
 from keras_mamba2.generation import picks_tokens
 from keras_mamba2.generation import prompts_of
 from keras_mamba2.models import Mamba2State
+from keras_mamba2.models.inputs import standard_names
 from keras_mamba2.state import files as state_files
 from keras_mamba2.tasks.generation_options import GenerationOptions
 from keras_mamba2.tasks.mamba2_session import Mamba2Session
@@ -114,7 +115,7 @@ class TextGeneration:
             results += rows
             logprobs += its
             if isinstance(batch, Mapping):
-                size = max(size, np.shape(batch["token_ids"])[1], *map(len, rows))
+                size = max(size, *map(len, rows), *(np.shape(x)[1] for x in batch.values()))
         if not results:
             raise ValueError("There is nothing to generate from: the batch of prompts is empty.")
         if not isinstance(results[0], str):
@@ -234,7 +235,7 @@ class TextGeneration:
 
     def _prompts(self, inputs, state: Mamba2State | None) -> list[np.ndarray]:
         if isinstance(inputs, Mapping):
-            return prompts_of(inputs)[0]
+            return prompts_of(standard_names(inputs))[0]
         if self.preprocessor is None:
             raise ValueError("Without a `preprocessor`, pass a dict of token ids and mask.")
         return self.preprocessor.prompts(texts_of(inputs), continued=state is not None)
@@ -248,7 +249,7 @@ class TextGeneration:
             return prompts, np.full(len(prompts), options.max_new_tokens)
         total = options.max_length
         if total is None and isinstance(batch, Mapping):
-            total = np.shape(batch["token_ids"])[1]
+            total = np.shape(standard_names(batch)["token_ids"])[1]
         total = total or self.preprocessor.sequence_length
         for i, prompt in enumerate(prompts):
             if len(prompt) > total:

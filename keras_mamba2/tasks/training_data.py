@@ -5,8 +5,11 @@ import numpy as np
 from keras import ops
 
 from keras_mamba2._compat.keras_training import evaluates_within_fit
+from keras_mamba2.models.inputs import NAMES
+from keras_mamba2.models.inputs import standard_names
 from keras_mamba2.tasks.batch_checks import check_batch
 from keras_mamba2.tasks.batch_checks import check_labels
+from keras_mamba2.tasks.batch_checks import check_mask
 from keras_mamba2.tasks.batch_checks import check_token_ids
 from keras_mamba2.tasks.batch_checks import real_positions
 from keras_mamba2.tasks.packing import first_batch
@@ -60,11 +63,13 @@ class TrainingData:
     def predict(self, x=None, **kwargs):
         """As `keras_hub.models.CausalLM.predict`; inputs as in `fit`."""
         if isinstance(x, Mapping):
-            self._check_batch(ops.convert_to_numpy(x["token_ids"]))
+            x = standard_names(x)
+            self._check_batch(*(ops.convert_to_numpy(x[name]) for name in NAMES[:2]))
         return super().predict(x, **kwargs)
 
     def preprocess_samples(self, x, y=None, sample_weight=None):
         if isinstance(x, Mapping):  # preprocessed already
+            x = standard_names(x)
             if y is not None and sample_weight is None:
                 sample_weight = real_positions(x["padding_mask"])
             samples = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
@@ -72,7 +77,7 @@ class TrainingData:
             samples = super().preprocess_samples(x, y, sample_weight)
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(samples)
         if isinstance(x, Mapping):
-            check_batch(self._check_batch, x["token_ids"], y, sample_weight)
+            check_batch(self._check_batch, x["token_ids"], x["padding_mask"], y, sample_weight)
         return samples
 
     def _prepared(self, x, y, sample_weight):
@@ -83,6 +88,7 @@ class TrainingData:
                 return packed_dataset(x, self.preprocessor), None, None
             first_batch(x)
         elif isinstance(x, Mapping):
+            x = standard_names(x)
             self._check_arrays(x, y, sample_weight)
         elif self.preprocessor is None:
             raise ValueError("Without a `preprocessor`, pass a dict of token ids and mask.")
@@ -111,9 +117,10 @@ class TrainingData:
                 f"No row has a token to learn from. Received {len(token_ids)} rows, in which all "
                 "is padding, or has no weight."
             )
-        self._check_batch(token_ids, array(y), weights)
+        self._check_batch(token_ids, real, array(y), weights)
 
-    def _check_batch(self, token_ids, labels=None, weights=None) -> None:
+    def _check_batch(self, token_ids, padding_mask, labels=None, weights=None) -> None:
+        check_mask(padding_mask)
         check_token_ids(token_ids, self.backbone.vocabulary_size)
         if labels is not None:
             check_labels(labels, self.loss, self.num_tokens, "num_tokens", weights)

@@ -63,8 +63,9 @@ class StatefulTraining(keras.Model):
         **kwargs: see `keras.Model`.
 
     Call arguments:
-        inputs: dict of `token_ids` and `padding_mask`, int tensors `(b t)`. Numbers of documents
-            in the mask restart the state, as in `Mamba2Backbone`. Returns logits `(b t v)`.
+        inputs: dict of `token_ids` and `padding_mask`, int tensors `(b t)`, and maybe of
+            `segment_ids`, which restart the state, as in `Mamba2Backbone`. Returns logits
+            `(b t v)`.
 
     Example:
     ```python
@@ -110,7 +111,9 @@ class StatefulTraining(keras.Model):
             )
         backbone = self.lm.backbone
         state = tree.map_structure(ops.convert_to_tensor, self._state)
-        hidden_states, state = backbone.call_with_state(token_ids, state, padding_mask)
+        hidden_states, state = backbone.call_with_state(
+            token_ids, state, padding_mask, inputs.get("segment_ids")
+        )
         tree.map_structure(
             lambda weight, leaf: weight.assign(ops.stop_gradient(leaf)), self._state, state
         )

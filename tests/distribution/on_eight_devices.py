@@ -68,8 +68,9 @@ def data(rows=16, t=T):
     """Packed rows: documents of many lengths, across the borders of devices."""
     rng = np.random.default_rng(0)
     token_ids = rng.integers(256, size=(rows, t + 1))
-    padding_mask = 1 + np.cumsum(rng.random((rows, t)) < 0.1, axis=1)
-    x = {"token_ids": token_ids[:, :-1], "padding_mask": padding_mask}
+    segment_ids = np.cumsum(rng.random((rows, t)) < 0.1, axis=1)
+    x = {"token_ids": token_ids[:, :-1], "padding_mask": np.ones_like(segment_ids)}
+    x["segment_ids"] = segment_ids
     return x, token_ids[:, 1:]
 
 

@@ -20,12 +20,13 @@ END = 256
 
 def documents_of(x, y, sample_weight):
     """What the rows hold, document by document, with the target after each last input."""
-    for ids, mask, targets, weights in zip(
-        x["token_ids"], x["padding_mask"], y, sample_weight, strict=True
+    np.testing.assert_array_equal(x["padding_mask"], sample_weight)
+    for ids, numbers, targets, weights in zip(
+        x["token_ids"], x["segment_ids"], y, sample_weight, strict=True
     ):
-        np.testing.assert_array_equal(np.asarray(mask) > 0, weights)
-        for number in range(1, np.max(mask) + 1):
-            here = np.flatnonzero(np.asarray(mask) == number)
+        np.testing.assert_array_equal(np.asarray(numbers) > 0, weights)
+        for number in range(1, np.max(numbers) + 1):
+            here = np.flatnonzero(np.asarray(numbers) == number)
             assert len(here) == here[-1] - here[0] + 1
             inputs, following = np.asarray(ids)[here], np.asarray(targets)[here]
             np.testing.assert_array_equal(inputs[1:], following[:-1])
