@@ -249,6 +249,17 @@ def test_backup_at(tmp_path):
     assert part("keras_training").backup_paths(callback) == before
 
 
+# Saving
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_ask_to_overwrite(tmp_path, monkeypatch, answer):
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or "ny"[answer])
+    assert part("keras_saving").ask_to_overwrite(tmp_path / "a.keras") is answer
+    assert "a.keras" in asked[0]
+
+
 # Trees
 
 
