@@ -5,8 +5,9 @@ is whole. Then it gets the name of the target by renaming. A process may be kill
 
 - A file, or a folder that was not there, is the old one or the new one: one renaming.
 - A folder that replaces another takes two, since POSIX cannot replace a folder that has files in
-  it. For a process that dies between them, nothing has the name until `clean_up`, which readers
-  of presets and the next writer call, has done the second one. Both folders are whole then.
+  it. Between them nothing has the name, which a reader in another process may meet. Where the
+  process dies there, both folders are whole, and `clean_up` does the second renaming: `from_preset`
+  and the next writer call it.
 - What a dead writer left is removed by the next writer of the same target. A lock, which the
   system takes from a process that dies, tells the living from the dead, and so also on a file
   system that several machines share, if it has locks.

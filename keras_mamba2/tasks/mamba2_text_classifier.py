@@ -18,9 +18,7 @@ from keras_mamba2.tasks.push_to_hub import PushToHub
 
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
-class Mamba2TextClassifier(
-    AtomicPreset, AtomicSave, keras_hub.models.TextClassifier, PushToHub
-):
+class Mamba2TextClassifier(AtomicPreset, AtomicSave, keras_hub.models.TextClassifier, PushToHub):
     """Classifies texts by what a Mamba-2 backbone knows at the last token of each.
 
     `fit`, `evaluate` and `predict` refuse rows without a token, and labels that are no class:
