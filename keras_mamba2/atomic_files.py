@@ -23,8 +23,10 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-import filelock
+if TYPE_CHECKING:
+    import filelock
 
 SUFFIX = ".unfinished"
 LOCK, NEW, OLD = "lock", "new", "old"
@@ -106,10 +108,14 @@ def clean_up_in(folder) -> None:
 def _clean_up(parent: pathlib.Path, name: str) -> None:
     pattern = re.compile(rf"\.({name})\.[a-z0-9_]{{8}}{re.escape(SUFFIX)}", re.DOTALL)
     try:
-        matches = [pattern.fullmatch(other) for other in os.listdir(parent)]
+        matches = list(filter(None, map(pattern.fullmatch, os.listdir(parent))))
     except OSError:
         return
-    for match in filter(None, matches):
+    if not matches:
+        return
+    import filelock
+
+    for match in matches:
         holder = parent / match[0]
         lock = filelock.FileLock(holder / LOCK)
         # A timeout: its writer lives. Another OSError: the files of another user.
@@ -140,7 +146,9 @@ def _beside(target: pathlib.Path) -> Iterator[pathlib.Path]:
         shutil.rmtree(holder, ignore_errors=True)
 
 
-def _holder(target: pathlib.Path) -> tuple[pathlib.Path, filelock.BaseFileLock]:
+def _holder(target: pathlib.Path) -> tuple[pathlib.Path, "filelock.BaseFileLock"]:
+    import filelock
+
     while True:
         holder = tempfile.mkdtemp(prefix=f".{target.name}.", suffix=SUFFIX, dir=target.parent)
         lock = filelock.FileLock(os.path.join(holder, LOCK))

@@ -108,6 +108,7 @@ def test_fit_goes_on_after_kills(tmp_path):
             elif kills % 2:
                 time.sleep(seed.uniform(0, seconds))
             else:
+                time.sleep(seed.uniform(0, seconds / 2))
                 wait_for_a_write(folder / "backup", pipe)
                 time.sleep(seed.uniform(0, 0.01))
         ended = folder.with_suffix(".npz").exists() and not (folder / "backup").exists()
