@@ -23,10 +23,8 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import filelock
+import filelock
 
 SUFFIX = ".unfinished"
 LOCK, NEW, OLD = "lock", "new", "old"
@@ -108,14 +106,10 @@ def clean_up_in(folder) -> None:
 def _clean_up(parent: pathlib.Path, name: str) -> None:
     pattern = re.compile(rf"\.({name})\.[a-z0-9_]{{8}}{re.escape(SUFFIX)}", re.DOTALL)
     try:
-        matches = list(filter(None, map(pattern.fullmatch, os.listdir(parent))))
+        matches = [pattern.fullmatch(other) for other in os.listdir(parent)]
     except OSError:
         return
-    if not matches:
-        return
-    import filelock
-
-    for match in matches:
+    for match in filter(None, matches):
         holder = parent / match[0]
         lock = filelock.FileLock(holder / LOCK)
         # A timeout: its writer lives. Another OSError: the files of another user.
@@ -146,9 +140,7 @@ def _beside(target: pathlib.Path) -> Iterator[pathlib.Path]:
         shutil.rmtree(holder, ignore_errors=True)
 
 
-def _holder(target: pathlib.Path) -> tuple[pathlib.Path, "filelock.BaseFileLock"]:
-    import filelock
-
+def _holder(target: pathlib.Path) -> tuple[pathlib.Path, filelock.BaseFileLock]:
     while True:
         holder = tempfile.mkdtemp(prefix=f".{target.name}.", suffix=SUFFIX, dir=target.parent)
         lock = filelock.FileLock(os.path.join(holder, LOCK))
