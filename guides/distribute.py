@@ -208,7 +208,7 @@ with model_parallel(batch=1, sequence=n).scope():
 # distribution = keras.distribution.DataParallel(auto_shard_dataset=False)
 # with distribution.scope():
 #     lm = keras_mamba2.Mamba2CausalLM.from_preset("mamba2_130m_en")
-#     backup = keras_mamba2.training.SharedBackupAndRestore("/shared/backup")
+#     backup = keras_mamba2.training.BackupAndRestore("/shared/backup")
 #     lm.fit(texts[i::4], batch_size=8, epochs=3, callbacks=[backup])
 # ```
 #

@@ -229,7 +229,7 @@ def train(lm: keras_mamba2.Mamba2CausalLM, backup: str) -> int:
         validation_data=val_rows,
         callbacks=[
             keras_mamba2.training.SeedByEpoch(),
-            keras.callbacks.BackupAndRestore(FOLDER / backup, double_checkpoint=True),
+            keras_mamba2.training.BackupAndRestore(FOLDER / backup),
             keras.callbacks.TerminateOnNaN(raise_error=True),
         ],
     )
@@ -288,7 +288,7 @@ for name, (num_trained, of_recipes, of_shakespeare) in results.items():
 #
 # ```python
 # batches = grain.MapDataset.source(texts).seed(0).shuffle().repeat(3).batch(8)
-# backup = keras.callbacks.BackupAndRestore("backup", double_checkpoint=True)
+# backup = keras_mamba2.training.BackupAndRestore("backup")
 # done = keras_mamba2.training.restore(lm, backup)  # 0 in the first run
 # lm.fit(
 #     batches[done:],

@@ -190,7 +190,7 @@ def callbacks(windows: RandomWindows, output: pathlib.Path) -> list[keras.callba
             on_epoch_begin=lambda epoch, logs: setattr(windows, "epoch", epoch)
         ),
         # Before the averaged weights are swapped in, so that training resumes from its own.
-        keras.callbacks.BackupAndRestore(output / "backup", delete_checkpoint=False),
+        keras_mamba2.training.BackupAndRestore(output / "backup", delete_checkpoint=False),
         keras.callbacks.SwapEMAWeights(swap_on_epoch=True),
         keras.callbacks.ModelCheckpoint(
             output / BEST_WEIGHTS,

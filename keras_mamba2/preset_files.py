@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from keras_mamba2 import hub
+from keras_mamba2.atomic_files import clean_up
 
 CONFIG_FILE = "config.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
@@ -140,6 +141,8 @@ def is_foreign(preset) -> bool:
 def _local_folder(name: str) -> pathlib.Path:
     known = named_presets()
     folder = known.get(name, pathlib.Path(name))
+    if not folder.is_dir():
+        clean_up(folder)  # it may be one that a killed process was about to replace
     if not folder.is_dir():
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
         raise ValueError(

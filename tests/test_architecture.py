@@ -16,6 +16,7 @@ LEAVES = [
     "conversion",
     "hub",
     "preset_files",
+    "saving",
     "training",
 ]
 LEAVES += ["models.mamba2_tokenizer"]

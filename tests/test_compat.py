@@ -238,15 +238,26 @@ def test_backup_paths(tmp_path):
     assert {pathlib.Path(path) for path in paths} == set(tmp_path.iterdir())
 
 
-def test_backup_written_to(tmp_path):
+def test_backup_at(tmp_path):
     callback = keras.callbacks.BackupAndRestore(tmp_path / "first", delete_checkpoint=False)
     before = part("keras_training").backup_paths(callback)
     others = str(tmp_path / "other.weights.h5"), str(tmp_path / "other.json")
-    with part("keras_training").backup_written_to(callback, *others):
+    with part("keras_training").backup_at(callback, *others):
         fit_with(callback)
     assert all(pathlib.Path(path).is_file() for path in others)
     assert not any(pathlib.Path(path).exists() for path in before)
     assert part("keras_training").backup_paths(callback) == before
+
+
+# Saving
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_ask_to_overwrite(tmp_path, monkeypatch, answer):
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or "ny"[answer])
+    assert part("keras_saving").ask_to_overwrite(tmp_path / "a.keras") is answer
+    assert "a.keras" in asked[0]
 
 
 # Trees

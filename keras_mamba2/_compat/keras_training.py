@@ -35,10 +35,10 @@ def backup_paths(callback: keras.callbacks.BackupAndRestore) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def backup_written_to(
+def backup_at(
     callback: keras.callbacks.BackupAndRestore, weights: str, metadata: str
 ) -> Iterator[None]:
-    """Makes `callback` write two other files than `backup_paths`, while inside.
+    """Makes `callback` write and read two other files than `backup_paths`, while inside.
 
     `_weights_path` and `_training_metadata_path`. Written for Keras 3.15.
     """

@@ -17,12 +17,14 @@ from keras_mamba2._compat.keras_hub_preprocessing import restore_outer_shape
 from keras_mamba2._compat.keras_hub_preprocessing import update_special_token_ids
 from keras_mamba2._compat.keras_hub_preprocessing import uses_tensorflow
 from keras_mamba2.conversion import open_preset
+from keras_mamba2.saving import TOKENIZER_FILES
+from keras_mamba2.saving import AtomicPreset
 
 TOKENIZER_FILE = "tokenizer.json"
 
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
-class Mamba2Tokenizer(keras_hub.tokenizers.Tokenizer):
+class Mamba2Tokenizer(AtomicPreset, keras_hub.tokenizers.Tokenizer):
     """Byte-pair tokenizer of Mamba-2 models, run by the Rust `tokenizers` library.
 
     Text becomes the same ids eagerly, inside `tf.data` and inside grain, because the same engine
@@ -52,6 +54,8 @@ class Mamba2Tokenizer(keras_hub.tokenizers.Tokenizer):
     tokenizer.detokenize(tokenizer(["To be, or not to be"]))  # ["To be, or not to be"]
     ```
     """
+
+    preset_files = TOKENIZER_FILES
 
     def __init__(
         self,

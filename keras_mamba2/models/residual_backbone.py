@@ -17,12 +17,15 @@ from keras_mamba2.models import quantization
 from keras_mamba2.models.inputs import standard_names
 from keras_mamba2.models.layout import check_layout
 from keras_mamba2.models.layout import layout_map
+from keras_mamba2.saving import BACKBONE_FILES
+from keras_mamba2.saving import AtomicPreset
+from keras_mamba2.saving import AtomicSave
 from keras_mamba2.state import NO_TOKEN
 from keras_mamba2.state import Mamba2State
 from keras_mamba2.state.digest import digest_after
 
 
-class ResidualBackbone(keras_hub.models.Backbone):
+class ResidualBackbone(AtomicPreset, AtomicSave, keras_hub.models.Backbone):
     """An embedding, residual blocks, and a norm. It knows no kind of layer.
 
     A subclass makes the layers from its configuration. All that a backbone does with them goes
@@ -41,6 +44,7 @@ class ResidualBackbone(keras_hub.models.Backbone):
         segment_ids: optional int tensor `(b t)`, as there.
     """
 
+    preset_files = BACKBONE_FILES
     # The kinds of sublayers that a model of this class may have.
     sublayers: ClassVar[tuple[type[Sublayer], ...]] = ()
 

@@ -9,6 +9,8 @@ from keras_mamba2.generation import use_compilation_cache
 from keras_mamba2.models import Mamba2Backbone
 from keras_mamba2.models import Mamba2State
 from keras_mamba2.models import quantization
+from keras_mamba2.saving import AtomicPreset
+from keras_mamba2.saving import AtomicSave
 from keras_mamba2.tasks.adapters import Adapters
 from keras_mamba2.tasks.compile_config import compile_from_config
 from keras_mamba2.tasks.compile_config import with_optimizer_built
@@ -23,7 +25,14 @@ PREPROCESSING = ("sequence_length", "packing")
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
 class Mamba2CausalLM(
-    TextGeneration, TrainingData, Scoring, Adapters, PushToHub, keras_hub.models.CausalLM
+    TextGeneration,
+    TrainingData,
+    Scoring,
+    Adapters,
+    PushToHub,
+    AtomicPreset,
+    AtomicSave,
+    keras_hub.models.CausalLM,
 ):
     """A Mamba-2 language model: text in, text out, and trainable with `fit`.
 

@@ -7,10 +7,11 @@ from keras import ops
 from keras_mamba2.layers import GatedRMSNormalization
 from keras_mamba2.layers import Mamba2Block
 from keras_mamba2.ops.checks import float32_at_least
+from keras_mamba2.saving import AtomicSave
 
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
-class Mamba2Forecaster(keras.Model):
+class Mamba2Forecaster(AtomicSave, keras.Model):
     """Forecasts time series: the values of some features, many steps on, at once.
 
     Each feature of each row is scaled by the mean and the deviation of its own observed values,

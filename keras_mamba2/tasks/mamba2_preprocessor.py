@@ -1,12 +1,15 @@
 from keras_mamba2.conversion import open_preset
 from keras_mamba2.models import Mamba2Backbone
 from keras_mamba2.models import Mamba2Tokenizer
+from keras_mamba2.saving import PREPROCESSOR_FILES
+from keras_mamba2.saving import AtomicPreset
 
 
-class Mamba2Preprocessor:
+class Mamba2Preprocessor(AtomicPreset):
     """What the preprocessors of all tasks share. It stands before KerasHub's class in the bases."""
 
     backbone_cls = Mamba2Backbone
+    preset_files = PREPROCESSOR_FILES
     tokenizer_cls = Mamba2Tokenizer
 
     @classmethod

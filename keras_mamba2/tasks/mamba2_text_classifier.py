@@ -6,6 +6,8 @@ from keras_mamba2.conversion import keras_arguments
 from keras_mamba2.conversion import open_preset
 from keras_mamba2.models import Mamba2Backbone
 from keras_mamba2.models.inputs import standard_names
+from keras_mamba2.saving import AtomicPreset
+from keras_mamba2.saving import AtomicSave
 from keras_mamba2.tasks.batch_checks import check_batch
 from keras_mamba2.tasks.batch_checks import check_labels
 from keras_mamba2.tasks.batch_checks import check_rows
@@ -17,7 +19,7 @@ from keras_mamba2.tasks.push_to_hub import PushToHub
 
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
-class Mamba2TextClassifier(keras_hub.models.TextClassifier, PushToHub):
+class Mamba2TextClassifier(AtomicPreset, AtomicSave, keras_hub.models.TextClassifier, PushToHub):
     """Classifies texts by what a Mamba-2 backbone knows at the last token of each.
 
     `fit`, `evaluate` and `predict` refuse rows without a token, and labels that are no class:

@@ -1,43 +1,104 @@
+import pathlib
+import re
+import warnings
+
 import keras
 
+from keras_mamba2._compat.keras_training import backup_at
 from keras_mamba2._compat.keras_training import backup_paths
-from keras_mamba2._compat.keras_training import backup_written_to
-from keras_mamba2.atomic_files import atomic_file
+from keras_mamba2.atomic_files import atomic_folder
+from keras_mamba2.atomic_files import clean_up_in
+from keras_mamba2.atomic_files import remove_folder
 
 
-class SharedBackupAndRestore(keras.callbacks.BackupAndRestore):
-    """`keras.callbacks.BackupAndRestore` where several processes train one model.
+class BackupAndRestore(keras.callbacks.BackupAndRestore):
+    """`keras.callbacks.BackupAndRestore` that a kill cannot damage, for one process or several.
 
-    The first process writes the backup, which is whole or the one before, and all restore it,
-    from one folder that all can read.
-    When a process dies the others stop with an error of JAX's; started again, all together, they
-    go on after the last backup.
+    Keras writes over its only backup, so that a process which is killed while it writes leaves
+    one that cannot be restored. Here each backup is a folder of its own in `backup_dir`, named by
+    a number, that appears by one renaming when weights and epoch are written, and the one before
+    is removed after that. So a process may be killed at any moment, and the disk may be full:
+    the last whole backup is restored. A failure of the power is another matter, since nothing
+    waits for the disk.
+
+    Where several processes train one model the first one writes, and all restore, from one folder
+    that all can read. When a process dies the others stop with an error of JAX's; started again,
+    all together, they go on after the last backup.
 
     Args:
-        backup_dir: path of the folder.
-        **kwargs: see `keras.callbacks.BackupAndRestore`.
+        backup_dir: path of a local folder, for this training alone. A backup of Keras' callback
+            in it is restored too.
+        **kwargs: see `keras.callbacks.BackupAndRestore`. With `double_checkpoint` the last two
+            backups are kept, and the older one is restored if the newer cannot be read.
+
+    Example:
+    ```python
+    backup = keras_mamba2.training.BackupAndRestore("backup")
+    lm.fit(texts, epochs=10, callbacks=[keras_mamba2.training.SeedByEpoch(), backup])
+    ```
     """
+
+    def on_train_begin(self, logs=None):
+        backups = self._backups()
+        while backups:
+            try:
+                with backup_at(self, *self._files(backups.pop())):
+                    return super().on_train_begin(logs)
+            except OSError:
+                if not backups:
+                    raise
+        return super().on_train_begin(logs)  # of Keras' own callback, or nothing
 
     def _save_model(self):
         if keras.config.backend() == "jax":
             self.model.jax_state_sync()  # puts arrays on the devices of all processes
         if not _is_first_process():
             return
+        clean_up_in(self.backup_dir)
+        backups = self._backups()
+        number = int(backups[-1].name) + 1 if backups else 1
         # Keras makes an optimizer while it saves: not on devices where the others make none.
         distribution = keras.distribution.distribution()
         keras.distribution.set_distribution(None)
-        paths = backup_paths(self)
         try:
-            # When another process dies JAX ends this one, maybe while it writes.
-            with atomic_file(paths[0]) as weights, atomic_file(paths[1]) as metadata:
-                with backup_written_to(self, str(weights), str(metadata)):
+            with atomic_folder(pathlib.Path(self.backup_dir) / f"{number:08}") as folder:
+                with backup_at(self, *self._files(folder)):
                     super()._save_model()
         finally:
             keras.distribution.set_distribution(distribution)
+        for backup in backups[: -1 if self.double_checkpoint else None]:
+            remove_folder(backup)
 
     def on_train_end(self, logs=None):
-        if _is_first_process():
-            super().on_train_end(logs)
+        if not _is_first_process():
+            return
+        if self.delete_checkpoint:
+            for backup in self._backups():  # the oldest first: what is left is the last one
+                remove_folder(backup)
+        super().on_train_end(logs)
+
+    def _backups(self) -> list[pathlib.Path]:
+        """The whole backups, the oldest first."""
+        folder = pathlib.Path(self.backup_dir)
+        paths = folder.iterdir() if folder.is_dir() else []
+        backups = [path for path in paths if re.fullmatch(r"\d{8,}", path.name)]
+        return sorted(backups, key=lambda path: int(path.name))
+
+    def _files(self, folder: pathlib.Path) -> list[str]:
+        return [str(folder / pathlib.Path(path).name) for path in backup_paths(self)]
+
+
+class SharedBackupAndRestore(BackupAndRestore):
+    """The former name of `BackupAndRestore`, which is for one process and for several."""
+
+    def __init__(self, *args, **kwargs):
+        warnings.warn(
+            "`SharedBackupAndRestore` is now `keras_mamba2.training.BackupAndRestore`; the former "
+            "name goes away with the next minor version.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        super().__init__(*args, **kwargs)
 
 
 def _is_first_process() -> bool:

@@ -7,16 +7,16 @@ from keras_mamba2._compat.keras_training import batches_trained
 class SeedByEpoch(keras.callbacks.Callback):
     """Makes the random numbers of an epoch, such as dropout's, depend on its number alone.
 
-    `keras.callbacks.BackupAndRestore` keeps weights and optimizer, but no random numbers. With
-    this beside it, a run that was killed in an epoch and started again repeats that epoch, and
-    ends with the weights of a run that was not killed.
+    `keras_mamba2.training.BackupAndRestore` keeps weights and optimizer, but no random numbers.
+    With this beside it, a run that was killed in an epoch and started again repeats that epoch,
+    and ends with the weights of a run that was not killed.
 
     Args:
         seed: int.
 
     Example:
     ```python
-    backup = keras.callbacks.BackupAndRestore("backup")
+    backup = keras_mamba2.training.BackupAndRestore("backup")
     lm.fit(texts, epochs=10, callbacks=[keras_mamba2.training.SeedByEpoch(), backup])
     ```
     """
@@ -39,7 +39,8 @@ def restore(model: keras.Model, backup: keras.callbacks.BackupAndRestore) -> int
 
     Args:
         model: a `keras.Model` after `compile`.
-        backup: the callback that `fit` gets too.
+        backup: the callback that `fit` gets too: `keras_mamba2.training.BackupAndRestore`, or
+            that of Keras, which a kill can damage.
 
     Returns:
         The number of batches that were trained on before the backup; 0 if there is none.
@@ -47,7 +48,7 @@ def restore(model: keras.Model, backup: keras.callbacks.BackupAndRestore) -> int
     Example:
     ```python
     batches = grain.MapDataset.source(texts).seed(0).shuffle().repeat(3).batch(8)
-    backup = keras.callbacks.BackupAndRestore("backup")
+    backup = keras_mamba2.training.BackupAndRestore("backup")
     done = keras_mamba2.training.restore(lm, backup)
     lm.fit(
         batches[done:],

@@ -22,7 +22,7 @@ import tensorflow as tf
 
 from keras_mamba2 import Mamba2Backbone
 from keras_mamba2 import Mamba2CausalLM
-from keras_mamba2.training import SharedBackupAndRestore
+from keras_mamba2.training import BackupAndRestore
 
 EPOCHS = 4
 
@@ -38,7 +38,7 @@ def main(port, num_processes, process, folder, epoch_to_die_in=None):
     with keras.distribution.DataParallel(auto_shard_dataset=False).scope():
         lm = Mamba2CausalLM(Mamba2Backbone(20, 1, 8, state_dim=4, head_dim=4, chunk_size=4))
         lm.compile(optimizer=keras.optimizers.Adam(1e-2), weighted_metrics=[])
-        callbacks = [SharedBackupAndRestore(folder / "backup")]
+        callbacks = [BackupAndRestore(folder / "backup")]
         if epoch_to_die_in is not None:
             callbacks.append(Die(int(epoch_to_die_in)))
         history = lm.fit(

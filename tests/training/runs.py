@@ -117,7 +117,7 @@ def shuffled_run(lm, folder: pathlib.Path, *callbacks) -> list[np.ndarray]:
     It begins at the backup in `folder`, if there is one.
     """
     batches = grain.MapDataset.source(TEXTS).seed(7).shuffle().repeat(EPOCHS).batch(BATCH_SIZE)
-    backup = keras.callbacks.BackupAndRestore(folder, double_checkpoint=True)
+    backup = keras_mamba2.training.BackupAndRestore(folder, double_checkpoint=True)
     done = keras_mamba2.training.restore(lm, backup)
     lm.fit(
         batches[done:],

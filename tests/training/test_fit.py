@@ -13,10 +13,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras.callbacks import BackupAndRestore
 from keras.callbacks import TerminateOnNaN
 
 import keras_mamba2
+from keras_mamba2.training import BackupAndRestore
 from tests.training import runs
 from tests.training.runs import BATCH_SIZE
 from tests.training.runs import TEXTS
@@ -171,7 +171,7 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(lm, killed, tmp_
     before = runs.snapshot(lm)
     expected = runs.shuffled_run(lm, tmp_path / "backup")
     runs.put_back(before)
-    assert json.loads((backup / "training_metadata.json").read_text())["epoch"] == 1
+    assert json.loads((backup / "00000001" / "training_metadata.json").read_text())["epoch"] == 1
     assert_same(runs.shuffled_run(lm, backup), expected)
     assert not backup.exists()  # the run is over
 

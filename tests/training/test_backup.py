@@ -1,0 +1,100 @@
+"""What a backup is on disk, and which one is restored. `tests/kills` has the kills."""
+
+import json
+import shutil
+
+import keras
+import numpy as np
+import pytest
+
+import keras_mamba2
+from keras_mamba2.training import BackupAndRestore
+from tests.training import runs
+
+EPOCHS = 4
+
+
+@pytest.fixture(scope="module")
+def shared_lm():
+    return runs.make_lm()
+
+
+@pytest.fixture
+def lm(shared_lm):
+    before = runs.snapshot(shared_lm)
+    yield shared_lm
+    runs.put_back(before)
+    shared_lm._initial_epoch = None  # what a backup sets stays, in Keras
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def fit(lm, backup, *callbacks, epochs=EPOCHS):
+    """The epochs that were run."""
+    history = runs.use(lm.fit, runs.TEXTS, epochs=epochs, callbacks=[backup, *callbacks])
+    return history.epoch
+
+
+def test_only_the_last_backup_is_kept_and_none_when_training_is_over(lm, tmp_path):
+    seen = []
+    record = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: seen.append(names(tmp_path / "backup"))
+    )
+    fit(lm, BackupAndRestore(tmp_path / "backup"), record)
+    assert seen == [[f"{number:08}"] for number in range(1, EPOCHS + 1)]
+    assert names(tmp_path) == []
+
+
+def test_training_goes_on_after_the_last_backup(lm, tmp_path):
+    fit(lm, BackupAndRestore(tmp_path, delete_checkpoint=False), epochs=2)
+    weights = runs.weights_of(lm)
+    lm.set_weights([np.zeros_like(weight) for weight in weights])
+    backup = BackupAndRestore(tmp_path, delete_checkpoint=False)
+    assert keras_mamba2.training.restore(lm, backup) == 2 * runs.STEPS_PER_EPOCH
+    assert all(map(np.array_equal, runs.weights_of(lm), weights))
+    assert fit(lm, backup) == [2, 3]
+    assert names(tmp_path) == ["00000004"]
+
+
+def test_two_backups_are_kept_if_asked_for(lm, tmp_path):
+    backup = BackupAndRestore(tmp_path, double_checkpoint=True, delete_checkpoint=False)
+    fit(lm, backup, epochs=2)
+    assert names(tmp_path) == ["00000001", "00000002"]
+    weights = tmp_path / "00000002" / "latest.weights.h5"
+    weights.write_bytes(weights.read_bytes()[:100])  # of a bad disk: no kill does this
+    assert fit(lm, backup, epochs=2) == [1]
+    assert names(tmp_path) == ["00000002", "00000003"]
+
+
+def test_a_damaged_backup_is_an_error(lm, tmp_path):
+    backup = BackupAndRestore(tmp_path, delete_checkpoint=False)
+    fit(lm, backup, epochs=2)
+    (tmp_path / "00000002" / "latest.weights.h5").write_bytes(b"no weights")
+    with pytest.raises(OSError, match="file signature not found"):
+        fit(lm, backup)
+
+
+def test_a_backup_of_keras_is_restored(lm, tmp_path):
+    fit(lm, keras.callbacks.BackupAndRestore(tmp_path, delete_checkpoint=False), epochs=3)
+    assert fit(lm, BackupAndRestore(tmp_path, delete_checkpoint=False)) == [3]
+    metadata = json.loads((tmp_path / "00000001" / "training_metadata.json").read_text())
+    assert metadata["epoch"] == EPOCHS
+
+
+def test_weights_without_their_epoch_are_no_backup(lm, tmp_path):
+    """What a process leaves that died while it wrote: never a new file beside an old one."""
+    backup = BackupAndRestore(tmp_path, delete_checkpoint=False)
+    fit(lm, backup, epochs=1)
+    cut = tmp_path / ".00000002.abcd_123.unfinished" / "new" / "00000002"
+    shutil.copytree(tmp_path / "00000001", cut)
+    (cut / "training_metadata.json").unlink()
+    assert fit(lm, backup, epochs=2) == [1]
+    assert names(tmp_path) == ["00000002"]
+
+
+def test_the_former_name_warns(tmp_path):
+    with pytest.warns(DeprecationWarning, match="training.BackupAndRestore"):
+        backup = keras_mamba2.training.SharedBackupAndRestore(tmp_path)
+    assert isinstance(backup, BackupAndRestore)
