@@ -12,7 +12,7 @@ HEAVY = ("tensorflow", "torch", "transformers", "matplotlib", "typer", "pandas",
 
 
 def test_import_brings_nothing_heavy_beside_keras_hub():
-    """`import keras_mamba2` costs little beside `import keras_hub`: next to no modules of others."""
+    """Beside `import keras_hub`, `import keras_mamba2` imports next to no modules of others."""
     script = f"""
 import sys
 import keras_hub
