@@ -46,12 +46,9 @@ def fetch(handle: str, choose: Choice) -> pathlib.Path:
         ) from error
     except errors.RevisionNotFoundError as error:
         raise ValueError(f"The repository of {handle} has no revision {revision!r}.") from error
-    # Not one base class: no network, offline mode, a server's error, a file of a wrong size.
-    except OSError as error:
-        return _cached(handle, choose, error)
-    except Exception as error:
-        if type(error).__module__.split(".")[0] not in ("httpx", "httpx2"):
-            raise
+    # No network, offline mode, a server's error, a file of a wrong size. `HTTPError` is that of
+    # the HTTP library, whichever the client uses.
+    except (OSError, errors.HTTPError) as error:
         return _cached(handle, choose, error)
 
 

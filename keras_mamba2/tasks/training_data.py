@@ -15,19 +15,25 @@ from keras_mamba2.tasks.batch_checks import real_positions
 from keras_mamba2.tasks.packing import first_batch
 from keras_mamba2.tasks.packing import is_dataset
 from keras_mamba2.tasks.packing import packed_dataset
+from keras_mamba2.tasks.packing import shuffled_dataset
 
 
 class TrainingData:
     """The part of `Mamba2CausalLM` between the data of `fit` and its kin and the model."""
 
     def fit(
-        self, x=None, y=None, sample_weight=None, validation_data=None, **kwargs
+        self,
+        x=None,
+        y=None,
+        sample_weight=None,
+        validation_data=None,
+        shuffle: bool = False,
+        **kwargs,
     ) -> keras.callbacks.History:
         """As `keras_hub.models.CausalLM.fit`; texts share rows if the preprocessor packs.
 
         Texts longer than `sequence_length` are cut off there; packed, they go on in other rows.
         A text of less than two tokens, and a row of padding, have no loss and change nothing.
-        Arrays and lists are read in their order, in every epoch.
 
         Args:
             x: texts as a list, an array, or a `tf.data` or `grain` dataset of batches of them.
@@ -37,6 +43,9 @@ class TrainingData:
             sample_weight: weights of preprocessed rows, `(b t)`. `None` for those that the
                 padding mask gives: 0 at padding, 1 elsewhere. A target without weight is ignored.
             validation_data: as `x`, or a tuple `(x, y)` or `(x, y, sample_weight)`.
+            shuffle: bool, whether arrays and lists are read in another order in every epoch. A
+                dataset has an order of its own. The orders depend on
+                `keras.utils.set_random_seed`; a restarted run begins with the first of them.
             **kwargs: as there.
 
         Raises:
@@ -50,6 +59,13 @@ class TrainingData:
             rows = self._prepared(*keras.utils.unpack_x_y_sample_weight(validation_data))
             validation_data = rows[0] if is_dataset(rows[0]) else rows
         x, y, sample_weight = self._prepared(x, y, sample_weight)
+        if shuffle and not is_dataset(x):
+            if kwargs.get("validation_split"):
+                raise ValueError(
+                    "`shuffle=True` does not go with `validation_split`. Pass `validation_data`."
+                )
+            x = shuffled_dataset(x, y, sample_weight, kwargs.pop("batch_size", None))
+            y = sample_weight = None
         return super().fit(
             x, y, sample_weight=sample_weight, validation_data=validation_data, **kwargs
         )

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import grain
+import jax
 import keras
 import numpy as np
 import pytest
@@ -360,3 +361,41 @@ def test_rows_without_a_token_or_a_target_are_refused(lm, rows):
     for arguments in ((x,), (x, y[:, :3]), (x, y, weights[:, 0])):
         with pytest.raises(ValueError, match=r"one for each position.*token_ids \(6, 8\), y \("):
             lm.fit(*arguments[:2], sample_weight=arguments[2] if arguments[2:] else None)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_shuffle_is_another_order_in_every_epoch(lm, monkeypatch, packing):
+    tokenizer = lm.preprocessor.tokenizer
+    preprocessor = keras_mamba2.Mamba2CausalLMPreprocessor(tokenizer, 8, packing=packing)
+    monkeypatch.setattr(lm, "preprocessor", preprocessor)
+    texts = [f"{i:03} abc" for i in range(40)]
+    lm.compile(optimizer=keras.optimizers.SGD(0.0), weighted_metrics=[])
+
+    def orders(**kwargs):
+        seen = []
+        train_step = lm.train_step
+
+        def keep(state, data):
+            jax.debug.callback(lambda ids: seen.append(np.array(ids)), data[0]["token_ids"])
+            return train_step(state, data)
+
+        monkeypatch.setattr(lm, "train_step", keep)
+        lm.train_function = None
+        keras.utils.set_random_seed(1)
+        lm.fit(texts, batch_size=8, epochs=3, verbose=0, **kwargs)
+        jax.effects_barrier()
+        monkeypatch.setattr(lm, "train_step", train_step)
+        return [np.concatenate(seen[i : i + 5]).tolist() for i in (0, 5, 10)]
+
+    first, second, third = orders(shuffle=True)
+    assert first != second != third != first
+    assert sorted(first) == sorted(second) == sorted(third)
+    assert orders(shuffle=True) == [first, second, third]
+    plain = orders()
+    assert plain[0] == plain[1] == plain[2]
+    assert sorted(plain[0]) == sorted(first)
+
+
+def test_shuffle_does_not_go_with_a_split(lm):
+    with pytest.raises(ValueError, match="validation_split"):
+        lm.fit(TEXTS, shuffle=True, validation_split=0.5)
