@@ -1,5 +1,6 @@
 """The next token of each row: by any sampler, with random numbers that are the row's own."""
 
+import difflib
 import hashlib
 import threading
 from collections import Counter
@@ -87,6 +88,31 @@ def picks_tokens(sampler: keras_hub.samplers.Sampler) -> bool:
     return type(sampler).__call__ is keras_hub.samplers.Sampler.__call__
 
 
+def sampler_of(identifier) -> keras_hub.samplers.Sampler:
+    """The sampler that a name, a configuration or an object means.
+
+    Raises:
+        ValueError: for an unknown name, and for what is no sampler.
+    """
+    if isinstance(identifier, str) and identifier not in NAMES:
+        near = difflib.get_close_matches(identifier, NAMES, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"There is no sampler {identifier!r}.{hint} Known names: {', '.join(NAMES)}. Or pass a "
+            "`keras_mamba2.FilterSampler`."
+        )
+    try:
+        sampler = keras_hub.samplers.get(identifier)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"`sampler` is none: {error}. Received: {identifier!r}") from error
+    if not isinstance(sampler, keras_hub.samplers.Sampler):
+        raise ValueError(
+            "`sampler` must be a name or an object of `keras_hub.samplers.Sampler`. "
+            f"Received: {identifier!r}"
+        )
+    return sampler
+
+
 def sampling_of(sampler: keras_hub.samplers.Sampler, batch_size: int, **overrides):
     """The parameters of each row: those of `sampler`, but for `overrides` that are not `None`.
 
@@ -113,6 +139,8 @@ def sampling_of(sampler: keras_hub.samplers.Sampler, batch_size: int, **override
     return FilterSampler(**{**parameters, **overrides}).sampling(batch_size)
 
 
+# Of KerasHub's samplers.
+NAMES = ("greedy", "random", "top_k", "top_p", "beam", "contrastive")
 # What KerasHub calls the parameters of `FilterSampler`.
 PARAMETERS = {
     keras_hub.samplers.GreedySampler: {},

@@ -1,3 +1,7 @@
+import math
+import numbers
+from typing import Any
+
 import keras
 import keras_hub
 from keras import ops
@@ -42,15 +46,18 @@ class FilterSampler(keras_hub.samplers.Sampler):
         repetition_penalty: float = 1.0,
         seed: int | None = None,
     ):
-        for name, value, is_valid in (
-            ("temperature", temperature, temperature >= 0),
-            ("top_k", top_k, top_k is None or top_k >= 1),
-            ("top_p", top_p, top_p is None or 0 < top_p <= 1),
-            ("min_p", min_p, min_p is None or 0 <= min_p <= 1),
-            ("repetition_penalty", repetition_penalty, repetition_penalty >= 1),
+        for name, value, is_valid, allowed in (
+            ("temperature", temperature, lambda x: x >= 0, "a finite number >= 0"),
+            ("top_k", top_k, lambda x: x >= 1 and is_integer(x), "an integer >= 1, or None"),
+            ("top_p", top_p, lambda x: 0 < x <= 1, "a number in (0, 1], or None"),
+            ("min_p", min_p, lambda x: 0 <= x <= 1, "a number in [0, 1], or None"),
+            ("repetition_penalty", repetition_penalty, lambda x: x >= 1, "a finite number >= 1"),
+            ("seed", seed, is_integer, "an integer, or None"),
         ):
-            if not is_valid:
-                raise ValueError(f"`{name}` is out of its range. Received: {name}={value}")
+            if value is None and "None" in allowed:
+                continue
+            if not (is_finite_number(value) and is_valid(value)):
+                raise ValueError(f"`{name}` must be {allowed}. Received: {name}={value!r}")
         super().__init__(temperature=temperature)
         self.top_k = top_k
         self.top_p = top_p
@@ -90,3 +97,12 @@ class FilterSampler(keras_hub.samplers.Sampler):
         names = ("top_k", "top_p", "min_p", "repetition_penalty", "seed")
         config.update({name: getattr(self, name) for name in names})
         return config
+
+
+def is_finite_number(value: Any) -> bool:
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
+
+
+def is_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral)

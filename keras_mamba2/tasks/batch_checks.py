@@ -38,13 +38,20 @@ def check_batch(check: Callable[..., None], *arrays) -> None:
 
 
 def check_mask(padding_mask: np.ndarray) -> None:
-    """Refuses anything but 0 and 1."""
+    """Refuses anything but 0 and 1, and padding between real tokens."""
     wrong = np.argwhere(~np.isin(padding_mask, (0, 1)))
     if len(wrong):
         raise ValueError(
             "A `padding_mask` is 1 at real tokens and 0 elsewhere; numbers of documents that share "
             f"a row are `segment_ids`. Received: {padding_mask[tuple(wrong[0])]} in row "
             f"{wrong[0][0]}"
+        )
+    begins = np.diff(padding_mask.astype("int8"), axis=-1, prepend=0) > 0
+    holes = np.flatnonzero(begins.sum(axis=-1) > 1)
+    if len(holes):
+        raise ValueError(
+            f"The real tokens of a row must follow one another. Row {holes[0]} of `padding_mask` "
+            "has padding between them."
         )
 
 
@@ -60,6 +67,10 @@ def check_rows(padding_mask: np.ndarray) -> None:
 
 def check_token_ids(token_ids: np.ndarray, vocabulary_size: int) -> None:
     _check_range(token_ids, vocabulary_size, "Token ids", "vocabulary_size")
+
+
+def check_targets(target_ids: np.ndarray, num_tokens: int) -> None:
+    _check_range(target_ids, num_tokens, "Targets", "num_tokens")
 
 
 def check_labels(
@@ -91,10 +102,31 @@ def _takes_class_numbers(loss) -> bool:
     )
 
 
-def _check_range(values: np.ndarray, size: int, what: str, name: str, allowed=None) -> None:
-    wrong = np.argwhere(((values < 0) | (values >= size)) & (values != allowed))
+def check_weights(weights: np.ndarray) -> None:
+    """Refuses negative numbers, infinity and NaN."""
+    wrong = np.argwhere(~((weights >= 0) & (weights < np.inf)))
     if len(wrong):
         raise ValueError(
-            f"{what} must lie between 0 and {size - 1}, since {name}={size}. "
+            "`sample_weight` must be finite and not negative. "
+            f"Received: {weights[tuple(wrong[0])]} in row {wrong[0][0]}"
+        )
+
+
+def check_if_known(check: Callable[..., None], array, *args) -> None:
+    """Calls `check` with an array, unless a program is being traced, which has no values yet."""
+    try:
+        array = ops.convert_to_numpy(array)
+    except Exception:  # each backend has one of its own
+        return
+    check(array, *args)
+
+
+def _check_range(values: np.ndarray, size: int, what: str, name: str, allowed=None) -> None:
+    # In this form since comparisons with NaN are false.
+    is_valid = (values >= 0) & (values < size) & (values == np.floor(values))
+    wrong = np.argwhere(~(is_valid | (values == allowed)))
+    if len(wrong):
+        raise ValueError(
+            f"{what} must be whole numbers between 0 and {size - 1}, since {name}={size}. "
             f"Received: {values[tuple(wrong[0])]} in row {wrong[0][0]}"
         )

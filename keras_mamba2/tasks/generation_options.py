@@ -51,12 +51,12 @@ class GenerationOptions(NamedTuple):
             stop_strings=_stop_strings(stop_strings, model.preprocessor),
             num_return_sequences=_positive("num_return_sequences", num_return_sequences or 0),
             state=state,
-            seed=_integer("seed", seed),
+            seed=integer("seed", seed),
             parameters=parameters,
         )
 
 
-def _integer(name: str, value: Any) -> int | None:
+def integer(name: str, value: Any) -> int | None:
     if value is None:
         return None
     try:
@@ -68,7 +68,7 @@ def _integer(name: str, value: Any) -> int | None:
 
 
 def _positive(name: str, value: Any) -> int | None:
-    value = _integer(name, value)
+    value = integer(name, value)
     if value is not None and value < 1:
         raise ValueError(f"`{name}` must be positive. Received: {name}={value}")
     return value
@@ -99,7 +99,7 @@ def _stop_token_ids(stop_token_ids, model) -> tuple[int, ...]:
             '`stop_token_ids` must be "auto", None or a sequence of token ids. '
             f"Received: {stop_token_ids!r}"
         )
-    ids = tuple(_integer("stop_token_ids", id) for id in stop_token_ids)
+    ids = tuple(integer("stop_token_ids", id) for id in stop_token_ids)
     size = model.backbone.vocabulary_size
     for id in ids:
         if id is None or not 0 <= id < size:

@@ -5,6 +5,7 @@ from keras import ops
 from keras_mamba2.conversion import export_to_transformers
 from keras_mamba2.conversion import keras_arguments
 from keras_mamba2.conversion import open_preset
+from keras_mamba2.generation import sampler_of
 from keras_mamba2.generation import use_compilation_cache
 from keras_mamba2.models import Mamba2Backbone
 from keras_mamba2.models import Mamba2State
@@ -213,19 +214,25 @@ class Mamba2CausalLM(
             return num_tokens
         return min(num_tokens, self.preprocessor.tokenizer.num_ids)
 
-    def compile(self, *args, compilation_cache: str | None = None, **kwargs) -> None:
+    def compile(
+        self, *args, sampler="top_k", compilation_cache: str | None = None, **kwargs
+    ) -> None:
         """As `keras_hub.models.CausalLM.compile`.
 
         Args:
             *args: as there.
+            sampler: a name, a KerasHub sampler, or a `keras_mamba2.FilterSampler`.
             compilation_cache: the path of a folder where JAX keeps compiled programs, so that
                 the next process does not compile them again.
-            **kwargs: as there; `sampler` is a name, a KerasHub sampler, or a
-                `keras_mamba2.FilterSampler`.
+            **kwargs: as there.
+
+        Raises:
+            ValueError: for an unknown sampler.
         """
+        sampler = sampler_of(sampler)
         if compilation_cache is not None:
             use_compilation_cache(compilation_cache)
-        super().compile(*args, **kwargs)
+        super().compile(*args, sampler=sampler, **kwargs)
 
     def get_compile_config(self) -> dict:
         return with_optimizer_built(super().get_compile_config(), self)

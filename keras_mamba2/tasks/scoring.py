@@ -4,6 +4,14 @@ from collections.abc import Sequence
 import keras
 from keras import ops
 
+from keras_mamba2.tasks.batch_checks import check_if_known
+from keras_mamba2.tasks.batch_checks import check_mask
+from keras_mamba2.tasks.batch_checks import check_targets
+from keras_mamba2.tasks.batch_checks import check_token_ids
+from keras_mamba2.tasks.generation_options import integer
+from keras_mamba2.tasks.prompts import is_one_text
+from keras_mamba2.tasks.prompts import texts_of
+
 
 class Scoring:
     """The part of `Mamba2CausalLM` that says how likely texts are."""
@@ -24,14 +32,15 @@ class Scoring:
         Returns:
             A float for a string, a list of floats for a list.
         """
-        if isinstance(texts, str):
+        if is_one_text(texts):
             return self.perplexity([texts], stride)[0]
-        if stride is not None and stride < 2:
+        if stride is not None and integer("stride", stride) < 2:
             raise ValueError(f"`stride` must be at least 2. Received: stride={stride}")
         if self.preprocessor is None:
             raise ValueError("`perplexity` reads text, which needs a `preprocessor`.")
         loss = self.make_generate_function().loss
         perplexities = []
+        texts = texts_of(texts)
         for i, token_ids in enumerate(self.preprocessor.prompts(texts)):
             if len(token_ids) < 2:
                 raise ValueError(f"Text {i} has fewer than two tokens: {texts[i]!r}")
@@ -63,6 +72,10 @@ class Scoring:
 
         Returns:
             Logits `(b t v)`, or the loss of each target `(b t)`.
+
+        Raises:
+            ValueError: for an unknown mode, and for token ids and targets that do not exist; in a
+                traced program they are not looked at.
         """
         if scoring_mode not in ("logits", "loss"):
             raise ValueError(
@@ -70,6 +83,11 @@ class Scoring:
             )
         if scoring_mode == "loss" and target_ids is None:
             raise ValueError("`scoring_mode='loss'` needs `target_ids`.")
+        check_if_known(check_token_ids, token_ids, self.backbone.vocabulary_size)
+        if padding_mask is not None:
+            check_if_known(check_mask, padding_mask)
+        if scoring_mode == "loss":
+            check_if_known(check_targets, target_ids, self.num_tokens)
         intercept = layer_intercept_fn or (lambda x, i: x)
         if padding_mask is None:
             padding_mask = ops.ones(ops.shape(token_ids), "int32")

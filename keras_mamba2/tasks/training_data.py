@@ -11,6 +11,7 @@ from keras_mamba2.tasks.batch_checks import check_batch
 from keras_mamba2.tasks.batch_checks import check_labels
 from keras_mamba2.tasks.batch_checks import check_mask
 from keras_mamba2.tasks.batch_checks import check_token_ids
+from keras_mamba2.tasks.batch_checks import check_weights
 from keras_mamba2.tasks.batch_checks import real_positions
 from keras_mamba2.tasks.packing import first_batch
 from keras_mamba2.tasks.packing import is_dataset
@@ -138,5 +139,7 @@ class TrainingData:
     def _check_batch(self, token_ids, padding_mask, labels=None, weights=None) -> None:
         check_mask(padding_mask)
         check_token_ids(token_ids, self.backbone.vocabulary_size)
+        if weights is not None:
+            check_weights(weights)
         if labels is not None:
             check_labels(labels, self.loss, self.num_tokens, "num_tokens", weights)
