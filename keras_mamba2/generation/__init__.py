@@ -1,11 +1,12 @@
 """Generation from a fixed-size state: the only home of compilation and stateless scopes.
 
 A prompt is prefilled block by block (`prefill.py`), then one compiled loop feeds the last
-prompt token and every token after it (`decode.py`). `Generator` drives the two; samplers that
-search with a loop of their own run as KerasHub runs them (`search.py`).
+prompt token and every token after it (`decode.py`), each row picking by its own parameters and
+random numbers (`picking.py`). `Generator` drives them; samplers that search with a loop of
+their own run as KerasHub runs them (`search.py`).
 """
 
-from keras_mamba2.generation.generator import Decoding as Decoding
+from keras_mamba2.generation.decoding import Decoding as Decoding
 from keras_mamba2.generation.generator import Generator as Generator
 from keras_mamba2.generation.generator import padded as padded
 from keras_mamba2.generation.generator import prompts_of as prompts_of

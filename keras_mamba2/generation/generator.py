@@ -10,8 +10,10 @@ import tqdm.auto
 from keras import ops
 from keras import tree
 
-from keras_mamba2.generation.decode import NOT_FINITE
 from keras_mamba2.generation.decode import decode
+from keras_mamba2.generation.decoding import DECODE_CAPACITY
+from keras_mamba2.generation.decoding import NOT_FINITE_REASON
+from keras_mamba2.generation.decoding import Decoding
 from keras_mamba2.generation.picking import needs_history
 from keras_mamba2.generation.picking import picks_tokens
 from keras_mamba2.generation.picking import row_keys
@@ -33,13 +35,8 @@ from keras_mamba2.state import NO_TOKEN
 from keras_mamba2.state import Mamba2State
 from keras_mamba2.state.files import check_belongs
 
-# The decode loop returns to the host after so many tokens, so one program serves any number.
-DECODE_CAPACITY = 256
 # A prompt of more tokens has a progress bar.
 LONG_PROMPT = 100_000
-NOT_FINITE_REASON = (
-    "The weights or the state hold NaN or infinity, or numbers that are too large for the dtype."
-)
 MOST_TOKENS = np.iinfo("int32").max
 # A search holds its rows whole, with room for all that may come.
 MOST_SEARCHED = 1_000_000
@@ -220,7 +217,7 @@ class Generator:
 
     def decode(
         self, rows: Rows, run_lengths: Iterable[int] = (), with_logprobs: bool = False
-    ) -> "Decoding":
+    ) -> Decoding:
         """An iterator over what the rows get, until all have stopped."""
         return Decoding(self, rows, run_lengths, with_logprobs)
 
@@ -308,86 +305,6 @@ class Generator:
                 raise ValueError(
                     f"Prompt {i} has token id {bad}, outside the model's vocabulary of {size}."
                 )
-
-
-class Decoding:
-    """A decode loop in progress. Iterating runs it on: new tokens of each row, until all stop.
-
-    `rows` is where they stand, between runs.
-
-    Args:
-        generator: a `Generator`.
-        rows: where the rows stand.
-        run_lengths: ints, how many tokens come in each run; when they are used up, as many as fit.
-        with_logprobs: bool, whether `likely_tokens` has anything.
-
-    Raises:
-        ValueError: when the logits of a row are not finite.
-    """
-
-    def __init__(
-        self,
-        generator: Generator,
-        rows: Rows,
-        run_lengths: Iterable[int] = (),
-        with_logprobs: bool = False,
-    ):
-        self.generator = generator
-        self.rows = rows
-        self._tokens: list[list[np.ndarray]] = [[np.zeros(0, "int32")] for _ in rows.remaining]
-        self._logprobs: list[list[np.ndarray]] = [[np.zeros(0, "float32")] for _ in rows.remaining]
-        self._with_logprobs = with_logprobs
-        self._run_lengths = iter(run_lengths)
-
-    def __iter__(self) -> "Decoding":
-        return self
-
-    def __next__(self) -> list[np.ndarray]:
-        missing = int(ops.convert_to_numpy(self.rows.remaining).max())
-        if missing <= 0:
-            raise StopIteration
-        num_steps = min(next(self._run_lengths, DECODE_CAPACITY), missing, DECODE_CAPACITY)
-        rows, *found = self.generator.advance(self.rows, num_steps, self._with_logprobs)
-        tokens, logprobs = map(ops.convert_to_numpy, found)
-        self.rows = Rows(*rows)
-        self._check_finite(tokens)
-        is_token = tokens != NO_TOKEN
-        new = [row[mask] for row, mask in zip(tokens, is_token, strict=True)]
-        for i, row in enumerate(new):
-            self._tokens[i].append(row)
-            if self._with_logprobs:
-                self._logprobs[i].append(logprobs[i][is_token[i]])
-        return new
-
-    def all_tokens(self) -> list[np.ndarray]:
-        """Runs to the end. Returns the tokens of each row."""
-        for _ in self:
-            pass
-        return [np.concatenate(row) for row in self._tokens]
-
-    def likely_tokens(self) -> list[dict[str, np.ndarray]]:
-        """For each row its tokens so far, and their log probabilities: if asked for, else none."""
-        if not self._with_logprobs:
-            return []
-        return [
-            {"token_ids": np.concatenate(tokens), "logprobs": np.concatenate(logprobs)}
-            for tokens, logprobs in zip(self._tokens, self._logprobs, strict=True)
-        ]
-
-    def stop(self, row: int) -> None:
-        """Lets no more tokens come in `row`."""
-        remaining = np.array(ops.convert_to_numpy(self.rows.remaining))
-        remaining[row] = 0
-        self.rows = self.rows._replace(remaining=remaining)
-
-    def _check_finite(self, tokens: np.ndarray) -> None:
-        rows = np.flatnonzero((tokens == NOT_FINITE).any(axis=1))
-        if len(rows):
-            length = ops.convert_to_numpy(self.rows.state.length)[rows[0]]
-            raise ValueError(
-                f"The logits of row {rows[0]} after {length} tokens are not finite. "
-                + NOT_FINITE_REASON
-            )
 
 
 def prompts_of(inputs: Mapping[str, Any]) -> tuple[list[np.ndarray], np.ndarray]:

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 
 import numpy as np
-from keras import ops
-from keras import tree
+
+from keras_mamba2.generation.rows import put
+from keras_mamba2.generation.rows import take
 
 # A prompt is cut into blocks of these lengths, each one compiled program, so that the number of
 # programs does not depend on the prompts. The last block is padded by less than its half.
@@ -52,10 +53,5 @@ def prefill_block(model, state, token_ids, padding_mask):
 
 def prefill_row(model, state, row, token_ids):
     """The state after one block `(1 block)` of one row; the others stay as they were."""
-    alone = tree.map_structure(lambda leaf: ops.take(leaf, row[None], axis=0), state)
-    alone = model.backbone.call_with_state(token_ids, alone)[1]
-
-    def put_back(leaf, new):
-        return ops.slice_update(leaf, (row, *[0] * (len(leaf.shape) - 1)), new)
-
-    return tree.map_structure(put_back, state, alone)
+    alone = model.backbone.call_with_state(token_ids, take(state, row))[1]
+    return put(state, row, alone)

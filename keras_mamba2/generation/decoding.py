@@ -1,0 +1,96 @@
+"""A decode loop that runs on the device, seen from the host: a few tokens at a time."""
+
+from collections.abc import Iterable
+
+import numpy as np
+from keras import ops
+
+from keras_mamba2.generation.decode import NOT_FINITE
+from keras_mamba2.generation.rows import Rows
+from keras_mamba2.state import NO_TOKEN
+
+# The decode loop returns to the host after so many tokens, so one program serves any number.
+DECODE_CAPACITY = 256
+NOT_FINITE_REASON = (
+    "The weights or the state hold NaN or infinity, or numbers that are too large for the dtype."
+)
+
+
+class Decoding:
+    """A decode loop in progress. Iterating runs it on: new tokens of each row, until all stop.
+
+    `rows` is where they stand, between runs.
+
+    Args:
+        generator: the `Generator` that runs it.
+        rows: where the rows stand.
+        run_lengths: ints, how many tokens come in each run; when they are used up, as many as fit.
+        with_logprobs: bool, whether `likely_tokens` has anything.
+
+    Raises:
+        ValueError: when the logits of a row are not finite.
+    """
+
+    def __init__(
+        self,
+        generator,
+        rows: Rows,
+        run_lengths: Iterable[int] = (),
+        with_logprobs: bool = False,
+    ):
+        self.generator = generator
+        self.rows = rows
+        self._tokens: list[list[np.ndarray]] = [[np.zeros(0, "int32")] for _ in rows.remaining]
+        self._logprobs: list[list[np.ndarray]] = [[np.zeros(0, "float32")] for _ in rows.remaining]
+        self._with_logprobs = with_logprobs
+        self._run_lengths = iter(run_lengths)
+
+    def __iter__(self) -> "Decoding":
+        return self
+
+    def __next__(self) -> list[np.ndarray]:
+        missing = int(ops.convert_to_numpy(self.rows.remaining).max())
+        if missing <= 0:
+            raise StopIteration
+        num_steps = min(next(self._run_lengths, DECODE_CAPACITY), missing, DECODE_CAPACITY)
+        rows, *found = self.generator.advance(self.rows, num_steps, self._with_logprobs)
+        tokens, logprobs = map(ops.convert_to_numpy, found)
+        self.rows = Rows(*rows)
+        self._check_finite(tokens)
+        is_token = tokens != NO_TOKEN
+        new = [row[mask] for row, mask in zip(tokens, is_token, strict=True)]
+        for i, row in enumerate(new):
+            self._tokens[i].append(row)
+            if self._with_logprobs:
+                self._logprobs[i].append(logprobs[i][is_token[i]])
+        return new
+
+    def all_tokens(self) -> list[np.ndarray]:
+        """Runs to the end. Returns the tokens of each row."""
+        for _ in self:
+            pass
+        return [np.concatenate(row) for row in self._tokens]
+
+    def likely_tokens(self) -> list[dict[str, np.ndarray]]:
+        """For each row its tokens so far, and their log probabilities: if asked for, else none."""
+        if not self._with_logprobs:
+            return []
+        return [
+            {"token_ids": np.concatenate(tokens), "logprobs": np.concatenate(logprobs)}
+            for tokens, logprobs in zip(self._tokens, self._logprobs, strict=True)
+        ]
+
+    def stop(self, row: int) -> None:
+        """Lets no more tokens come in `row`."""
+        remaining = np.array(ops.convert_to_numpy(self.rows.remaining))
+        remaining[row] = 0
+        self.rows = self.rows._replace(remaining=remaining)
+
+    def _check_finite(self, tokens: np.ndarray) -> None:
+        rows = np.flatnonzero((tokens == NOT_FINITE).any(axis=1))
+        if len(rows):
+            length = ops.convert_to_numpy(self.rows.state.length)[rows[0]]
+            raise ValueError(
+                f"The logits of row {rows[0]} after {length} tokens are not finite. "
+                + NOT_FINITE_REASON
+            )
