@@ -19,7 +19,7 @@ NO_INTEGERS = [2.0, "5", NAN, True, [3], 1.5]
 GENERATION = {
     "max_new_tokens": [*NO_INTEGERS, 0, -1],
     "max_length": [*NO_INTEGERS, 0, -7],
-    "stop_token_ids": [5, "end", [-1], [257], [2.0], ["a"], [None], [NAN], 3.5, object()],
+    "stop_token_ids": [5, "end", [-1], [257], [2.0], ["a"], [None], [NAN], 3.5, ...],
     "stop_strings": ["", [""], [3], 3, [None], [b"a"], ["ok", ""]],
     "state": ["x", 3, [], np.zeros(3)],
     "seed": [1.5, "1", NAN, True],
@@ -37,7 +37,7 @@ PROMPTS = [
     [3],
     ["a", None],
     ["a", 3],
-    object(),
+    ...,
     "\ud800",
     ["a", "b\udfff"],
     b"\xff\xfe",
