@@ -325,10 +325,10 @@ def padded(rows: Sequence[np.ndarray], size: int) -> dict[str, np.ndarray]:
     return {"token_ids": token_ids, "padding_mask": padding_mask}
 
 
-def _texts(prompts: list[np.ndarray], state: Mamba2State | None) -> list[tuple]:
+def _texts(prompts: list[np.ndarray], state: Mamba2State | None) -> list[tuple[Any, ...]]:
     """What tells one row's text from another's: its tokens, and where it continues another."""
-    tokens = [tuple(np.asarray(prompt).tolist()) for prompt in prompts]
+    tokens = [np.asarray(prompt, "int32").tobytes() for prompt in prompts]
     if state is None:
-        return tokens
-    before = zip(*map(ops.convert_to_numpy, (state.digest, state.token)), strict=True)
-    return [(*map(int, row), *prompt) for row, prompt in zip(before, tokens, strict=True)]
+        return [(row,) for row in tokens]
+    before = map(ops.convert_to_numpy, (state.digest, state.token))
+    return [(int(d), int(token), row) for d, token, row in zip(*before, tokens, strict=True)]

@@ -52,6 +52,8 @@ def filtered(logits, sampling: Sampling):
     """
     temperature, top_k, top_p, min_p, _ = (ops.convert_to_tensor(a)[:, None] for a in sampling)
     temperature = ops.where(temperature > 0, temperature, 1.0)
+    # From the highest, so that the least temperature makes no infinity of it.
+    logits = logits - ops.max(logits, axis=-1, keepdims=True)
     probabilities = ops.softmax(logits / temperature)
     # A sort costs more than all the rest of sampling, so only if a row asks for one.
     sorts = ops.any(ops.logical_or(top_k < logits.shape[-1], top_p < 1))

@@ -32,6 +32,13 @@ def test_without_filters_it_is_the_softmax():
     np.testing.assert_allclose(probabilities(temperature=0.5), softmax(LOGITS * 2), rtol=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-38])
+def test_the_least_temperatures_are_greedy(temperature):
+    np.testing.assert_array_equal(
+        probabilities(100 * LOGITS, temperature=temperature), LOGITS.max(-1)[:, None] == LOGITS
+    )
+
+
 def test_top_k_keeps_the_k_likeliest():
     for row, found in zip(softmax(LOGITS), probabilities(top_k=2), strict=True):
         expected = filtered(row, lambda row: row >= np.sort(row)[-2])

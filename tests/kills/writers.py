@@ -55,9 +55,12 @@ class Writer:
     def make_room(self) -> None:
         """For what refuses to write over the old one."""
 
+    def load(self) -> keras_mamba2.Mamba2CausalLM:
+        return keras_mamba2.Mamba2CausalLM.from_preset(self.target)
+
     def read(self) -> int:
         """The version of what is there."""
-        lm = keras_mamba2.Mamba2CausalLM.from_preset(self.target)
+        lm = self.load()
         version = version_of(lm)
         assert lm.preprocessor.sequence_length == LENGTH + version
         return version
@@ -76,11 +79,8 @@ class KerasFile(Writer):
         set_version(self.lm, version)
         self.lm.save(self.target)
 
-    def read(self):
-        lm = keras.models.load_model(self.target)
-        version = version_of(lm)
-        assert lm.preprocessor.sequence_length == LENGTH + version
-        return version
+    def load(self):
+        return keras.models.load_model(self.target)
 
 
 class Export(Writer):
@@ -92,8 +92,8 @@ class Export(Writer):
         if self.target.exists():
             shutil.rmtree(self.target.rename(self.folder.with_name(f"old_{time.time_ns()}")))
 
-    def read(self):
-        return version_of(keras_mamba2.Mamba2CausalLM.from_preset(self.target))
+    def read(self):  # transformers knows no `sequence_length`
+        return version_of(self.load())
 
 
 class Convert(Export):
