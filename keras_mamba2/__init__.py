@@ -11,6 +11,7 @@ from keras_mamba2 import training as training
 from keras_mamba2.conversion import register as register
 from keras_mamba2.generation import FilterSampler as FilterSampler
 from keras_mamba2.models import Mamba2Backbone as Mamba2Backbone
+from keras_mamba2.models import Mamba2HybridBackbone as Mamba2HybridBackbone
 from keras_mamba2.models import Mamba2State as Mamba2State
 from keras_mamba2.models import Mamba2Tokenizer as Mamba2Tokenizer
 from keras_mamba2.tasks import Mamba2CausalLM as Mamba2CausalLM

@@ -14,7 +14,7 @@ from keras_mamba2.atomic_files import clean_up
 CONFIG_FILE = "config.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 SOURCES_FILE = "sources.json"
-BACKBONE_NAME = "keras_mamba2>Mamba2Backbone"
+BACKBONE_NAMES = ("keras_mamba2>Mamba2Backbone", "keras_mamba2>Mamba2HybridBackbone")
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 # Of each list the first that is there is taken, with the shards that belong to an index.
@@ -173,10 +173,11 @@ def check_folder(folder: pathlib.Path, weights: bool = True, tokenizer: bool = T
     """Raises a `ValueError` that names the file, unless `folder` is a preset of this package."""
     config = read_json(folder / CONFIG_FILE)
     name = config.get("registered_name")
-    if name != BACKBONE_NAME:
+    if name not in BACKBONE_NAMES:
         raise ValueError(
             f"{folder / CONFIG_FILE} is not the configuration of a Mamba2Backbone. "
-            f"Expected: registered_name={BACKBONE_NAME!r}. Received: {name!r}"
+            f"Expected: registered_name={BACKBONE_NAMES[0]!r}, or {BACKBONE_NAMES[1]!r} of a "
+            f"hybrid. Received: {name!r}"
         )
     if weights:
         check_weights(folder)

@@ -65,3 +65,29 @@ def ask_for_loader(find: Callable[[str], PresetLoader | None]) -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("keras_hub.") and vars(module).get("get_preset_loader") is original:
             module.get_preset_loader = get_preset_loader
+
+
+def load_task(cls: type, backbone_cls: type, preset: str, load_weights: bool, **kwargs):
+    """`cls.from_preset` for a preset in KerasHub's format with any backbone of `backbone_cls`.
+
+    KerasHub's own takes a task for backbones of one class alone. `KerasPresetLoader`. Written for
+    KerasHub 0.32.
+    """
+    loader = _loader(cls, backbone_cls, preset)
+    # As there: a classifier for other classes has weights of its own to learn.
+    return loader.load_task(cls, load_weights, "num_classes" not in kwargs, **kwargs)
+
+
+def load_preprocessor(cls: type, backbone_cls: type, preset: str, **kwargs):
+    """`cls.from_preset` of a preprocessor, as `load_task`. Written for KerasHub 0.32."""
+    return _loader(cls, backbone_cls, preset).load_preprocessor(cls, **kwargs)
+
+
+def _loader(cls: type, backbone_cls: type, preset: str):
+    loader = preset_utils.get_preset_loader(preset)
+    received = loader.check_backbone_class()
+    if not issubclass(received, backbone_cls):
+        raise ValueError(
+            f"{cls.__name__} has no place for the backbone of {preset}, a {received.__name__}."
+        )
+    return loader

@@ -1,10 +1,17 @@
 """What a preset or checkpoint is, without its weights."""
 
-from keras_mamba2.conversion.config import constructor_arguments
-from keras_mamba2.conversion.config import format_of
+import collections
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+from keras import tree
+
+from keras_mamba2.conversion.architectures import architecture_of
+from keras_mamba2.conversion.deferred import deferred_initialization
 from keras_mamba2.conversion.preset_loader import CheckpointLoader
-from keras_mamba2.conversion.sizes import parameter_count
-from keras_mamba2.conversion.sizes import state_bytes
 from keras_mamba2.conversion.tokenizer import TOKENIZER_FILE
 from keras_mamba2.preset_files import KERAS_TOKENIZER
 from keras_mamba2.preset_files import Preset
@@ -25,24 +32,66 @@ def describe(preset) -> dict[str, str]:
     """Lines to print about `preset`: a name, a local folder, or `hf://user/name`."""
     files = Preset(preset)
     if files.is_checkpoint:
-        arguments = constructor_arguments(files.config)
-        tokenizer, kind = _tokenizer_of_checkpoint(files), format_of(files.config)
+        architecture = architecture_of(files.config)
+        name, arguments = architecture.backbone, architecture.arguments(files.config)
+        tokenizer, kind = _tokenizer_of_checkpoint(files), architecture.name
     else:
         folder = files.keras_folder(weights=False, tokenizer=False)
-        arguments, kind = files.config["config"], "KerasHub"
-        tokenizer = f"{folder}/{KERAS_TOKENIZER[-1]}"
-    parameters, state = parameter_count(arguments), state_bytes(arguments)
+        name, arguments = files.config["registered_name"], files.config["config"]
+        tokenizer, kind = f"{folder}/{KERAS_TOKENIZER[-1]}", "KerasHub"
+    backbone = _without_values(name, arguments)
+    parameters = backbone.count_params()
     weights = f"{megabytes(4 * parameters)} in float32, {megabytes(2 * parameters)} in bfloat16"
-    tokens = arguments.get("unpadded_vocabulary_size") or arguments["vocabulary_size"]
     return {
         "format": kind,
         "parameters": f"{parameters:,}",
         "weights": weights,
-        "state": f"{megabytes(state)} a sequence in float32, whatever its length",
-        "vocabulary": f"{tokens:,} tokens, {arguments['vocabulary_size']:,} rows",
-        **{name: str(arguments[name]) for name in SHOWN if name in arguments},
+        "state": _state(backbone),
+        "vocabulary": f"{backbone.unpadded_vocabulary_size:,} tokens, "
+        f"{backbone.vocabulary_size:,} rows",
+        **_layers(arguments),
         "tokenizer": tokenizer,
     }
+
+
+def _without_values(name: str, arguments: Mapping[str, Any]):
+    """The backbone, in float32."""
+    with deferred_initialization():
+        return keras.saving.get_registered_object(name)(**{**arguments, "dtype": "float32"})
+
+
+def _state(backbone) -> str:
+    """What a sequence costs."""
+    fixed, per_token = state_bytes(backbone)
+    text = f"{megabytes(fixed)} a sequence in float32"
+    if not per_token:
+        return f"{text}, whatever its length"
+    return f"{text}, and {per_token:,} bytes a token for attention"
+
+
+def state_bytes(backbone) -> tuple[int, int]:
+    """The bytes of the state of one sequence: in any case, and for each token that it has."""
+    fixed = per_token = 0
+    for spec in tree.flatten(backbone.state_spec()):
+        nbytes = np.dtype(spec.dtype).itemsize
+        size = nbytes * math.prod(size for size in spec.shape if size is not None)
+        if spec.room_axis is None:
+            fixed += size
+        else:
+            per_token += size
+    return fixed, per_token
+
+
+def _layers(arguments: Mapping[str, Any]) -> dict[str, str]:
+    """The sizes, and for a hybrid what there is of each kind."""
+    shown = {name: str(arguments[name]) for name in SHOWN if name in arguments}
+    if "blocks" not in arguments:
+        return shown
+    counts = collections.Counter(name for names in arguments["blocks"] for name in names.split("+"))
+    for name, sizes in arguments["sublayers"].items():
+        sizes = ", ".join(f"{key}={value}" for key, value in sizes.items() if key != "kind")
+        shown[name] = f"{counts[name]} times: {sizes}"
+    return shown
 
 
 def megabytes(nbytes: int) -> str:

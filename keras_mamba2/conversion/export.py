@@ -9,9 +9,11 @@ import keras
 import numpy as np
 
 from keras_mamba2.atomic_files import atomic_folder
+from keras_mamba2.conversion.architectures import exported_as
 from keras_mamba2.conversion.config import transformers_config
-from keras_mamba2.conversion.names import Layout
-from keras_mamba2.conversion.names import weight_name
+from keras_mamba2.conversion.names import Names
+from keras_mamba2.conversion.names import Piece
+from keras_mamba2.conversion.names import Weight
 from keras_mamba2.conversion.progress import progress
 from keras_mamba2.conversion.readers import SAFETENSORS_DTYPES
 from keras_mamba2.conversion.stored_tensor import numpy_dtype
@@ -20,20 +22,26 @@ SHARD_BYTES = 5 * 10**9
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 # Float32 whatever the dtype of the model, also in a file.
-RECURRENCE = ("A_log", "dt_bias", "D")
+FLOAT32 = ("A_log", "dt_bias", "D", "e_score_correction_bias")
 
 
-class Weight(NamedTuple):
-    """A variable, and what it is in the file."""
+class StoredWeight(NamedTuple):
+    """A tensor of a file, and the variables that it is made of."""
 
     name: str
-    variable: keras.Variable
-    layout: Layout
+    sources: Sequence[tuple[keras.Variable, Piece]]
     dtype: np.dtype
+
+    @classmethod
+    def of(cls, variable: keras.Variable, weight: Weight) -> "StoredWeight":
+        """What is one variable as a whole."""
+        sources = [(variable, Piece(weight, weight.name))]
+        return cls(weight.name, sources, numpy_dtype(variable.dtype))
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.layout.file_shape(self.variable.shape)
+        variable, piece = self.sources[0]
+        return piece.file_shape(variable.shape)
 
     @property
     def size(self) -> int:
@@ -41,8 +49,11 @@ class Weight(NamedTuple):
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
     def bytes(self) -> np.ndarray:
-        value = self.layout.to_file(keras.ops.convert_to_numpy(self.variable.value))
-        return np.ascontiguousarray(value, self.dtype).reshape(-1).view(np.uint8)
+        tensor = np.empty(self.shape, self.dtype)
+        for variable, piece in self.sources:
+            value = piece.of_variable(keras.ops.convert_to_numpy(variable.value))
+            piece.of_file(tensor)[...] = piece.weight.layout.to_file(value)
+        return tensor.reshape(-1).view(np.uint8)
 
 
 def export_to_transformers(
@@ -53,7 +64,7 @@ def export_to_transformers(
     The folder appears when it is complete: an interruption leaves nothing under its name.
 
     Args:
-        backbone: a `Mamba2Backbone`.
+        backbone: a `Mamba2Backbone`, or a `Mamba2HybridBackbone` of a kind that transformers has.
         tokenizer: a `Mamba2Tokenizer`, or `None` to write no tokenizer and no token ids.
         folder: the path of a folder that does not exist yet, or is empty.
         dtype: string, the dtype of the weights in the files, `None` for that of the variables.
@@ -62,12 +73,13 @@ def export_to_transformers(
             (a larger tensor has a file of its own), with an index.
 
     Raises:
-        ValueError: for a folder with files in it, an unknown dtype, and a model with LoRA
-            adapters or quantized weights.
+        ValueError: for a folder with files in it, an unknown dtype, a model with LoRA adapters or
+            quantized weights, and a hybrid that transformers does not have.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"`dtype` must be None or one of {DTYPES}. Received: dtype={dtype}")
-    weights = [_weight(variable, dtype) for variable in backbone.weights]
+    names = exported_as(backbone.get_config())[0].names
+    weights = _weights(backbone.weights, names, dtype)
     ids = _special_ids(tokenizer)
     config = transformers_config(
         backbone.get_config(), dtype or backbone.token_embedding.variable_dtype, **ids
@@ -80,13 +92,25 @@ def export_to_transformers(
             _write_tokenizer(temporary, tokenizer)
 
 
-def _weight(variable: keras.Variable, dtype: str | None) -> Weight:
-    name, layout = weight_name(variable.path)
-    kept = dtype is None or (dtype != "float64" and name.endswith(RECURRENCE))
-    return Weight(name, variable, layout, numpy_dtype(variable.dtype if kept else dtype))
+def _weights(
+    variables: Sequence[keras.Variable], names: Names, dtype: str | None
+) -> list[StoredWeight]:
+    sources: dict[str, list[tuple[keras.Variable, Piece]]] = {}
+    for variable in variables:
+        for piece in names.pieces(variable):
+            sources.setdefault(piece.name, []).append((variable, piece))
+    return [
+        StoredWeight(name, parts, _dtype(name, parts[0][0], dtype))
+        for name, parts in sources.items()
+    ]
 
 
-def _write_weights(folder: pathlib.Path, weights: Sequence[Weight], shard_bytes: int) -> None:
+def _dtype(name: str, variable: keras.Variable, dtype: str | None) -> np.dtype:
+    kept = dtype is None or (dtype != "float64" and name.endswith(FLOAT32))
+    return numpy_dtype(variable.dtype if kept else dtype)
+
+
+def _write_weights(folder: pathlib.Path, weights: Sequence[StoredWeight], shard_bytes: int) -> None:
     shards = _shards(weights, shard_bytes)
     if len(shards) == 1:
         write_safetensors(folder / "model.safetensors", weights)
@@ -101,7 +125,7 @@ def _write_weights(folder: pathlib.Path, weights: Sequence[Weight], shard_bytes:
     _write_json(folder / "model.safetensors.index.json", index)
 
 
-def _shards(weights: Sequence[Weight], shard_bytes: int) -> list[list[Weight]]:
+def _shards(weights: Sequence[StoredWeight], shard_bytes: int) -> list[list[StoredWeight]]:
     shards, size = [[]], 0
     for weight in weights:
         if shards[-1] and size + weight.size > shard_bytes:
@@ -112,7 +136,7 @@ def _shards(weights: Sequence[Weight], shard_bytes: int) -> list[list[Weight]]:
     return shards
 
 
-def write_safetensors(file: pathlib.Path, weights: Sequence[Weight]) -> None:
+def write_safetensors(file: pathlib.Path, weights: Sequence[StoredWeight]) -> None:
     """Writes one safetensors file, one tensor in memory at a time."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for weight in weights:

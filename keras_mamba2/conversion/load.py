@@ -1,24 +1,27 @@
 """From the files of a checkpoint into the variables of a backbone."""
 
 import pathlib
+import re
 import warnings
 from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import keras
 import numpy as np
 
 from keras_mamba2._compat.keras_variables import has_value
+from keras_mamba2.conversion.architectures import architecture_of
+from keras_mamba2.conversion.architectures import with_names_in
 from keras_mamba2.conversion.deferred import set_value
-from keras_mamba2.conversion.names import EMBEDDING
-from keras_mamba2.conversion.names import HEAD
-from keras_mamba2.conversion.names import Layout
-from keras_mamba2.conversion.names import spelling_of
-from keras_mamba2.conversion.names import weight_name
+from keras_mamba2.conversion.names import Names
+from keras_mamba2.conversion.names import Piece
 from keras_mamba2.conversion.progress import progress
 from keras_mamba2.conversion.readers import read_tensors
 from keras_mamba2.conversion.stored_tensor import StoredTensor
 from keras_mamba2.conversion.stored_tensor import numpy_dtype
+from keras_mamba2.preset_files import CONFIG_FILE
+from keras_mamba2.preset_files import read_json
 
 # Embeddings are padded to a multiple of 8, 16, 64 or 128 rows. More than this is another model.
 MOST_PADDING_ROWS = 256
@@ -27,14 +30,14 @@ STRIPE = 64  # numbers
 
 
 class Target(NamedTuple):
-    """A variable, and how the weight that fills it is laid out."""
+    """A variable, and what fills it."""
 
     variable: keras.Variable
-    layout: Layout
+    pieces: list[Piece]
 
 
 def load_weights(backbone, folder) -> None:
-    """Fills the variables of a built `Mamba2Backbone` from the checkpoint in `folder`.
+    """Fills the variables of a built backbone from the checkpoint in `folder`.
 
     One tensor is read at a time and cast to its variable's dtype. Everything is checked before
     the first variable changes. An embedding with a few rows less than the model's vocabulary is
@@ -49,47 +52,50 @@ def load_weights(backbone, folder) -> None:
     """
     folder = pathlib.Path(folder)
     tensors = read_tensors(folder)
-    targets = _targets(backbone, spelling_of(tensors))
-    tensors = _without_tied_head(folder, tensors, targets)
+    architecture = architecture_of(read_json(folder / CONFIG_FILE))
+    names = with_names_in(architecture, tensors).names
+    targets = [Target(variable, names.pieces(variable)) for variable in backbone.weights]
+    tensors = _of_the_model(folder, tensors, targets, names)
     _check_names(folder, tensors, targets)
-    _check_shapes(folder, tensors, targets)
+    _check_shapes(folder, tensors, targets, names)
     nbytes = sum(tensor.end - tensor.offset for tensor in tensors.values())
     nans = {
-        name: _assign(tensors[name], targets[name])
-        for name in progress(targets, "Loading weights", nbytes)
+        target.variable.path: _assign(tensors, target)
+        for target in progress(targets, "Loading weights", nbytes)
     }
     nans = {name: count for name, count in nans.items() if count}
     if nans:
         warnings.warn(
-            f"The weights in {folder} hold {sum(nans.values())} NaN in {len(nans)} tensors: "
+            f"The weights in {folder} hold {sum(nans.values())} NaN in {len(nans)} variables: "
             + ", ".join(f"{name} ({count})" for name, count in nans.items()),
             stacklevel=2,
         )
 
 
-def _targets(backbone, spelling: str) -> dict[str, Target]:
-    """Where each weight goes, by its name in the file."""
-    targets = {}
-    for variable in backbone.weights:
-        name, layout = weight_name(variable.path, spelling)
-        targets[name] = Target(variable, layout)
-    return targets
-
-
-def _without_tied_head(
-    folder: pathlib.Path, tensors: Mapping[str, StoredTensor], targets: Mapping[str, Target]
+def _of_the_model(
+    folder: pathlib.Path,
+    tensors: Mapping[str, StoredTensor],
+    targets: Sequence[Target],
+    names: Names,
 ) -> dict[str, StoredTensor]:
-    """Drops the head if the model has none and it is the embedding once more."""
-    tensors = dict(tensors)
-    embedding = tensors.get(EMBEDDING[spelling_of(tensors)])
-    if HEAD in targets or HEAD not in tensors or embedding is None:
+    """Drops what is no part of it: the head if it is the embedding once more, and its like."""
+    tensors = {
+        name: tensor for name, tensor in tensors.items() if not re.fullmatch(names.ignored, name)
+    }
+    embedding, has_head = tensors.get(names.embedding), names.head in _names(targets)
+    if has_head or names.head not in tensors or embedding is None:
         return tensors
-    if not _equal(tensors.pop(HEAD), embedding):
+    if not _equal(tensors.pop(names.head), embedding):
         raise ValueError(
-            f"{folder}: {HEAD} differs from the embedding, but the model ties the two. Its "
+            f"{folder}: {names.head} differs from the embedding, but the model ties the two. Its "
             "configuration should say tie_word_embeddings=False."
         )
     return tensors
+
+
+def _names(targets: Sequence[Target]) -> set[str]:
+    """The tensors that a model is filled from."""
+    return {piece.name for target in targets for piece in target.pieces}
 
 
 def _equal(a: StoredTensor, b: StoredTensor) -> bool:
@@ -103,10 +109,9 @@ def _equal(a: StoredTensor, b: StoredTensor) -> bool:
     return all(a[i : i + ROWS_AT_ONCE].tobytes() == b[i : i + ROWS_AT_ONCE].tobytes() for i in rows)
 
 
-def _check_names(
-    folder, tensors: Mapping[str, StoredTensor], targets: Mapping[str, Target]
-) -> None:
-    unused, missing = sorted(set(tensors) - set(targets)), sorted(set(targets) - set(tensors))
+def _check_names(folder, tensors: Mapping[str, StoredTensor], targets: Sequence[Target]) -> None:
+    expected = _names(targets)
+    unused, missing = sorted(set(tensors) - expected), sorted(expected - set(tensors))
     if unused or missing:
         raise ValueError(
             f"The weights in {folder} are not those of the model.\n"
@@ -116,32 +121,28 @@ def _check_names(
 
 
 def _check_shapes(
-    folder, tensors: Mapping[str, StoredTensor], targets: Mapping[str, Target]
+    folder, tensors: Mapping[str, StoredTensor], targets: Sequence[Target], names: Names
 ) -> None:
     problems = []
-    for name, (variable, layout) in targets.items():
-        actual, expected = tensors[name].shape, layout.file_shape(variable.shape)
-        if actual != expected and not _lacks_padding(name, actual, expected):
-            problems.append(
-                f"{name}: {actual} in {tensors[name].file.name}, {expected} in the model "
-                f"({variable.path}){_about_vocabulary(name, actual, expected)}"
-            )
+    for variable, pieces in targets:
+        for piece in pieces:
+            actual, expected = tensors[piece.name].shape, piece.file_shape(variable.shape)
+            rows = names.is_vocabulary(piece.name) and actual[1:] == expected[1:]
+            if actual != expected and not (rows and _lacks_padding(actual, expected)):
+                problems.append(
+                    f"{piece.name}: {actual} in {tensors[piece.name].file.name}, {expected} in "
+                    f"the model ({variable.path}){_about_rows(actual, expected) if rows else ''}"
+                )
     if problems:
         raise ValueError(f"Shapes in {folder} differ from the model's.\n" + "\n".join(problems))
 
 
-def _is_vocabulary(name: str) -> bool:
-    return name == HEAD or name in EMBEDDING.values()
-
-
-def _lacks_padding(name: str, actual: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    if not _is_vocabulary(name) or actual[1:] != expected[1:]:
-        return False
+def _lacks_padding(actual: tuple[int, ...], expected: tuple[int, ...]) -> bool:
     return 0 < expected[0] - actual[0] < MOST_PADDING_ROWS
 
 
-def _about_vocabulary(name: str, actual: tuple[int, ...], expected: tuple[int, ...]) -> str:
-    if not _is_vocabulary(name) or actual[1:] != expected[1:] or actual[0] < expected[0]:
+def _about_rows(actual: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    if actual[0] < expected[0]:
         return ""
     return (
         f". The file has {actual[0] - expected[0]} rows more, which may be padding: build the "
@@ -149,13 +150,15 @@ def _about_vocabulary(name: str, actual: tuple[int, ...], expected: tuple[int, .
     )
 
 
-def _assign(tensor: StoredTensor, target: Target) -> int:
+def _assign(tensors: Mapping[str, StoredTensor], target: Target) -> int:
     """Fills one variable and returns how many NaN it got."""
-    variable, layout = target
+    variable, pieces = target
     _free(variable)
     # Memory of its own, which a backend may take over; the file's must not be.
     value = np.zeros(variable.shape, numpy_dtype(variable.dtype))
-    _copy(layout.to_variable(tensor.read()), value)
+    for piece in pieces:
+        source = piece.of_file(tensors[piece.name].read())
+        _copy(piece.weight.layout.to_variable(source), piece.of_variable(value))
     set_value(variable, value)
     return int(np.count_nonzero(np.isnan(value)))
 

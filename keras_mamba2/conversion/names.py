@@ -1,20 +1,14 @@
-"""One table of weight name <-> variable path, with what changes between the two layouts."""
+"""How the weights of a checkpoint correspond to variables: names, and what changes between."""
 
 import re
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import keras
 import numpy as np
-
-from keras_mamba2.conversion.config import STATE_SPACES
-from keras_mamba2.conversion.config import TRANSFORMERS
-
-HEAD = "lm_head.weight"
-EMBEDDING = {
-    TRANSFORMERS: "backbone.embeddings.weight",
-    STATE_SPACES: "backbone.embedding.weight",
-}
 
 
 class Layout(NamedTuple):
@@ -29,51 +23,144 @@ class Layout(NamedTuple):
 
 
 SAME = Layout(lambda a: a, lambda a: a)
-LINEAR = Layout(lambda a: a.T, lambda a: a.T)  # (out in) <-> (in out)
+LINEAR = Layout(lambda a: a.swapaxes(-1, -2), lambda a: a.swapaxes(-1, -2))  # (out in) <-> (in out)
 CONV = Layout(lambda a: a[:, 0].T, lambda a: a.T[:, None])  # (c 1 k) <-> (k c)
 
-# Variable path -> (weight name, layout). In a block: below `block_N/` and `backbone.layers.N.`.
-BLOCK = {
-    "norm/scale": ("norm.weight", SAME),
-    "mixer/in_proj/kernel": ("mixer.in_proj.weight", LINEAR),
-    "mixer/in_proj/bias": ("mixer.in_proj.bias", SAME),
-    "mixer/conv_kernel": ("mixer.conv1d.weight", CONV),
-    "mixer/conv_bias": ("mixer.conv1d.bias", SAME),
-    "mixer/A_log": ("mixer.A_log", SAME),
-    "mixer/dt_bias": ("mixer.dt_bias", SAME),
-    "mixer/D": ("mixer.D", SAME),
-    "mixer/norm/scale": ("mixer.norm.weight", SAME),
-    "mixer/out_proj/kernel": ("mixer.out_proj.weight", LINEAR),
-    "mixer/out_proj/bias": ("mixer.out_proj.bias", SAME),
-}
-OUTSIDE = {
-    "token_embedding/embeddings": (EMBEDDING, SAME),
-    "token_embedding/reverse_embeddings": (HEAD, LINEAR),  # (v d) <-> (d v)
-    "final_norm/scale": ("backbone.norm_f.weight", SAME),
-}
+
+class Weight(NamedTuple):
+    """How a table describes one weight: its name in a file, and its layout there."""
+
+    name: str  # with `{expert}` where each expert has a tensor of its own
+    layout: Layout = SAME
+    part: int = 0  # which of `parts` equal pieces of the tensor's rows (out) it is
+    parts: int = 1
 
 
-def spelling_of(names: Iterable[str]) -> str:
-    """The format, `"transformers"` or `"state-spaces"`, that spells weight names like this."""
-    return STATE_SPACES if EMBEDDING[STATE_SPACES] in names else TRANSFORMERS
+class Piece(NamedTuple):
+    """A tensor of a file, or a part of one, and where it lies in a variable."""
+
+    weight: Weight
+    name: str
+    item: int | None = None  # of the variable's first axis; `None` for the whole variable
+
+    def file_shape(self, variable_shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the whole tensor in the file."""
+        shape = tuple(variable_shape) if self.item is None else tuple(variable_shape)[1:]
+        shape = self.weight.layout.file_shape(shape)
+        if self.weight.parts == 1:
+            return shape
+        return (*shape[:-2], shape[-2] * self.weight.parts, shape[-1])
+
+    def of_file(self, tensor: np.ndarray) -> np.ndarray:
+        """The view of this piece in the whole tensor of the file."""
+        if self.weight.parts == 1:
+            return tensor
+        size = tensor.shape[-2] // self.weight.parts
+        return tensor[..., self.weight.part * size : (self.weight.part + 1) * size, :]
+
+    def of_variable(self, value: np.ndarray) -> np.ndarray:
+        """The view of this piece in the variable's value."""
+        return value if self.item is None else value[self.item]
 
 
-def weight_name(path: str, spelling: str = TRANSFORMERS) -> tuple[str, Layout]:
-    """The name in a checkpoint of the variable at `path`, and the change of layout.
+class Names(NamedTuple):
+    """The names that one library has for the weights of an architecture.
 
-    Raises:
-        ValueError: for a variable that checkpoints do not have, as those of LoRA and
-            quantization.
+    Args:
+        outside: variable path -> `Weight`, for what is not in a block.
+        layers: string, what the names of a layer begin with, `{}` its number.
+        blocks: for each block of a layer, end of a variable path -> `Weight` below `layers`.
+        ignored: regular expression for tensors that no model here has.
     """
-    block = re.fullmatch(r"block_(\d+)/(.+)", path)
-    if block and block[2] in BLOCK:
-        name, layout = BLOCK[block[2]]
-        return f"backbone.layers.{block[1]}.{name}", layout
-    if path not in OUTSIDE:
-        raise ValueError(
-            "A checkpoint has no place for this variable; models with LoRA adapters or quantized "
-            "weights have such ones. Call `backbone.merge_lora()` first, or `save_peft_adapter`; "
-            f"export a model before it is quantized. Received: path={path!r}"
-        )
-    name, layout = OUTSIDE[path]
-    return (name[spelling] if path == "token_embedding/embeddings" else name), layout
+
+    outside: Mapping[str, Weight]
+    layers: str
+    blocks: Sequence[Mapping[str, Weight]]
+    ignored: str = "(?!)"
+
+    def pieces(self, variable: keras.Variable) -> list[Piece]:
+        """What fills `variable`.
+
+        Raises:
+            ValueError: for a variable that checkpoints do not have, as those of LoRA and
+                quantization.
+        """
+        weight, prefix = self.weight(variable.path)
+        if "{expert}" not in weight.name:
+            return [Piece(weight, prefix + weight.name)]
+        return [
+            Piece(weight, prefix + weight.name.format(expert=i), i)
+            for i in range(variable.shape[0])
+        ]
+
+    def weight(self, path: str) -> tuple[Weight, str]:
+        """The `Weight` of the variable at `path`, and what its name begins with."""
+        block = re.fullmatch(r"block_(\d+)/(?:sublayers/)?(.+)", path)
+        table, prefix, end = self.outside, "", path
+        if block:
+            layer, i = divmod(int(block[1]), len(self.blocks))
+            table, prefix, end = self.blocks[i], self.layers.format(layer), block[2]
+        if end not in table:
+            raise ValueError(
+                "A checkpoint has no place for this variable; models with LoRA adapters or "
+                "quantized weights have such ones. Call `backbone.merge_lora()` first, or "
+                "`save_peft_adapter`; export a model before it is quantized. "
+                f"Received: path={path!r}"
+            )
+        return table[end], prefix
+
+    def is_vocabulary(self, name: str) -> bool:
+        """Whether the rows of a tensor are tokens."""
+        return name in (self.embedding, self.head)
+
+    @property
+    def embedding(self) -> str:
+        return self.outside["token_embedding/embeddings"].name
+
+    @property
+    def head(self) -> str:
+        return self.outside["token_embedding/reverse_embeddings"].name
+
+
+def outside(embedding: str, final_norm: str, head: str = "lm_head.weight") -> dict[str, Weight]:
+    """The weights outside blocks."""
+    return {
+        "token_embedding/embeddings": Weight(embedding),
+        "token_embedding/reverse_embeddings": Weight(head, LINEAR),  # (v d) <-> (d v)
+        "final_norm/scale": Weight(final_norm),
+    }
+
+
+def linear(path: str, name: str) -> dict[str, Weight]:
+    """A projection with its bias, which not every model has."""
+    return {
+        f"{path}/kernel": Weight(f"{name}.weight", LINEAR),
+        f"{path}/bias": Weight(f"{name}.bias"),
+    }
+
+
+def mixer(path: str, name: str) -> dict[str, Weight]:
+    """A Mamba-2 mixer, which every library has with the same names."""
+    return {
+        **linear(f"{path}/in_proj", f"{name}.in_proj"),
+        f"{path}/conv_kernel": Weight(f"{name}.conv1d.weight", CONV),
+        f"{path}/conv_bias": Weight(f"{name}.conv1d.bias"),
+        f"{path}/A_log": Weight(f"{name}.A_log"),
+        f"{path}/dt_bias": Weight(f"{name}.dt_bias"),
+        f"{path}/D": Weight(f"{name}.D"),
+        f"{path}/norm/scale": Weight(f"{name}.norm.weight"),
+        **linear(f"{path}/out_proj", f"{name}.out_proj"),
+    }
+
+
+def attention(path: str, name: str) -> dict[str, Weight]:
+    """Attention with a projection each for queries, keys, values and output."""
+    parts = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
+    tables = [linear(f"{path}/{ours}", f"{name}.{theirs}") for ours, theirs in parts.items()]
+    return {key: weight for table in tables for key, weight in table.items()}
+
+
+def mlp(path: str, name: str) -> dict[str, Weight]:
+    """An MLP, gated or not."""
+    tables = [linear(f"{path}/{part}", f"{name}.{part}_proj") for part in ("gate", "up", "down")]
+    return {key: weight for table in tables for key, weight in table.items()}

@@ -13,13 +13,14 @@ from typing import NamedTuple
 import keras
 
 from keras_mamba2.atomic_files import atomic_folder
-from keras_mamba2.conversion.export import Weight
+from keras_mamba2.conversion.architectures import exported_as
+from keras_mamba2.conversion.export import StoredWeight
 from keras_mamba2.conversion.export import write_safetensors
 from keras_mamba2.conversion.names import LINEAR
-from keras_mamba2.conversion.names import weight_name
+from keras_mamba2.conversion.names import Names
+from keras_mamba2.conversion.names import Weight
 from keras_mamba2.conversion.readers import read_file
 from keras_mamba2.conversion.stored_tensor import StoredTensor
-from keras_mamba2.conversion.stored_tensor import numpy_dtype
 from keras_mamba2.preset_files import ADAPTER_CONFIG_FILE
 from keras_mamba2.preset_files import ADAPTER_WEIGHTS
 from keras_mamba2.preset_files import adapter_folder
@@ -59,11 +60,14 @@ class Adapter(NamedTuple):
         layer.lora_kernel_b.assign(LINEAR.to_variable(self.B.read()).astype("float32"))
 
 
-def read_peft_adapter(layers: Sequence[keras.layers.Dense], preset) -> dict[Any, Adapter]:
+def read_peft_adapter(
+    layers: Sequence[keras.layers.Dense], backbone_config: Mapping[str, Any], preset
+) -> dict[Any, Adapter]:
     """The adapters in a folder, or in a repository `hf://user/name`, by layer.
 
     Args:
         layers: the projections that can be adapted.
+        backbone_config: `get_config()` of their backbone.
         preset: the path of a folder, or a handle.
 
     Raises:
@@ -76,7 +80,8 @@ def read_peft_adapter(layers: Sequence[keras.layers.Dense], preset) -> dict[Any,
     try:
         _check_config(config)
         pairs = _pairs(read_file(file))
-        modules = {module_name(layer): layer for layer in layers}
+        names = exported_as(backbone_config)[0].names
+        modules = {module_name(layer, names): layer for layer in layers if _is_whole(layer, names)}
         _check_modules(pairs, modules)
         return {
             modules[module]: _adapter(module, pair, modules[module], config)
@@ -86,9 +91,15 @@ def read_peft_adapter(layers: Sequence[keras.layers.Dense], preset) -> dict[Any,
         raise ValueError(f"{folder}: {error}") from error
 
 
-def module_name(layer: keras.layers.Dense) -> str:
+def module_name(layer: keras.layers.Dense, names: Names) -> str:
     """The name in transformers, such as `backbone.layers.0.mixer.in_proj`."""
-    return weight_name(f"{layer.path}/kernel")[0].removesuffix(".weight")
+    weight, prefix = names.weight(f"{layer.path}/kernel")
+    return (prefix + weight.name).removesuffix(".weight")
+
+
+def _is_whole(layer: keras.layers.Dense, names: Names) -> bool:
+    """Whether transformers has a module for this projection alone."""
+    return names.weight(f"{layer.path}/kernel")[0].parts == 1
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
@@ -161,12 +172,16 @@ def _some(names: Sequence[str], count: int = 4) -> str:
 
 
 def write_peft_adapter(
-    layers: Sequence[keras.layers.Dense], folder, base_model_name_or_path: str | None = None
+    layers: Sequence[keras.layers.Dense],
+    backbone_config: Mapping[str, Any],
+    folder,
+    base_model_name_or_path: str | None = None,
 ) -> None:
     """Writes the adapters of `layers` for `peft.PeftModel.from_pretrained`.
 
     Args:
         layers: all projections that can be adapted.
+        backbone_config: `get_config()` of their backbone.
         folder: the path of a folder that does not exist yet, or is empty.
         base_model_name_or_path: string, where `peft`'s `Auto` classes find the model.
 
@@ -174,18 +189,24 @@ def write_peft_adapter(
         UserWarning: if out_proj is adapted, which `peft` refuses for Mamba-2.
 
     Raises:
-        ValueError: if no layer is adapted, and for a folder with files in it.
+        ValueError: if no layer is adapted, for one that is a part of a module of transformers, and
+            for a folder with files in it.
     """
     adapted = [layer for layer in layers if layer.lora_enabled]
     if not adapted:
         raise ValueError("There is no LoRA adapter to save. Call `backbone.enable_lora` first.")
-    config = {**_config(layers), "base_model_name_or_path": base_model_name_or_path}
+    names = exported_as(backbone_config)[0].names
+    for layer in adapted:
+        if not _is_whole(layer, names):
+            raise ValueError(
+                f"{layer.path!r} is a part of {module_name(layer, names)!r} in transformers, where "
+                "an adapter is one of the whole. Adapt other projections, or call "
+                "`backbone.merge_lora()` and export the model."
+            )
+    config = {**_config(layers, names), "base_model_name_or_path": base_model_name_or_path}
     weights = [
-        Weight(
-            f"{PREFIX}{module_name(layer)}.lora_{factor}.weight",
-            variable,
-            LINEAR,
-            numpy_dtype(variable.dtype),
+        StoredWeight.of(
+            variable, Weight(f"{PREFIX}{module_name(layer, names)}.lora_{factor}.weight", LINEAR)
         )
         for layer in adapted
         for factor, variable in (("A", layer.lora_kernel_a), ("B", layer.lora_kernel_b))
@@ -203,9 +224,9 @@ def write_peft_adapter(
         )
 
 
-def _config(layers: Sequence[keras.layers.Dense]) -> dict[str, Any]:
+def _config(layers: Sequence[keras.layers.Dense], names: Names) -> dict[str, Any]:
     """What `peft.LoraConfig` is to say: the commonest rank and alpha, and who differs."""
-    adapted = {module_name(layer): layer for layer in layers if layer.lora_enabled}
+    adapted = {module_name(layer, names): layer for layer in layers if layer.lora_enabled}
     ranks = {module: layer.lora_rank for module, layer in adapted.items()}
     alphas = {module: layer.lora_alpha for module, layer in adapted.items()}
     rank, alpha = (collections.Counter(v.values()).most_common(1)[0][0] for v in (ranks, alphas))

@@ -10,6 +10,9 @@ from keras_mamba2._compat.keras_hub_presets import ask_for_loader
 from keras_mamba2._compat.keras_hub_presets import check_file_exists
 from keras_mamba2._compat.keras_hub_presets import load_json
 from keras_mamba2.conversion import load
+from keras_mamba2.conversion.architectures import OF_TRANSFORMERS
+from keras_mamba2.conversion.architectures import architecture_of
+from keras_mamba2.conversion.architectures.architecture import PURE
 from keras_mamba2.conversion.config import constructor_arguments
 from keras_mamba2.conversion.config import read_constructor_arguments
 from keras_mamba2.conversion.deferred import deferred_initialization
@@ -17,7 +20,6 @@ from keras_mamba2.conversion.deferred import initialize_the_rest
 from keras_mamba2.conversion.readers import most_common_dtype
 from keras_mamba2.conversion.tokenizer import has_tokenizer
 from keras_mamba2.conversion.tokenizer import tokenizer_arguments
-from keras_mamba2.preset_files import BACKBONE_NAME
 from keras_mamba2.preset_files import CONFIG_FILE
 from keras_mamba2.preset_files import Preset
 from keras_mamba2.preset_files import is_foreign
@@ -49,13 +51,15 @@ class CheckpointLoader(PresetLoader):
         read_constructor_arguments(files.folder)  # raises
 
     def check_backbone_class(self):
-        return keras.saving.get_registered_object(BACKBONE_NAME)
+        # What tasks have as their `backbone_cls`: they take either.
+        return keras.saving.get_registered_object(PURE)
 
     def load_backbone(self, cls, load_weights: bool = True, **kwargs):
         folder = self.files.weights_folder() if load_weights else self.files.folder
         if kwargs.get("dtype") == AUTO:
             kwargs["dtype"] = most_common_dtype(folder) if load_weights else self.config_dtype()
         arguments = {**read_constructor_arguments(folder), **kwargs}
+        cls = self.backbone_class
         if not load_weights:
             return cls(**arguments)
         with deferred_initialization():
@@ -63,6 +67,11 @@ class CheckpointLoader(PresetLoader):
         load.load_weights(backbone, folder)
         initialize_the_rest(backbone.variables)  # the seeds of dropout
         return backbone
+
+    @property
+    def backbone_class(self) -> type:
+        """The class of the model: a pure one, or a hybrid."""
+        return keras.saving.get_registered_object(architecture_of(self.files.config).backbone)
 
     def config_dtype(self) -> str | None:
         """What the configuration says of the weights' dtype; that of state-spaces says nothing."""
@@ -149,6 +158,7 @@ def _loader_for(preset: str) -> CheckpointLoader | None:
     if is_foreign(preset) or not check_file_exists(preset, CONFIG_FILE):
         return None
     config = load_json(preset, CONFIG_FILE)
-    if config.get("model_type") == "mamba2" or "ssm_cfg" in config:
+    own = {architecture.model_type for architecture in OF_TRANSFORMERS}
+    if config.get("model_type") in own or "ssm_cfg" in config:
         return CheckpointLoader(Preset(preset))
     return None

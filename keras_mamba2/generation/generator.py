@@ -34,6 +34,10 @@ from keras_mamba2.generation.search import search
 from keras_mamba2.state import NO_TOKEN
 from keras_mamba2.state import Mamba2State
 from keras_mamba2.state.files import check_belongs
+from keras_mamba2.state.room import needs_room
+from keras_mamba2.state.room import room_for
+from keras_mamba2.state.room import room_of
+from keras_mamba2.state.room import with_room
 
 # A prompt of more tokens has a progress bar.
 LONG_PROMPT = 100_000
@@ -52,8 +56,11 @@ class Generator:
     def __init__(self, model):
         self.model = model
 
-        def zeros(like):
-            return model.backbone.initial_state(like.shape[0])
+        def zeros(like, room=None):
+            return model.backbone.initial_state(like.shape[0], room)
+
+        def grow(state, room):
+            return with_room(state, model.backbone, room)
 
         def copy(state):
             return tree.map_structure(ops.copy, state)
@@ -79,7 +86,9 @@ class Generator:
         def search_rows(token_ids, padding_mask, stop_token_ids):
             return search(model, model.sampler, token_ids, padding_mask, stop_token_ids)
 
-        self._zeros = compiled(model, zeros)
+        self._needs_room = needs_room(model.backbone)
+        self._zeros = compiled(model, zeros, static=("room",))
+        self._grow = compiled(model, grow, static=("room",))
         self._copy = compiled(model, copy)
         self._prefill_block = compiled(model, prefill, donate=True)
         self._prefill_row = compiled(model, prefill_one, donate=True)
@@ -118,7 +127,7 @@ class Generator:
         """
         self._check_prompts(prompts, state)
         if state is None:
-            state = self._zeros(np.zeros(len(prompts), "int8"))
+            state = self._zeros(np.zeros(len(prompts), "int8"), **self._room(prompts))
         else:
             waiting = ops.convert_to_numpy(state.token)
             prompts = [
@@ -126,9 +135,23 @@ class Generator:
                 for token, prompt in zip(waiting, prompts, strict=True)
             ]
             state = self._copy(state)  # what follows takes the memory of its argument
+            state = self._with_room(state, [len(prompt) for prompt in prompts])
         state = self._feed(state, [np.asarray(prompt[:-1], "int32") for prompt in prompts])
         last = np.array([prompt[-1] for prompt in prompts], "int32")
         return state.with_token(last)
+
+    def _room(self, prompts: list[np.ndarray]) -> dict[str, int]:
+        """The room that a new state of `prompts` has, where it needs any."""
+        return {"room": room_for(max(map(len, prompts)))} if self._needs_room else {}
+
+    def _with_room(self, state: Mamba2State, num_tokens: int | Sequence[int]) -> Mamba2State:
+        """`state` with room for so many more tokens in each row."""
+        if not self._needs_room:
+            return state
+        needed = int(np.max(ops.convert_to_numpy(state.length) + np.asarray(num_tokens)))
+        if needed <= room_of(state, self.model.backbone):
+            return state
+        return self._grow(state, room=room_for(needed))
 
     def _feed(self, state: Mamba2State, prompts: list[np.ndarray]) -> Mamba2State:
         """The state after all tokens of `prompts`. The memory of `state` is given up."""
@@ -204,6 +227,11 @@ class Generator:
         The others go on as if nothing had happened. `row` comes from `start` with the same
         sampler; a place is free when nothing remains to it.
         """
+        backbone = self.model.backbone
+        if self._needs_room and room_of(rows.state, backbone) != room_of(row.state, backbone):
+            room = max(room_of(state, backbone) for state in (rows.state, row.state))
+            rows = rows._replace(state=self._grow(rows.state, room=room))
+            row = row._replace(state=self._grow(row.state, room=room))
         return Rows(*self._put(rows, np.array(index, "int32"), row))
 
     def advance(self, rows: Rows, num_steps: int, with_logprobs: bool = False):
@@ -213,6 +241,7 @@ class Generator:
         with -1 where a row had stopped, -2 where its logits were not finite; and log
         probabilities of the same shape, if asked for.
         """
+        rows = rows._replace(state=self._with_room(rows.state, num_steps))
         return self._decode(rows, np.array(num_steps, "int32"), with_logprobs=with_logprobs)
 
     def decode(
@@ -267,7 +296,7 @@ class Generator:
     def loss(self, token_ids: np.ndarray) -> float:
         """The sum of the losses of all tokens after the first, the state carried along."""
         self._check_prompts([token_ids], None)
-        state, total = self._zeros(np.zeros(1, "int8")), 0.0
+        state, total = self._zeros(np.zeros(1, "int8"), **self._room([token_ids])), 0.0
         bar = tqdm.auto.tqdm(
             total=len(token_ids), unit=" tokens", disable=len(token_ids) <= LONG_PROMPT
         )

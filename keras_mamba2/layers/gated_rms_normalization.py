@@ -26,10 +26,17 @@ class GatedRMSNormalization(keras.layers.Layer):
         - [Zhang and Sennrich, 2019](https://arxiv.org/abs/1910.07467)
     """
 
-    def __init__(self, num_groups: int = 1, epsilon: float = 1e-5, **kwargs):
+    def __init__(
+        self,
+        num_groups: int = 1,
+        epsilon: float = 1e-5,
+        norm_before_gate: bool = False,
+        **kwargs,
+    ):
         super().__init__(autocast=False, **kwargs)
         self.num_groups = num_groups
         self.epsilon = epsilon
+        self.norm_before_gate = norm_before_gate
 
     def build(self, x_shape, gate_shape=None):
         if x_shape[-1] % self.num_groups:
@@ -44,18 +51,27 @@ class GatedRMSNormalization(keras.layers.Layer):
     def call(self, x, gate=None):
         dtype = float32_at_least(self.compute_dtype)
         x = ops.cast(x, dtype)
-        if gate is not None:
-            x = x * ops.silu(ops.cast(gate, dtype))
+        gate = None if gate is None else ops.silu(ops.cast(gate, dtype))
+        if gate is not None and not self.norm_before_gate:
+            x = x * gate
         shape = ops.shape(x)
         groups = ops.reshape(x, (*shape[:-1], self.num_groups, -1))
         mean_square = ops.mean(ops.square(groups), axis=-1, keepdims=True)
         x = ops.reshape(groups * ops.rsqrt(mean_square + self.epsilon), shape)
-        return ops.cast(scale_channels(x, ops.cast(self.scale, dtype)), self.compute_dtype)
+        x = scale_channels(x, ops.cast(self.scale, dtype))
+        x = x * gate if gate is not None and self.norm_before_gate else x
+        return ops.cast(x, self.compute_dtype)
 
     def compute_output_spec(self, x, gate=None):
         return keras.KerasTensor(x.shape, dtype=self.compute_dtype)
 
     def get_config(self):
         config = super().get_config()
-        config.update({"num_groups": self.num_groups, "epsilon": self.epsilon})
+        config.update(
+            {
+                "num_groups": self.num_groups,
+                "epsilon": self.epsilon,
+                "norm_before_gate": self.norm_before_gate,
+            }
+        )
         return config

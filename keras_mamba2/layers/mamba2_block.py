@@ -16,6 +16,7 @@ class Mamba2Block(ResidualBlock):
         remat: bool, whether norm and mixer are computed again in the backward pass instead of
             being stored.
         layer_norm_epsilon: float, of both norms.
+        residual_multiplier: float, what is added to the residual stream is multiplied by it.
         dtype: dtype policy.
         name: str.
         trainable: bool.
@@ -35,6 +36,7 @@ class Mamba2Block(ResidualBlock):
         dropout: float = 0.0,
         remat: bool = False,
         layer_norm_epsilon: float = 1e-5,
+        residual_multiplier: float = 1.0,
         dtype=None,
         name: str | None = None,
         trainable: bool = True,
@@ -46,6 +48,7 @@ class Mamba2Block(ResidualBlock):
             dropout=dropout,
             remat=remat,
             layer_norm_epsilon=layer_norm_epsilon,
+            residual_multiplier=residual_multiplier,
             dtype=dtype,
             name=name,
             trainable=trainable,

@@ -1,8 +1,10 @@
 import math
+from collections.abc import Sequence
 from typing import ClassVar
 from typing import NamedTuple
 
 import keras
+import numpy as np
 from keras import initializers
 from keras import ops
 from keras import random
@@ -15,7 +17,10 @@ from keras_mamba2.layers.sublayer import Sublayer
 from keras_mamba2.ops import causal_conv1d
 from keras_mamba2.ops import causal_conv1d_step
 from keras_mamba2.ops import ssd_step
+from keras_mamba2.ops.checks import float32_at_least
 from keras_mamba2.ops.chunk_size import default_chunk_size
+
+GATED_NORMS = ("after_gate", "before_gate", "none")
 
 
 class MixerState(NamedTuple):
@@ -46,7 +51,12 @@ class Mamba2Mixer(Sublayer):
         chunk_size: int, q, positions computed at once. `None` takes the value that is fast on
             the platform. The result does not depend on it beyond rounding.
         use_bias: bool, whether in_proj and out_proj have a bias.
+        use_output_bias: bool, whether out_proj has one, if that differs from in_proj.
         use_conv_bias: bool, whether the convolution has a bias.
+        gated_norm: string, `"after_gate"` to normalize what is gated, `"before_gate"` to gate what
+            is normalized, and `"none"` for the gate alone.
+        projection_multipliers: five floats, what in_proj gives for z, x, B, C and dt is multiplied
+            by them. `None` for ones.
         layer_norm_epsilon: float, of the gated norm.
         time_step_limit: pair of floats, step sizes are clipped to it. `None` for no limit.
         time_step_min: float, the least step size at initialisation.
@@ -87,6 +97,9 @@ class Mamba2Mixer(Sublayer):
         chunk_size: int | None = None,
         use_bias: bool = False,
         use_conv_bias: bool = True,
+        use_output_bias: bool | None = None,
+        gated_norm: str = "after_gate",
+        projection_multipliers: Sequence[float] | None = None,
         layer_norm_epsilon: float = 1e-5,
         time_step_limit: tuple[float, float | None] | None = None,
         time_step_min: float = 0.001,
@@ -107,6 +120,9 @@ class Mamba2Mixer(Sublayer):
         self.chunk_size = chunk_size
         self.use_bias = use_bias
         self.use_conv_bias = use_conv_bias
+        self.use_output_bias = use_bias if use_output_bias is None else use_output_bias
+        self.gated_norm = gated_norm
+        self.projection_multipliers = projection_multipliers and tuple(projection_multipliers)
         self.layer_norm_epsilon = layer_norm_epsilon
         self.time_step_limit = _finite_limits(time_step_limit)
         self.time_step_min = time_step_min
@@ -128,15 +144,18 @@ class Mamba2Mixer(Sublayer):
             dtype=self.dtype_policy,
             name="in_proj",
         )
-        self.norm = GatedRMSNormalization(
-            num_groups=num_groups,
-            epsilon=layer_norm_epsilon,
-            dtype=self.dtype_policy,
-            name="norm",
-        )
+        self.norm = None
+        if gated_norm != "none":
+            self.norm = GatedRMSNormalization(
+                num_groups=num_groups,
+                epsilon=layer_norm_epsilon,
+                norm_before_gate=gated_norm == "before_gate",
+                dtype=self.dtype_policy,
+                name="norm",
+            )
         self.out_proj = Projection(
             hidden_dim,
-            use_bias=use_bias,
+            use_bias=self.use_output_bias,
             kernel_initializer=_uniform(1 / num_residual_layers),
             dtype=self.dtype_policy,
             name="out_proj",
@@ -146,6 +165,15 @@ class Mamba2Mixer(Sublayer):
         for name in ("hidden_dim", "state_dim", "head_dim", "num_groups", "conv_kernel_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be positive. Received: {getattr(self, name)}")
+        if self.gated_norm not in GATED_NORMS:
+            raise ValueError(
+                f"`gated_norm` must be one of {GATED_NORMS}. Received: {self.gated_norm!r}"
+            )
+        if self.projection_multipliers is not None and len(self.projection_multipliers) != 5:
+            raise ValueError(
+                "`projection_multipliers` must be five numbers, for z, x, B, C and dt. "
+                f"Received: {self.projection_multipliers}"
+            )
         if self.chunk_size is not None and self.chunk_size < 1:
             raise ValueError(
                 "`chunk_size` must be at least 1, or None for the platform's default. "
@@ -171,7 +199,8 @@ class Mamba2Mixer(Sublayer):
                 f"Received: shape={tuple(x_shape)}"
             )
         self.in_proj.build((None, self.hidden_dim))
-        self.norm.build((None, self.inner_dim))
+        if self.norm is not None:
+            self.norm.build((None, self.inner_dim))
         self.out_proj.build((None, self.inner_dim))
         bound = self.conv_kernel_size**-0.5
         self.conv_kernel = self.add_weight(
@@ -229,7 +258,7 @@ class Mamba2Mixer(Sublayer):
             segment_ids=segment_ids,
             chunk_size=self.chunk_size or default_chunk_size(),
         )
-        y = self.norm(ops.reshape(y, (b, t, self.inner_dim)), gate)
+        y = self._gated(ops.reshape(y, (b, t, self.inner_dim)), gate)
         return self.out_proj(y), MixerState(conv_state, ssm_state)
 
     def step(self, x, state: MixerState, mask=None):
@@ -252,7 +281,7 @@ class Mamba2Mixer(Sublayer):
             self.D,
             state=state.ssm,
         )
-        y = self.norm(ops.reshape(y, (b, self.inner_dim)), gate)
+        y = self._gated(ops.reshape(y, (b, self.inner_dim)), gate)
         return self.out_proj(y), MixerState(conv_state, ssm_state)
 
     def state_spec(self, max_length: int | None = None) -> MixerState:
@@ -280,7 +309,19 @@ class Mamba2Mixer(Sublayer):
     def _project(self, x):
         """The gate `(... e)`, the convolution's input `(... e+2gn)`, and dt `(... h)`."""
         cuts = [self.inner_dim, self.inner_dim + self.conv_dim]
-        return ops.split(self.in_proj(x), cuts, axis=-1)
+        projected = self.in_proj(x)
+        if self.projection_multipliers is not None:
+            sizes = (self.inner_dim, self.inner_dim, self.group_dim, self.group_dim, self.num_heads)
+            multipliers = np.repeat(self.projection_multipliers, sizes)
+            projected = projected * ops.convert_to_tensor(multipliers, projected.dtype)
+        return ops.split(projected, cuts, axis=-1)
+
+    def _gated(self, y, gate):
+        if self.norm is not None:
+            return self.norm(y, gate)
+        dtype = float32_at_least(self.compute_dtype)
+        y = ops.cast(y, dtype) * ops.silu(ops.cast(gate, dtype))
+        return ops.cast(y, self.compute_dtype)
 
     def _split_conv_output(self, xBC):
         return ops.split(xBC, [self.inner_dim, self.inner_dim + self.group_dim], axis=-1)
@@ -310,6 +351,9 @@ class Mamba2Mixer(Sublayer):
                 "chunk_size": self.chunk_size,
                 "use_bias": self.use_bias,
                 "use_conv_bias": self.use_conv_bias,
+                "use_output_bias": self.use_output_bias,
+                "gated_norm": self.gated_norm,
+                "projection_multipliers": self.projection_multipliers,
                 "layer_norm_epsilon": self.layer_norm_epsilon,
                 "time_step_limit": self.time_step_limit,
                 "time_step_min": self.time_step_min,

@@ -10,7 +10,9 @@ from keras_mamba2.ops.segments import document_segments
 
 
 class ResidualBlock(keras.layers.Layer):
-    """A residual block, `x + sublayer(norm(x))`. A subclass makes the sublayer.
+    """A residual block, `x + residual_multiplier * sublayer(norm(x))`.
+
+    A subclass makes the sublayer.
 
     Args:
         hidden_dim: int, d, the size of the residual stream.
@@ -20,6 +22,7 @@ class ResidualBlock(keras.layers.Layer):
         remat: bool, whether norm and sublayer are computed again in the backward pass instead of
             being stored.
         layer_norm_epsilon: float.
+        residual_multiplier: float, what is added to the residual stream is multiplied by it.
         **kwargs: see `keras.layers.Layer`.
 
     Call arguments:
@@ -36,6 +39,7 @@ class ResidualBlock(keras.layers.Layer):
         dropout: float = 0.0,
         remat: bool = False,
         layer_norm_epsilon: float = 1e-5,
+        residual_multiplier: float = 1.0,
         **kwargs,
     ):
         # The residual stream may be wider than the compute dtype, so it is not cast.
@@ -46,6 +50,7 @@ class ResidualBlock(keras.layers.Layer):
         self.dropout = dropout
         self.remat = remat
         self.layer_norm_epsilon = layer_norm_epsilon
+        self.residual_multiplier = residual_multiplier
         self.norm = GatedRMSNormalization(
             epsilon=layer_norm_epsilon, dtype=self.dtype_policy, name="norm"
         )
@@ -91,7 +96,8 @@ class ResidualBlock(keras.layers.Layer):
         return keras.remat(inside) if self.remat else inside
 
     def _add(self, x, y):
-        return ops.cast(x, self._residual_dtype) + ops.cast(y, self._residual_dtype)
+        x, y = ops.cast(x, self._residual_dtype), ops.cast(y, self._residual_dtype)
+        return x + (y if self.residual_multiplier == 1 else y * self.residual_multiplier)
 
     @property
     def _residual_dtype(self):
@@ -109,6 +115,7 @@ class ResidualBlock(keras.layers.Layer):
                 "dropout": self.dropout,
                 "remat": self.remat,
                 "layer_norm_epsilon": self.layer_norm_epsilon,
+                "residual_multiplier": self.residual_multiplier,
             }
         )
         return config

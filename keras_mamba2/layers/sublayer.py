@@ -10,6 +10,9 @@ from keras import tree
 
 from keras_mamba2.layers.projection import Projection
 
+# Tokens. Room is made by doubling, so that there are few compilations.
+LEAST_ROOM = 256
+
 
 @dataclasses.dataclass(frozen=True)
 class StateTensor:
@@ -18,14 +21,17 @@ class StateTensor:
     Args:
         shape: tuple of ints.
         dtype: string.
+        room_axis: int, the axis of `shape` along which there is room for a number of tokens, of
+            which the state's `length` are there. `None` for a tensor of one size.
     """
 
-    shape: tuple[int, ...]
+    shape: tuple[int | None, ...]
     dtype: str
+    room_axis: int | None = None
 
 
 class Sublayer(keras.layers.Layer):
-    """What stands in a residual block: the mixer; later attention, an MLP or experts.
+    """What stands in a residual block: a mixer, attention, an MLP, experts.
 
     The base class of all of them, and the only thing that backbone, state files, LoRA,
     quantization and layouts know of them. A subclass computes the same function in three ways,
@@ -61,15 +67,15 @@ class Sublayer(keras.layers.Layer):
 
         Args:
             max_length: int, how many tokens the state must have room for, where its size depends
-                on that.
+                on that. `None` leaves that size open.
         """
         return ()
 
     def initial_state(self, batch_size: int, max_length: int | None = None) -> Any:
-        """The state before the first token: zeros."""
+        """The state before the first token: zeros. Without `max_length` there is little room."""
         return tree.map_structure(
             lambda spec: ops.zeros((batch_size, *spec.shape), spec.dtype),
-            self.state_spec(max_length),
+            self.state_spec(max_length or LEAST_ROOM),
         )
 
     @property

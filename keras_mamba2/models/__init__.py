@@ -3,6 +3,7 @@
 from keras_mamba2 import preset_files
 from keras_mamba2._compat.keras_hub_presets import register_presets
 from keras_mamba2.models.mamba2_backbone import Mamba2Backbone as Mamba2Backbone
+from keras_mamba2.models.mamba2_hybrid_backbone import Mamba2HybridBackbone as Mamba2HybridBackbone
 from keras_mamba2.models.mamba2_tokenizer import Mamba2Tokenizer as Mamba2Tokenizer
 from keras_mamba2.state import Mamba2State as Mamba2State
 

@@ -3,8 +3,10 @@ import keras
 from keras_mamba2.layers.gated_rms_normalization import GatedRMSNormalization
 from keras_mamba2.layers.mamba2_block import Mamba2Block
 from keras_mamba2.layers.mamba2_mixer import Mamba2Mixer
-from keras_mamba2.layers.reversible_embedding import ReversibleEmbedding
 from keras_mamba2.models.residual_backbone import ResidualBackbone
+from keras_mamba2.models.residual_backbone import check_dtype
+from keras_mamba2.models.residual_backbone import checked_tokens
+from keras_mamba2.models.residual_backbone import embedding
 
 # What tells one architecture from another.
 ARCHITECTURE = ("num_layers", "hidden_dim", "state_dim", "head_dim", "num_groups", "expansion")
@@ -92,29 +94,15 @@ class Mamba2Backbone(ResidualBackbone):
         dtype=None,
         **kwargs,
     ):
-        _check_dtype(dtype)
-        for name, value in (("vocabulary_size", vocabulary_size), ("num_layers", num_layers)):
-            if value < 1:
-                raise ValueError(f"`{name}` must be positive. Received: {name}={value}")
-        if unpadded_vocabulary_size is None:
-            unpadded_vocabulary_size = vocabulary_size
-        if not 0 < unpadded_vocabulary_size <= vocabulary_size:
-            raise ValueError(
-                "`unpadded_vocabulary_size` must lie between 1 and `vocabulary_size`. Received: "
-                f"unpadded_vocabulary_size={unpadded_vocabulary_size}, "
-                f"vocabulary_size={vocabulary_size}"
-            )
+        check_dtype(dtype)
+        if num_layers < 1:
+            raise ValueError(f"`num_layers` must be positive. Received: num_layers={num_layers}")
+        unpadded_vocabulary_size = checked_tokens(vocabulary_size, unpadded_vocabulary_size)
 
         # === Layers ===
-        token_embedding = ReversibleEmbedding(
-            input_dim=vocabulary_size,
-            output_dim=hidden_dim,
-            tie_weights=tie_word_embeddings,
-            embeddings_initializer=keras.initializers.RandomNormal(stddev=0.02),
-            dtype=dtype,
-            name="token_embedding",
+        token_embedding, embeddings_dropout = embedding(
+            vocabulary_size, hidden_dim, tie_word_embeddings, dropout, dtype
         )
-        embeddings_dropout = keras.layers.Dropout(dropout, dtype=dtype, name="embeddings_dropout")
         blocks = [
             Mamba2Block(
                 hidden_dim=hidden_dim,
@@ -203,16 +191,3 @@ class Mamba2Backbone(ResidualBackbone):
             }
         )
         return config
-
-
-def _check_dtype(dtype):
-    policy = keras.dtype_policies.get(dtype)
-    if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
-        policy = policy.default_policy
-    if policy.quantization_mode is not None:
-        raise ValueError(
-            "Weights are quantized once they are there: build or load the model in a floating "
-            f"point dtype, then call `quantize({policy.quantization_mode!r})`. Received: {dtype}"
-        )
-    if "float" not in str(policy.compute_dtype):
-        raise ValueError(f"`dtype` must be a floating point dtype or policy. Received: {dtype}")

@@ -47,6 +47,8 @@ class ResidualBackbone(AtomicPreset, AtomicSave, keras_hub.models.Backbone):
     preset_files = BACKBONE_FILES
     # The kinds of sublayers that a model of this class may have.
     sublayers: ClassVar[tuple[type[Sublayer], ...]] = ()
+    # A model that scales them sets these before `__init__`.
+    embedding_multiplier = logits_multiplier = 1.0
 
     def __init__(
         self,
@@ -76,10 +78,19 @@ class ResidualBackbone(AtomicPreset, AtomicSave, keras_hub.models.Backbone):
         return self._hidden_states(**standard_names(inputs))  # Keras passes `training` on
 
     def _hidden_states(self, token_ids, padding_mask, segment_ids=None):
-        x = self.embeddings_dropout(self.token_embedding(token_ids))
+        x = self.embeddings_dropout(self._embed(token_ids))
         for block in self.blocks:
             x = block(x, padding_mask=padding_mask, segment_ids=segment_ids)
         return self.norm(x)
+
+    def _embed(self, token_ids):
+        x = self.token_embedding(token_ids)
+        return x if self.embedding_multiplier == 1 else x * self.embedding_multiplier
+
+    def logits(self, hidden_states):
+        """The head: `(... v)` for hidden states `(... d)`, with those of ids that only pad."""
+        logits = self.token_embedding(hidden_states, reverse=True)
+        return logits if self.logits_multiplier == 1 else logits * self.logits_multiplier
 
     def call_with_state(
         self, token_ids, state: Mamba2State | None = None, padding_mask=None, segment_ids=None
@@ -98,7 +109,7 @@ class ResidualBackbone(AtomicPreset, AtomicSave, keras_hub.models.Backbone):
         length = ops.zeros((b,), "int32") if state is None else state.length
         digest = ops.zeros((b,), "int32") if state is None else state.digest
         layers = [None] * len(self.blocks) if state is None else state.layers
-        x, states = self.embeddings_dropout(self.token_embedding(token_ids)), []
+        x, states = self.embeddings_dropout(self._embed(token_ids)), []
         for block, layer in zip(self.blocks, layers, strict=True):
             x, layer = block.call_with_state(x, layer, padding_mask, segment_ids)
             states.append(layer)
@@ -116,7 +127,7 @@ class ResidualBackbone(AtomicPreset, AtomicSave, keras_hub.models.Backbone):
         Returns:
             Tuple `(hidden_states, state)`: `(b d)`, and the `Mamba2State` after the token.
         """
-        x, states = self.token_embedding(token_ids), []
+        x, states = self._embed(token_ids), []
         for block, layer in zip(self.blocks, state.layers, strict=True):
             x, layer = block.step(x, layer, mask)
             states.append(layer)
@@ -147,6 +158,11 @@ class ResidualBackbone(AtomicPreset, AtomicSave, keras_hub.models.Backbone):
         """
         loader, preset = open_preset(preset, weights=load_weights, tokenizer=False)
         if loader is not None:
+            if not issubclass(loader.backbone_class, cls):
+                raise ValueError(
+                    f"{preset} is a {loader.backbone_class.__name__}, not a {cls.__name__}: call "
+                    "`from_preset` of that class."
+                )
             return loader.load_backbone(cls, load_weights, **kwargs)
         return super().from_preset(
             preset, load_weights=load_weights, **keras_arguments(preset, kwargs)
@@ -264,3 +280,53 @@ def _check_cuts(token_embedding: ReversibleEmbedding, blocks: Sequence[ResidualB
         for path, axes in block.sublayer.weight_axes.items():
             cuts[f"{block.name}/{block.sublayer.name}/{path}"] = axes
     check_layout(cuts)
+
+
+def embedding(
+    vocabulary_size: int, hidden_dim: int, tie_word_embeddings: bool, dropout: float, dtype
+) -> tuple[ReversibleEmbedding, keras.layers.Dropout]:
+    """The first layers of a backbone."""
+    token_embedding = ReversibleEmbedding(
+        input_dim=vocabulary_size,
+        output_dim=hidden_dim,
+        tie_weights=tie_word_embeddings,
+        embeddings_initializer=keras.initializers.RandomNormal(stddev=0.02),
+        dtype=dtype,
+        name="token_embedding",
+    )
+    return token_embedding, keras.layers.Dropout(dropout, dtype=dtype, name="embeddings_dropout")
+
+
+def checked_tokens(vocabulary_size: int, unpadded_vocabulary_size: int | None) -> int:
+    """How many of the ids are tokens.
+
+    Raises:
+        ValueError: if there are none, or more than rows.
+    """
+    if vocabulary_size < 1:
+        raise ValueError(
+            f"`vocabulary_size` must be positive. Received: vocabulary_size={vocabulary_size}"
+        )
+    if unpadded_vocabulary_size is None:
+        return vocabulary_size
+    if not 0 < unpadded_vocabulary_size <= vocabulary_size:
+        raise ValueError(
+            "`unpadded_vocabulary_size` must lie between 1 and `vocabulary_size`. Received: "
+            f"unpadded_vocabulary_size={unpadded_vocabulary_size}, "
+            f"vocabulary_size={vocabulary_size}"
+        )
+    return unpadded_vocabulary_size
+
+
+def check_dtype(dtype) -> None:
+    """Raises unless a model can be made with `dtype`."""
+    policy = keras.dtype_policies.get(dtype)
+    if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+        policy = policy.default_policy
+    if policy.quantization_mode is not None:
+        raise ValueError(
+            "Weights are quantized once they are there: build or load the model in a floating "
+            f"point dtype, then call `quantize({policy.quantization_mode!r})`. Received: {dtype}"
+        )
+    if "float" not in str(policy.compute_dtype):
+        raise ValueError(f"`dtype` must be a floating point dtype or policy. Received: {dtype}")

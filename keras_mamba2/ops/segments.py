@@ -1,5 +1,8 @@
 """Several sequences in one row: where each begins. Notation: `ops/ssd.py`."""
 
+from typing import Any
+from typing import NamedTuple
+
 from keras import ops
 
 
@@ -26,3 +29,41 @@ def document_segments(segment_ids, mask=None):
     seen = ops.cumsum(ops.cast(mask, "int32"), axis=1)
     begins = ops.logical_and(ops.logical_and(changed, mask), seen > 1)
     return ops.cumsum(ops.cast(begins, "int32"), axis=1)
+
+
+class Documents(NamedTuple):
+    """Where the tokens of rows `(b t)` stand in their documents, which may continue a state."""
+
+    positions: Any  # (b t) int32, how many tokens of its document are before each
+    continues: Any  # (b t) bool, whether its document is the state's
+    after: Any  # (b) int32, how many of the state's tokens belong to the last document
+    first: Any  # (b) int32, where the last document begins in the row
+    new: Any  # (b) int32, how many tokens of the row belong to it
+
+
+def documents_of(x, mask=None, segment_ids=None, length=None) -> Documents:
+    """The documents of `x` `(b t d)`, after `length` `(b)` tokens of the first one.
+
+    Args:
+        x: tensor `(b t d)`.
+        mask: optional boolean tensor `(b t)`, true at real tokens.
+        segment_ids: optional int tensor `(b t)`, from `document_segments`.
+        length: optional int32 tensor `(b)`. `None` for 0.
+    """
+    b, t = ops.shape(x)[:2]
+    length = ops.zeros((b,), "int32") if length is None else length
+    real = ops.ones((b, t), "int32") if mask is None else ops.cast(mask, "int32")
+    segments = ops.zeros((b, t), "int32") if segment_ids is None else segment_ids
+    before = ops.cumsum(real, axis=1) - real
+    begins = ops.pad(segments[:, 1:] != segments[:, :-1], [(0, 0), (1, 0)])
+    start = ops.where(begins, before, 0)  # of the document, counted in tokens
+    start = ops.associative_scan(ops.maximum, start, axis=1)
+    continues = segments == segments[:, :1]
+    last = ops.cast(segments == segments[:, -1:], "int32") * real
+    return Documents(
+        positions=before - start + ops.where(continues, length[:, None], 0),
+        continues=continues,
+        after=ops.where(continues[:, -1], length, 0),
+        first=ops.cast(ops.argmax(last, axis=1), "int32"),
+        new=ops.sum(last, axis=1),
+    )

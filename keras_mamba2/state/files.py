@@ -12,6 +12,8 @@ from keras import ops
 from keras import tree
 
 from keras_mamba2.atomic_files import atomic_file
+from keras_mamba2.layers.sublayer import StateTensor
+from keras_mamba2.state.room import filled
 
 FILE_VERSION = "2"
 # What a state holds beside its layers, int32 `(b)` each.
@@ -50,16 +52,21 @@ def save(file, state, backbone, text: str = "") -> None:
     check_belongs(state, backbone)
     metadata = {"version": FILE_VERSION, "model": backbone.architecture, "text": text}
     metadata["fingerprint"] = fingerprint(backbone)
-    # float32 holds what a convolution's state has in bfloat16, bit for bit.
-    tensors = {
-        f"{name}.{i}": np.asarray(ops.convert_to_numpy(ops.cast(leaf, "float32")))
-        for i, layer in enumerate(state.layers)
-        for name, leaf in named_leaves(layer)
-    }
+    longest = int(np.max(ops.convert_to_numpy(state.length), initial=0))
+    tensors = {}
+    for i, (layer, specs) in enumerate(zip(state.layers, backbone.state_spec(), strict=True)):
+        for (name, leaf), (_, spec) in zip(named_leaves(layer), named_leaves(specs), strict=True):
+            tensors[f"{name}.{i}"] = _array(filled(leaf, spec, longest), spec)
     for name in COUNTS:
         tensors[name] = np.asarray(ops.convert_to_numpy(getattr(state, name)))
     with atomic_file(file) as temporary:
         save_file(tensors, temporary, metadata)
+
+
+def _array(leaf, spec) -> np.ndarray:
+    """float32 holds what a convolution's state has in bfloat16, bit for bit."""
+    dtype = "float32" if "float" in spec.dtype else spec.dtype
+    return np.ascontiguousarray(ops.convert_to_numpy(ops.cast(leaf, dtype)))
 
 
 def load(file, backbone) -> StoredState:
@@ -109,10 +116,22 @@ def _read(file) -> tuple[dict[str, str], dict[str, np.ndarray]]:
         raise ValueError(f"{file} is truncated, or not the file of a state: {error}") from error
 
 
+def _open_axes(spec: StateTensor, shape: tuple[int, ...]) -> tuple[int | None, ...]:
+    """`shape` of a row's tensor, but for the room in it."""
+    return tuple(None if i == spec.room_axis else size for i, size in enumerate(shape))
+
+
 def check_belongs(state, backbone) -> None:
     """Raises unless the tensors of `state` have the shapes of `backbone.state_spec()`."""
-    expected = [_shapes(layer, 0) for layer in backbone.state_spec()]
-    received = [_shapes(layer, 1) for layer in state.layers]
+    specs = [dict(named_leaves(layer)) for layer in backbone.state_spec()]
+    layers = [dict(named_leaves(layer)) for layer in state.layers]
+    expected = [{name: spec.shape for name, spec in layer.items()} for layer in specs]
+    received = [{name: tuple(leaf.shape[1:]) for name, leaf in layer.items()} for layer in layers]
+    if [list(layer) for layer in specs] == [list(layer) for layer in layers]:
+        received = [
+            {name: _open_axes(layer[name], shape) for name, shape in shapes.items()}
+            for layer, shapes in zip(specs, received, strict=True)
+        ]
     if received != expected:
         raise ValueError(
             "The state belongs to another model. Expected, for each row: "
@@ -120,12 +139,8 @@ def check_belongs(state, backbone) -> None:
         )
 
 
-def _shapes(layer, first_axis: int) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(leaf.shape[first_axis:]) for name, leaf in named_leaves(layer)}
-
-
 def _summary(layers: list[dict[str, tuple[int, ...]]]) -> str:
-    first = " and ".join(f"{name} {shape}" for name, shape in layers[0].items())
+    first = " and ".join(f"{name} {shape}" for layer in layers[:1] for name, shape in layer.items())
     return f"{len(layers)} layers of {first}"
 
 

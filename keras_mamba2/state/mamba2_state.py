@@ -10,12 +10,16 @@ from keras import tree
 
 from keras_mamba2._compat.trees import register_pytree
 from keras_mamba2.state import files
+from keras_mamba2.state.room import with_equal_room
 
 NO_TOKEN = -1
 
 
 class Mamba2State:
-    """What a model remembers of the tokens before; of one size for Mamba-2, whatever their number.
+    """What a model remembers of the tokens before.
+
+    Of mixers it has one size, whatever their number; of attention it has keys and values, with
+    room that grows.
 
     A pytree with batch-first leaves, so it can be passed through `jax.jit`, gathered by rows in
     beam search and donated. Arrays are never changed in place: a state that was continued from
@@ -23,7 +27,7 @@ class Mamba2State:
 
     Args:
         layers: sequence of the states of the blocks' sublayers; of a mixer a `MixerState`, with
-            conv `(b k-1 e+2gn)` and ssm `(b h p n)`.
+            conv `(b k-1 e+2gn)` and ssm `(b h p n)`, of attention an `AttentionState`.
         token: int32 `(b)`, the last token, which the layers have not seen yet; -1 for none. So
             a state can be continued with more text or without.
         length: int32 `(b)`, how many tokens the layers have seen.
@@ -70,7 +74,9 @@ class Mamba2State:
         """The rows of all `states` in one batch."""
         if not states:
             raise ValueError("There are no states to concatenate.")
-        return tree.map_structure(lambda *leaves: ops.concatenate(leaves, axis=0), *states)
+        return tree.map_structure(
+            lambda *leaves: ops.concatenate(with_equal_room(leaves), axis=0), *states
+        )
 
     @property
     def nbytes(self) -> int:

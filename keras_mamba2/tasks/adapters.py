@@ -20,7 +20,9 @@ class Adapters:
             ValueError: before anything changes, for an adapter of another kind than LoRA, with
                 parts that there is no place for, or of another architecture or size.
         """
-        adapters = read_peft_adapter(lora.projections(self.backbone), preset)
+        adapters = read_peft_adapter(
+            lora.projections(self.backbone), self.backbone.get_config(), preset
+        )
         lora.check_trainable(adapters)
         lora.remove(self.backbone)
         lora.enable(self.backbone, {layer: (a.rank, a.alpha) for layer, a in adapters.items()})
@@ -43,4 +45,9 @@ class Adapters:
         Raises:
             ValueError: if LoRA is not enabled, and for a folder with files in it.
         """
-        write_peft_adapter(lora.projections(self.backbone), path, base_model_name_or_path)
+        write_peft_adapter(
+            lora.projections(self.backbone),
+            self.backbone.get_config(),
+            path,
+            base_model_name_or_path,
+        )

@@ -2,6 +2,7 @@ import keras
 import keras_hub
 from keras import ops
 
+from keras_mamba2._compat.keras_hub_presets import load_task
 from keras_mamba2.conversion import export_to_transformers
 from keras_mamba2.conversion import keras_arguments
 from keras_mamba2.conversion import open_preset
@@ -10,6 +11,7 @@ from keras_mamba2.generation import use_compilation_cache
 from keras_mamba2.models import Mamba2Backbone
 from keras_mamba2.models import Mamba2State
 from keras_mamba2.models import quantization
+from keras_mamba2.models.residual_backbone import ResidualBackbone
 from keras_mamba2.saving import AtomicPreset
 from keras_mamba2.saving import AtomicSave
 from keras_mamba2.tasks.adapters import Adapters
@@ -41,7 +43,7 @@ class Mamba2CausalLM(
     how tokens are picked: any KerasHub sampler, by name or object.
 
     Args:
-        backbone: a `keras_mamba2.Mamba2Backbone`.
+        backbone: a `keras_mamba2.Mamba2Backbone`, or `keras_mamba2.Mamba2HybridBackbone`.
         preprocessor: a `keras_mamba2.Mamba2CausalLMPreprocessor`. Without it, inputs are dicts
             of `token_ids` and `padding_mask`.
         **kwargs: see `keras.Model`.
@@ -69,7 +71,7 @@ class Mamba2CausalLM(
 
     def __init__(
         self,
-        backbone: Mamba2Backbone,
+        backbone: ResidualBackbone,
         preprocessor: Mamba2CausalLMPreprocessor | None = None,
         **kwargs,
     ):
@@ -79,7 +81,7 @@ class Mamba2CausalLM(
 
         # === Functional Model ===
         inputs = backbone.input
-        outputs = backbone.token_embedding(backbone(inputs), reverse=True)
+        outputs = backbone.logits(backbone(inputs))
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
         self.input_spec = None  # as the backbone's, which says what is wrong
 
@@ -112,8 +114,8 @@ class Mamba2CausalLM(
         loader, preset = open_preset(preset, weights=load_weights, tokenizer=tokenizer)
         if loader is not None:
             return loader.load_task(cls, load_weights, **kwargs)
-        return super().from_preset(
-            preset, load_weights=load_weights, **keras_arguments(preset, kwargs)
+        return load_task(
+            cls, ResidualBackbone, preset, load_weights, **keras_arguments(preset, kwargs)
         )
 
     def export_to_transformers(self, path, dtype: str | None = None) -> None:
@@ -198,7 +200,7 @@ class Mamba2CausalLM(
         Ids that are no tokens, but padding of the embedding, have logits that are never sampled
         and add nothing to a loss.
         """
-        logits = self.backbone.token_embedding(hidden_states, reverse=True)
+        logits = self.backbone.logits(hidden_states)
         size, num_tokens = logits.shape[-1], self.num_tokens
         if num_tokens == size:
             return logits

@@ -1,6 +1,8 @@
+from keras_mamba2._compat.keras_hub_presets import load_preprocessor
 from keras_mamba2.conversion import open_preset
 from keras_mamba2.models import Mamba2Backbone
 from keras_mamba2.models import Mamba2Tokenizer
+from keras_mamba2.models.residual_backbone import ResidualBackbone
 from keras_mamba2.saving import PREPROCESSOR_FILES
 from keras_mamba2.saving import AtomicPreset
 
@@ -18,7 +20,7 @@ class Mamba2Preprocessor(AtomicPreset):
         loader, preset = open_preset(preset, weights=False)
         if loader is not None:
             return loader.load_preprocessor(cls, **kwargs)
-        return super().from_preset(preset, **kwargs)
+        return load_preprocessor(cls, ResidualBackbone, preset, **kwargs)
 
     @property
     def _pad_token_id(self) -> int:

@@ -2,10 +2,12 @@ import keras
 import keras_hub
 from keras import ops
 
+from keras_mamba2._compat.keras_hub_presets import load_task
 from keras_mamba2.conversion import keras_arguments
 from keras_mamba2.conversion import open_preset
 from keras_mamba2.models import Mamba2Backbone
 from keras_mamba2.models.inputs import standard_names
+from keras_mamba2.models.residual_backbone import ResidualBackbone
 from keras_mamba2.saving import AtomicPreset
 from keras_mamba2.saving import AtomicSave
 from keras_mamba2.tasks.batch_checks import check_batch
@@ -26,7 +28,7 @@ class Mamba2TextClassifier(AtomicPreset, AtomicSave, keras_hub.models.TextClassi
     for arrays before the first step, for datasets when the batch is read.
 
     Args:
-        backbone: a `keras_mamba2.Mamba2Backbone`.
+        backbone: a `keras_mamba2.Mamba2Backbone`, or `keras_mamba2.Mamba2HybridBackbone`.
         num_classes: int.
         preprocessor: a `keras_mamba2.Mamba2TextClassifierPreprocessor`. Without it, inputs are
             dicts of `token_ids` and `padding_mask`.
@@ -61,7 +63,7 @@ class Mamba2TextClassifier(AtomicPreset, AtomicSave, keras_hub.models.TextClassi
 
     def __init__(
         self,
-        backbone: Mamba2Backbone,
+        backbone: ResidualBackbone,
         num_classes: int,
         preprocessor: Mamba2TextClassifierPreprocessor | None = None,
         activation=None,
@@ -119,8 +121,8 @@ class Mamba2TextClassifier(AtomicPreset, AtomicSave, keras_hub.models.TextClassi
         tokenizer = kwargs.get("preprocessor", "from the preset") == "from the preset"
         loader, preset = open_preset(preset, weights=load_weights, tokenizer=tokenizer)
         if loader is None:
-            return super().from_preset(
-                preset, load_weights=load_weights, **keras_arguments(preset, kwargs)
+            return load_task(
+                cls, ResidualBackbone, preset, load_weights, **keras_arguments(preset, kwargs)
             )
         if "num_classes" not in kwargs:
             raise ValueError(f"{preset} has no head of a classifier. Pass `num_classes`.")

@@ -34,6 +34,27 @@ TRANSFORMERS = {
     "n_groups": 1,
     "tie_word_embeddings": True,
 }
+NEMOTRON = {"model_type": "nemotron_h", "hidden_size": 32, "num_attention_heads": 4}
+GRANITE = {
+    "model_type": "granitemoehybrid",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "layer_types": ["mamba", "attention"],
+    "mamba_n_heads": 8,
+    "shared_intermediate_size": 40,
+}
+BAMBA = {
+    "model_type": "bamba",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "attn_layer_indices": [1],
+    "intermediate_size": 48,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+}
 
 
 def test_both_formats_say_the_same():
@@ -97,17 +118,28 @@ def test_back_to_transformers_and_again(expansion):
         ({**ORIGINAL, "ssm_cfg": {}}, "is a Mamba-1 model"),
         ({**ORIGINAL, "ssm_cfg": {"layer": "Mamba1"}}, "is a Mamba-1 model"),
         ({**ORIGINAL, "attn_layer_idx": [27, 9, 18]}, "hybrid.*Attention layers: 9, 18, 27"),
-        ({"model_type": "bamba", "attn_layer_indices": [9]}, "hybrid.*layers: 9"),
+        ({"model_type": "bamba", "attn_layer_indices": [9]}, "has no `hidden_size`"),
+        ({"model_type": "zamba2"}, "Unknown `model_type`.*'granitemoehybrid'.*'zamba2'"),
+        ({**NEMOTRON, "hybrid_override_pattern": "M-M?"}, "has '\\?', which is none of 'M'"),
         (
-            {"model_type": "zamba2", "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
-            "hybrid.*layers: 1, 3",
+            {**NEMOTRON, "layers_block_type": ["lstm"]},
+            "Unknown kind of layer 'lstm'. Known: 'mamba'",
         ),
-        ({"model_type": "nemotron_h", "hybrid_override_pattern": "M-M*-"}, "hybrid.*layers: 3"),
+        (NEMOTRON, "says nothing of its layers"),
+        ({**NEMOTRON, "mlp_hidden_act": "gelu"}, "`mlp_hidden_act` must be 'relu2'"),
+        ({**GRANITE, "layer_types": ["mamba", "lstm"]}, "Unknown kind of layer 'lstm'"),
+        ({**GRANITE, "num_hidden_layers": 3}, "`layer_types` has 2 layers, .*num_hidden_layers=3"),
+        ({**GRANITE, "mamba_d_head": 7}, "must be mamba_expand \\* hidden_size. Received: 8 \\* 7"),
+        ({**BAMBA, "attn_layer_indices": [9]}, "`attn_layer_indices` has 9, .*num_hidden_layers=2"),
+        ({**BAMBA, "rope_scaling": {"rope_type": "yarn"}}, "`rope_type` must be 'default'"),
         ({}, "neither `model_type` .* nor `ssm_cfg`.* none"),
         ({"dim": 3}, "Received keys: dim"),
         ({**ORIGINAL, "ssm_cfg": {"layer": "Mamba2", "rmsnorm": False}}, "`rmsnorm` must be True"),
         ({**ORIGINAL, "d_intermediate": 64}, "`d_intermediate` must be 0"),
-        ({**TRANSFORMERS, "hidden_act": "gelu"}, "`hidden_act` must be 'silu'. Received: 'gelu'"),
+        (
+            {**TRANSFORMERS, "hidden_act": "gelu"},
+            "`hidden_act` must be 'silu' or 'swish'. Received",
+        ),
         ({"ssm_cfg": {"layer": "Mamba2"}, "n_layer": 1}, "has no `d_model`"),
     ],
 )

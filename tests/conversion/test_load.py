@@ -133,7 +133,7 @@ def test_nan_are_counted(folder, backbone):
         tensors["backbone.layers.0.mixer.D"][1] = torch.nan
 
     rewrite(folder, change)
-    with pytest.warns(UserWarning, match=r"4 NaN in 2 tensors: .*mixer.D \(1\), .*norm_f.weight"):
+    with pytest.warns(UserWarning, match=r"4 NaN in 2 variables: .*mixer/D \(1\), .*norm/scale"):
         conversion.load_weights(backbone, folder)
 
 

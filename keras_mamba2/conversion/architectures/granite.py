@@ -1,0 +1,197 @@
+"""Granite 4.0 H of IBM: mixers or attention, each followed by an MLP, which may have experts."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from keras_mamba2.conversion import names
+from keras_mamba2.conversion.architectures.architecture import HYBRID
+from keras_mamba2.conversion.architectures.architecture import Architecture
+from keras_mamba2.conversion.architectures.values import ATTENTION_LAYERS
+from keras_mamba2.conversion.architectures.values import MAMBA_LAYERS
+from keras_mamba2.conversion.architectures.values import UNPADDED_KEY
+from keras_mamba2.conversion.architectures.values import check_length
+from keras_mamba2.conversion.architectures.values import limits
+from keras_mamba2.conversion.architectures.values import only
+from keras_mamba2.conversion.architectures.values import required
+from keras_mamba2.conversion.architectures.values import rope_theta
+from keras_mamba2.conversion.architectures.values import vocabulary
+from keras_mamba2.conversion.architectures.values import whole
+from keras_mamba2.conversion.architectures.values import written_limits
+
+EXPERTS = "experts+mlp"
+
+
+def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    required(config, "hidden_size", "num_attention_heads")
+    only(config, "hidden_act", "silu", "swish")
+    d, heads = config["hidden_size"], config["num_attention_heads"]
+    kinds = config.get("layer_types") or config.get("layers_block_type")
+    if kinds is None:
+        required(config, "num_hidden_layers")
+        kinds = ["mamba"] * config["num_hidden_layers"]
+    check_length(config, "layer_types", len(kinds))
+    experts = config.get("num_local_experts") or 0
+    feed_forward = EXPERTS if experts else "mlp"
+    sublayers: dict[str, dict[str, Any]] = {}
+    if any(kind in MAMBA_LAYERS for kind in kinds):
+        sublayers["mamba2"] = _mixer(config)
+    if any(kind in ATTENTION_LAYERS for kind in kinds):
+        sublayers["attention"] = _attention(config, d // heads)
+    if experts:
+        sublayers["experts"] = {
+            "kind": "mixture_of_experts",
+            "intermediate_dim": config["intermediate_size"],
+            "num_experts": experts,
+            "num_experts_per_token": config["num_experts_per_tok"],
+        }
+    sublayers["mlp"] = {"intermediate_dim": config["shared_intermediate_size"]}
+    return {
+        **vocabulary(config),
+        "hidden_dim": d,
+        "blocks": [name for kind in kinds for name in (_block(kind), feed_forward)],
+        "sublayers": sublayers,
+        "layer_norm_epsilon": config.get("rms_norm_eps", 1e-6),
+        "embedding_multiplier": config.get("embedding_multiplier", 1.0),
+        "residual_multiplier": config.get("residual_multiplier", 1.0),
+        "logits_multiplier": 1 / config.get("logits_scaling", 1.0),
+        "tie_word_embeddings": config.get("tie_word_embeddings", False),
+    }
+
+
+def _block(kind: str) -> str:
+    if kind in MAMBA_LAYERS:
+        return "mamba2"
+    if kind in ATTENTION_LAYERS:
+        return "attention"
+    known = ", ".join(map(repr, (*MAMBA_LAYERS, *ATTENTION_LAYERS)))
+    raise ValueError(f"Unknown kind of layer {kind!r}. Known: {known}")
+
+
+def _mixer(config: Mapping[str, Any]) -> dict[str, Any]:
+    heads, head_dim = config.get("mamba_n_heads", 128), config.get("mamba_d_head", "auto")
+    d, expand = config["hidden_size"], config.get("mamba_expand", 2)
+    head_dim = expand * d // heads if head_dim == "auto" else head_dim
+    if heads * head_dim != expand * d:
+        raise ValueError(
+            "mamba_n_heads * mamba_d_head must be mamba_expand * hidden_size. Received: "
+            f"{heads} * {head_dim} and {expand} * {d}"
+        )
+    return {
+        "state_dim": config.get("mamba_d_state", 256),
+        "head_dim": head_dim,
+        "num_groups": config.get("mamba_n_groups", 1),
+        "expansion": whole(expand),
+        "conv_kernel_size": config.get("mamba_d_conv", 4),
+        "use_bias": config.get("mamba_proj_bias", False),
+        "use_conv_bias": config.get("mamba_conv_bias", True),
+        "time_step_limit": limits(config.get("time_step_limit")),
+    }
+
+
+def _attention(config: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
+    heads = config["num_attention_heads"]
+    rotates = config.get("position_embedding_type") == "rope"
+    return {
+        "num_query_heads": heads,
+        "num_key_value_heads": config.get("num_key_value_heads") or heads,
+        "head_dim": head_dim,
+        "rotary_dim": head_dim if rotates else 0,
+        "rope_max_wavelength": rope_theta(config),
+        "scale": config.get("attention_multiplier", 1.0),
+        "use_bias": config.get("attention_bias", False),
+    }
+
+
+def config(backbone_config: Mapping[str, Any]) -> dict[str, Any] | None:
+    blocks, sublayers = backbone_config["blocks"], backbone_config["sublayers"]
+    d = backbone_config["hidden_dim"]
+    mixer, attention = sublayers.get("mamba2"), sublayers.get("attention")
+    if mixer is None or attention is None or not set(blocks[::2]) <= {"mamba2", "attention"}:
+        return None
+    if set(blocks[1::2]) not in ({"mlp"}, {EXPERTS}):
+        return None
+    experts = sublayers.get("experts", {})
+    kinds = {"mamba2": "mamba", "attention": "attention"}
+    return {
+        "architectures": ["GraniteMoeHybridForCausalLM"],
+        "model_type": "granitemoehybrid",
+        "vocab_size": backbone_config["vocabulary_size"],
+        UNPADDED_KEY: backbone_config["unpadded_vocabulary_size"],
+        "hidden_size": d,
+        "num_hidden_layers": len(blocks) // 2,
+        "layer_types": [kinds.get(name, name) for name in blocks[::2]],
+        "intermediate_size": experts.get("intermediate_dim", sublayers["mlp"]["intermediate_dim"]),
+        "shared_intermediate_size": sublayers["mlp"]["intermediate_dim"],
+        "num_local_experts": experts.get("num_experts", 0),
+        "num_experts_per_tok": experts.get("num_experts_per_token", 0),
+        "hidden_act": "silu",
+        "num_attention_heads": attention["num_query_heads"],
+        "num_key_value_heads": attention["num_key_value_heads"],
+        "attention_multiplier": attention.get("scale"),
+        "attention_bias": attention.get("use_bias", False),
+        "position_embedding_type": "rope" if attention.get("rotary_dim") else "nope",
+        "rope_theta": attention.get("rope_max_wavelength", 10_000.0),
+        "mamba_n_heads": round(mixer.get("expansion", 2) * d) // mixer["head_dim"],
+        "mamba_d_head": mixer["head_dim"],
+        "mamba_n_groups": mixer.get("num_groups", 1),
+        "mamba_d_state": mixer["state_dim"],
+        "mamba_d_conv": mixer.get("conv_kernel_size", 4),
+        "mamba_expand": mixer.get("expansion", 2),
+        "mamba_conv_bias": mixer.get("use_conv_bias", True),
+        "mamba_proj_bias": mixer.get("use_bias", False),
+        "time_step_limit": written_limits(mixer.get("time_step_limit")),
+        "embedding_multiplier": backbone_config["embedding_multiplier"],
+        "residual_multiplier": backbone_config["residual_multiplier"],
+        "logits_scaling": _scaling(backbone_config["logits_multiplier"]),
+        "rms_norm_eps": backbone_config["layer_norm_epsilon"],
+        "tie_word_embeddings": backbone_config["tie_word_embeddings"],
+    }
+
+
+def _scaling(multiplier: float) -> float:
+    """The divisor: 1 / (1 / 3) is a little less than 3."""
+    return whole(round(1 / multiplier, 12))
+
+
+def _feed_forward() -> dict[str, names.Weight]:
+    rows = {"gate": 0, "up": 1}
+    shared, experts = "shared_mlp", "block_sparse_moe"
+    return {
+        "norm/scale": names.Weight("post_attention_layernorm.weight"),
+        **{
+            f"mlp/{ours}/kernel": names.Weight(
+                f"{shared}.input_linear.weight", names.LINEAR, part, 2
+            )
+            for ours, part in rows.items()
+        },
+        "mlp/down/kernel": names.Weight(f"{shared}.output_linear.weight", names.LINEAR),
+        "experts/router": names.Weight(f"{experts}.router.layer.weight", names.LINEAR),
+        **{
+            f"experts/experts_{ours}": names.Weight(
+                f"{experts}.input_linear.weight", names.LINEAR, part, 2
+            )
+            for ours, part in rows.items()
+        },
+        "experts/experts_down": names.Weight(f"{experts}.output_linear.weight", names.LINEAR),
+    }
+
+
+GRANITE = Architecture(
+    name="Granite 4.0 H",
+    model_type="granitemoehybrid",
+    backbone=HYBRID,
+    arguments=arguments,
+    names=names.Names(
+        names.outside("model.embed_tokens.weight", "model.norm.weight"),
+        "model.layers.{}.",
+        [
+            {
+                "norm/scale": names.Weight("input_layernorm.weight"),
+                **names.mixer("mamba2", "mamba"),
+                **names.attention("attention", "self_attn"),
+            },
+            _feed_forward(),
+        ],
+    ),
+    config=config,
+)

@@ -1,0 +1,228 @@
+from typing import ClassVar
+
+import keras
+from keras import ops
+
+from keras_mamba2.layers.mlp import Stateless
+from keras_mamba2.layers.mlp import activation_named
+from keras_mamba2.layers.projection import Projection
+from keras_mamba2.ops.checks import float32_at_least
+from keras_mamba2.ops.experts import grouped_matmul
+
+SCORINGS = ("softmax", "sigmoid")
+
+
+@keras.saving.register_keras_serializable(package="keras_mamba2")
+class MixtureOfExperts(Stateless):
+    """MLPs of which each token takes those that a router chooses.
+
+    The router computes in float32. With `scoring="softmax"` it takes the k largest logits, and
+    the softmax of these are the weights of the experts. With `"sigmoid"` it chooses by the sigmoid
+    plus a bias that only balances the choice, within the best groups of experts, and the weights
+    are the sigmoids themselves.
+
+    Args:
+        hidden_dim: int, d, the size of inputs and outputs.
+        intermediate_dim: int, f, the inner size of an expert.
+        num_experts: int, e.
+        num_experts_per_token: int, k.
+        activation: as in `keras_mamba2.layers.MLP`.
+        gated: bool, as there.
+        scoring: `"softmax"` or `"sigmoid"`.
+        num_expert_groups: int, experts form so many groups, with at least two in each. Only with
+            `"sigmoid"`, as what follows.
+        num_groups_per_token: int, of how many groups a token takes experts. A group counts by its
+            two best.
+        normalize_weights: bool, whether a token's weights are divided by their sum.
+        weights_multiplier: float, the weights are multiplied by it.
+        latent_dim: int, experts compute on a projection of this size. `None` for none.
+        use_bias: bool, whether the projections to and from it have a bias.
+        **kwargs: see `keras.layers.Layer`.
+
+    Call arguments:
+        x: tensor `(... d)`.
+        mask: not needed.
+        segment_ids: not needed.
+
+    Reference:
+        - [Shazeer et al., 2017](https://arxiv.org/abs/1701.06538)
+        - [DeepSeek-AI, 2024](https://arxiv.org/abs/2412.19437), sigmoid, groups, balancing bias
+    """
+
+    layouts: ClassVar = {
+        "experts_(gate|up)": ("model", "weights", None),
+        "experts_down": ("model", None, "weights"),
+    }
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        intermediate_dim: int,
+        num_experts: int,
+        num_experts_per_token: int,
+        activation: str = "silu",
+        gated: bool = True,
+        scoring: str = "softmax",
+        num_expert_groups: int = 1,
+        num_groups_per_token: int = 1,
+        normalize_weights: bool = True,
+        weights_multiplier: float = 1.0,
+        latent_dim: int | None = None,
+        use_bias: bool = False,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        self.hidden_dim = hidden_dim
+        self.intermediate_dim = intermediate_dim
+        self.num_experts = num_experts
+        self.num_experts_per_token = num_experts_per_token
+        self.activation = activation
+        self.gated = gated
+        self.scoring = scoring
+        self.num_expert_groups = num_expert_groups
+        self.num_groups_per_token = num_groups_per_token
+        self.normalize_weights = normalize_weights
+        self.weights_multiplier = weights_multiplier
+        self.latent_dim = latent_dim
+        self.use_bias = use_bias
+        self._activation = activation_named(activation)
+        self._check_config()
+        self.latent_down = self.latent_up = None
+        if latent_dim is not None:
+            self.latent_down = Projection(
+                latent_dim, use_bias=use_bias, dtype=self.dtype_policy, name="latent_down"
+            )
+            self.latent_up = Projection(
+                hidden_dim, use_bias=use_bias, dtype=self.dtype_policy, name="latent_up"
+            )
+
+    def _check_config(self):
+        sizes = ("hidden_dim", "intermediate_dim", "num_experts", "num_experts_per_token")
+        for name in (*sizes, "num_expert_groups", "num_groups_per_token"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be positive. Received: {getattr(self, name)}")
+        if self.scoring not in SCORINGS:
+            raise ValueError(f"`scoring` must be one of {SCORINGS}. Received: {self.scoring!r}")
+        e, groups = self.num_experts, self.num_expert_groups
+        if groups > 1 and (e % groups or e // groups < 2 or self.scoring != "sigmoid"):
+            raise ValueError(
+                "Groups of experts need scoring='sigmoid', and at least two experts in each of "
+                f"equal size. Received: num_experts={e}, num_expert_groups={groups}, "
+                f"scoring={self.scoring!r}"
+            )
+        reachable = e // groups * min(self.num_groups_per_token, groups)
+        if self.num_experts_per_token > reachable:
+            raise ValueError(
+                f"A token cannot take {self.num_experts_per_token} of {reachable} experts. "
+                f"Received: num_experts_per_token={self.num_experts_per_token}, num_experts={e}, "
+                f"num_expert_groups={groups}, num_groups_per_token={self.num_groups_per_token}"
+            )
+
+    def build(self, x_shape, mask_shape=None, segment_ids_shape=None):
+        e, f, d = self.num_experts, self.intermediate_dim, self.latent_dim or self.hidden_dim
+        self.router = self.add_weight(
+            name="router", shape=(self.hidden_dim, e), initializer="glorot_uniform", autocast=False
+        )
+        self.router_bias = None
+        if self.scoring == "sigmoid":
+            # It balances the choice from outside: no gradient reaches it.
+            self.router_bias = self.add_weight(
+                name="router_bias",
+                shape=(e,),
+                dtype="float32",
+                autocast=False,
+                initializer="zeros",
+                trainable=False,
+            )
+
+        def experts(name, n_in, n_out):
+            bound = n_in**-0.5
+            initializer = keras.initializers.RandomUniform(-bound, bound)
+            return self.add_weight(name=name, shape=(e, n_in, n_out), initializer=initializer)
+
+        self.experts_gate = experts("experts_gate", d, f) if self.gated else None
+        self.experts_up = experts("experts_up", d, f)
+        self.experts_down = experts("experts_down", f, d)
+        if self.latent_dim is not None:
+            self.latent_down.build((None, self.hidden_dim))
+            self.latent_up.build((None, self.latent_dim))
+
+    def call(self, x, mask=None, segment_ids=None):
+        tokens = ops.reshape(x, (-1, self.hidden_dim))  # (n d)
+        weights, experts = self.route(tokens)
+        tokens = tokens if self.latent_down is None else self.latent_down(tokens)
+        y = grouped_matmul(tokens, weights, experts, self.num_experts, self._experts)
+        y = y if self.latent_up is None else self.latent_up(y)
+        return ops.reshape(y, ops.shape(x))
+
+    def _experts(self, x, matmul):
+        """The experts, where `matmul(x, kernels)` gives each token the kernel of its expert."""
+        up = matmul(x, ops.convert_to_tensor(self.experts_up))
+        if self.gated:
+            up = self._activation(matmul(x, ops.convert_to_tensor(self.experts_gate))) * up
+        else:
+            up = self._activation(up)
+        return matmul(up, ops.convert_to_tensor(self.experts_down))
+
+    def route(self, x):
+        """The experts of each token `(n d)` and their weights: `(weights, experts)`, `(n k)`."""
+        dtype = float32_at_least(self.compute_dtype)
+        logits = ops.matmul(ops.cast(x, dtype), ops.cast(self.router, dtype))
+        k = self.num_experts_per_token
+        if self.scoring == "softmax":
+            logits, experts = ops.top_k(logits, k)
+            weights = ops.softmax(logits, axis=-1)
+        else:
+            scores = ops.sigmoid(logits)
+            _, experts = ops.top_k(self._choice(scores), k)
+            weights = ops.take_along_axis(scores, experts, axis=-1)
+            if self.normalize_weights:
+                weights = weights / (ops.sum(weights, axis=-1, keepdims=True) + 1e-20)
+        return weights * self.weights_multiplier, experts
+
+    def _choice(self, scores):
+        """By what experts are chosen: `(n e)`, minus infinity outside the best groups."""
+        choice = scores + ops.cast(self.router_bias, scores.dtype)
+        groups = self.num_expert_groups
+        if self.num_groups_per_token >= groups:
+            return choice
+        choice = ops.reshape(choice, (-1, groups, self.num_experts // groups))
+        best = ops.sum(ops.top_k(choice, 2)[0], axis=-1)
+        _, kept = ops.top_k(best, self.num_groups_per_token)
+        kept = ops.any(kept[..., None] == ops.arange(groups), axis=1)  # (n groups)
+        choice = ops.where(kept[..., None], choice, -float("inf"))
+        return ops.reshape(choice, (-1, self.num_experts))
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        return () if self.latent_dim is None else (self.latent_down, self.latent_up)
+
+    @property
+    def weight_axes(self) -> dict[str, dict[str, int]]:
+        d = self.latent_dim or self.hidden_dim
+        sizes = {"num_experts": self.num_experts, "hidden_dim": d, "f": self.intermediate_dim}
+        down = {"num_experts": self.num_experts, "f": self.intermediate_dim, "hidden_dim": d}
+        gate = {"experts_gate": sizes} if self.gated else {}
+        return {**gate, "experts_up": sizes, "experts_down": down}
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(
+            {
+                "hidden_dim": self.hidden_dim,
+                "intermediate_dim": self.intermediate_dim,
+                "num_experts": self.num_experts,
+                "num_experts_per_token": self.num_experts_per_token,
+                "activation": self.activation,
+                "gated": self.gated,
+                "scoring": self.scoring,
+                "num_expert_groups": self.num_expert_groups,
+                "num_groups_per_token": self.num_groups_per_token,
+                "normalize_weights": self.normalize_weights,
+                "weights_multiplier": self.weights_multiplier,
+                "latent_dim": self.latent_dim,
+                "use_bias": self.use_bias,
+            }
+        )
+        return config

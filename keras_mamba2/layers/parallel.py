@@ -1,0 +1,105 @@
+from collections.abc import Sequence
+
+import keras
+
+from keras_mamba2.layers.projection import Projection
+from keras_mamba2.layers.sublayer import Sublayer
+
+
+@keras.saving.register_keras_serializable(package="keras_mamba2")
+class Parallel(Sublayer):
+    """The sum of sublayers that have the same input, each scaled before and after.
+
+    Args:
+        sublayers: sequence of `keras_mamba2.layers.Sublayer`, with names that differ.
+        input_multipliers: sequence of floats, one for each. `None` for ones.
+        output_multipliers: sequence of floats, one for each. `None` for ones.
+        **kwargs: see `keras.layers.Layer`.
+
+    Call arguments:
+        x: tensor `(b t d)`.
+        mask: optional boolean tensor `(b t)`, as the sublayers take it.
+        segment_ids: optional int tensor `(b t)`, as the sublayers take it.
+    """
+
+    def __init__(
+        self,
+        sublayers: Sequence[Sublayer],
+        input_multipliers: Sequence[float] | None = None,
+        output_multipliers: Sequence[float] | None = None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        self.sublayers = list(sublayers)
+        ones = (1.0,) * len(self.sublayers)
+        self.input_multipliers = tuple(input_multipliers or ones)
+        self.output_multipliers = tuple(output_multipliers or ones)
+
+    def build(self, x_shape, mask_shape=None, segment_ids_shape=None):
+        for sublayer in self.sublayers:
+            sublayer.build(x_shape)
+
+    def call(self, x, mask=None, segment_ids=None):
+        return self._sum(x, lambda i, x: self.sublayers[i](x, mask=mask, segment_ids=segment_ids))
+
+    def call_with_state(self, x, state=None, mask=None, segment_ids=None):
+        states = [None] * len(self.sublayers) if state is None else list(state)
+
+        def output(i, x):
+            y, states[i] = self.sublayers[i].call_with_state(x, states[i], mask, segment_ids)
+            return y
+
+        return self._sum(x, output), tuple(states)
+
+    def step(self, x, state, mask=None):
+        states = list(state)
+
+        def output(i, x):
+            y, states[i] = self.sublayers[i].step(x, states[i], mask)
+            return y
+
+        return self._sum(x, output), tuple(states)
+
+    def _sum(self, x, output):
+        total = None
+        multipliers = zip(self.input_multipliers, self.output_multipliers, strict=True)
+        for i, (before, after) in enumerate(multipliers):
+            y = output(i, x if before == 1 else x * before)
+            y = y if after == 1 else y * after
+            total = y if total is None else total + y
+        return total
+
+    def state_spec(self, max_length: int | None = None):
+        return tuple(sublayer.state_spec(max_length) for sublayer in self.sublayers)
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        return tuple(layer for sublayer in self.sublayers for layer in sublayer.projections)
+
+    @property
+    def weight_axes(self) -> dict[str, dict[str, int]]:
+        return {
+            f"{sublayer.name}/{path}": axes
+            for sublayer in self.sublayers
+            for path, axes in sublayer.weight_axes.items()
+        }
+
+    def compute_output_spec(self, x, mask=None, segment_ids=None):
+        return keras.KerasTensor(x.shape, dtype=self.compute_dtype)
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(
+            {
+                "sublayers": [keras.saving.serialize_keras_object(s) for s in self.sublayers],
+                "input_multipliers": self.input_multipliers,
+                "output_multipliers": self.output_multipliers,
+            }
+        )
+        return config
+
+    @classmethod
+    def from_config(cls, config):
+        sublayers = [keras.saving.deserialize_keras_object(s) for s in config["sublayers"]]
+        return cls(**{**config, "sublayers": sublayers})

@@ -1,0 +1,212 @@
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from keras_mamba2.layers.attention import Attention
+from keras_mamba2.layers.gated_rms_normalization import GatedRMSNormalization
+from keras_mamba2.layers.hybrid_block import HybridBlock
+from keras_mamba2.layers.mamba2_mixer import Mamba2Mixer
+from keras_mamba2.layers.mixture_of_experts import MixtureOfExperts
+from keras_mamba2.layers.mlp import MLP
+from keras_mamba2.layers.parallel import Parallel
+from keras_mamba2.models.residual_backbone import ResidualBackbone
+from keras_mamba2.models.residual_backbone import check_dtype
+from keras_mamba2.models.residual_backbone import checked_tokens
+from keras_mamba2.models.residual_backbone import embedding
+
+# What may stand in a block, by the name that a configuration has for it. A new kind of layer is a
+# `Sublayer` in a file of its own, and a line here.
+KINDS = {
+    "mamba2": Mamba2Mixer,
+    "attention": Attention,
+    "mlp": MLP,
+    "mixture_of_experts": MixtureOfExperts,
+}
+JOINT = "+"
+OWN_KEYS = ("kind", "input_multiplier", "output_multiplier")
+
+
+@keras.saving.register_keras_serializable(package="keras_mamba2")
+class Mamba2HybridBackbone(ResidualBackbone):
+    """A language model of Mamba-2 mixers, attention, MLPs and experts, without its head.
+
+    Every block adds something to the residual stream: a sublayer, or several in parallel, of the
+    block's normalized input. `sublayers` says what there is, under names, and `blocks` where.
+
+    Args:
+        vocabulary_size: int, v, the rows of the embedding.
+        hidden_dim: int, d.
+        blocks: list of strings, the name of the sublayer of each block, or names joined by `"+"`.
+        sublayers: dict, the arguments of each named sublayer but `hidden_dim`. `"kind"` is
+            `"mamba2"` (`keras_mamba2.layers.Mamba2Mixer`), `"attention"`
+            (`keras_mamba2.layers.Attention`), `"mlp"` (`keras_mamba2.layers.MLP`) or
+            `"mixture_of_experts"` (`keras_mamba2.layers.MixtureOfExperts`); without it the name
+            is the kind. `"input_multiplier"` and `"output_multiplier"` scale what goes in and
+            comes out.
+        layer_norm_epsilon: float, of the norms; of the gated norms too, where they say no other.
+        embedding_multiplier: float, embeddings are multiplied by it.
+        residual_multiplier: float, what blocks add is multiplied by it.
+        logits_multiplier: float, logits are multiplied by it.
+        residual_in_fp32: bool, whether the residual stream is float32 whatever the dtype policy.
+        tie_word_embeddings: bool, whether the head is the transposed embedding.
+        unpadded_vocabulary_size: int, ids from here up to v are rows that only pad the embedding,
+            and are never sampled. `None` for v.
+        dropout: float, the rate at which embeddings and the outputs of blocks are dropped in
+            training.
+        remat: bool, whether the inside of blocks is computed again in the backward pass.
+        dtype: string or `keras.DTypePolicy`.
+        **kwargs: `name` and `trainable`.
+
+    Call arguments:
+        token_ids: int tensor `(b t)`.
+        padding_mask: int tensor `(b t)`, as in `keras_mamba2.Mamba2Backbone`.
+        segment_ids: optional int tensor `(b t)`, as there.
+
+    Example:
+    ```python
+    backbone = keras_mamba2.Mamba2HybridBackbone(
+        vocabulary_size=256,
+        hidden_dim=64,
+        blocks=["mamba2", "mlp", "attention", "mlp"],
+        sublayers={
+            "mamba2": {"state_dim": 32, "head_dim": 16},
+            "attention": {"num_query_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
+            "mlp": {"intermediate_dim": 128},
+        },
+    )
+    ```
+
+    Reference:
+        - [Waleffe et al., 2024](https://arxiv.org/abs/2406.07887)
+    """
+
+    sublayers = tuple(KINDS.values())
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        hidden_dim: int,
+        blocks: Sequence[str],
+        sublayers: Mapping[str, Mapping[str, Any]],
+        layer_norm_epsilon: float = 1e-5,
+        embedding_multiplier: float = 1.0,
+        residual_multiplier: float = 1.0,
+        logits_multiplier: float = 1.0,
+        residual_in_fp32: bool = True,
+        tie_word_embeddings: bool = True,
+        unpadded_vocabulary_size: int | None = None,
+        dropout: float = 0.0,
+        remat: bool = False,
+        dtype=None,
+        **kwargs,
+    ):
+        check_dtype(dtype)
+        unpadded_vocabulary_size = checked_tokens(vocabulary_size, unpadded_vocabulary_size)
+        _check_blocks(blocks, sublayers)
+        self.embedding_multiplier = embedding_multiplier
+        self.logits_multiplier = logits_multiplier
+
+        # === Layers ===
+        token_embedding, embeddings_dropout = embedding(
+            vocabulary_size, hidden_dim, tie_word_embeddings, dropout, dtype
+        )
+        block_layers = [
+            HybridBlock(
+                hidden_dim,
+                _parallel(names.split(JOINT), sublayers, hidden_dim, layer_norm_epsilon, dtype),
+                residual_in_fp32=residual_in_fp32,
+                residual_multiplier=residual_multiplier,
+                dropout=dropout,
+                remat=remat,
+                layer_norm_epsilon=layer_norm_epsilon,
+                dtype=dtype,
+                name=f"block_{i}",
+            )
+            for i, names in enumerate(blocks)
+        ]
+        norm = GatedRMSNormalization(epsilon=layer_norm_epsilon, dtype=dtype, name="final_norm")
+        super().__init__(
+            token_embedding, embeddings_dropout, block_layers, norm, dtype=dtype, **kwargs
+        )
+
+        # === Config ===
+        self.vocabulary_size = vocabulary_size
+        self.hidden_dim = hidden_dim
+        self.block_names = list(blocks)
+        self.sublayer_arguments = {name: dict(values) for name, values in sublayers.items()}
+        self.layer_norm_epsilon = layer_norm_epsilon
+        self.residual_multiplier = residual_multiplier
+        self.residual_in_fp32 = residual_in_fp32
+        self.tie_word_embeddings = tie_word_embeddings
+        self.unpadded_vocabulary_size = unpadded_vocabulary_size
+        self.dropout = dropout
+        self.remat = remat
+
+    @property
+    def architecture(self) -> str:
+        """The sizes in words, so that an error can name them."""
+        return (
+            f"{type(self).__name__}(vocabulary_size={self.vocabulary_size}, "
+            f"hidden_dim={self.hidden_dim}, blocks={self.block_names}, "
+            f"sublayers={self.sublayer_arguments}, dtype={self.compute_dtype})"
+        )
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(
+            {
+                "vocabulary_size": self.vocabulary_size,
+                "hidden_dim": self.hidden_dim,
+                "blocks": self.block_names,
+                "sublayers": self.sublayer_arguments,
+                "layer_norm_epsilon": self.layer_norm_epsilon,
+                "embedding_multiplier": self.embedding_multiplier,
+                "residual_multiplier": self.residual_multiplier,
+                "logits_multiplier": self.logits_multiplier,
+                "residual_in_fp32": self.residual_in_fp32,
+                "tie_word_embeddings": self.tie_word_embeddings,
+                "unpadded_vocabulary_size": self.unpadded_vocabulary_size,
+                "dropout": self.dropout,
+                "remat": self.remat,
+            }
+        )
+        return config
+
+
+def _check_blocks(blocks: Sequence[str], sublayers: Mapping[str, Mapping[str, Any]]) -> None:
+    if not blocks:
+        raise ValueError("`blocks` is empty: a model needs at least one block.")
+    for i, names in enumerate(blocks):
+        for name in names.split(JOINT):
+            if name not in sublayers:
+                raise ValueError(
+                    f"Block {i} has a sublayer {name!r}, which `sublayers` does not describe. "
+                    f"Described: {', '.join(map(repr, sublayers)) or 'none'}"
+                )
+    for name, arguments in sublayers.items():
+        if arguments.get("kind", name) not in KINDS:
+            raise ValueError(
+                f"There is no sublayer of kind {arguments.get('kind', name)!r}. Known: "
+                f"{', '.join(map(repr, KINDS))}. Received: sublayers[{name!r}]={dict(arguments)}"
+            )
+
+
+def _parallel(names, sublayers, hidden_dim: int, layer_norm_epsilon: float, dtype) -> Parallel:
+    """What stands in one block."""
+    return Parallel(
+        [_sublayer(name, sublayers[name], hidden_dim, layer_norm_epsilon, dtype) for name in names],
+        [sublayers[name].get("input_multiplier", 1.0) for name in names],
+        [sublayers[name].get("output_multiplier", 1.0) for name in names],
+        dtype=dtype,
+        name="sublayers",
+    )
+
+
+def _sublayer(name: str, arguments: Mapping[str, Any], hidden_dim, layer_norm_epsilon, dtype):
+    kind = KINDS[arguments.get("kind", name)]
+    arguments = {key: value for key, value in arguments.items() if key not in OWN_KEYS}
+    if kind is Mamba2Mixer:
+        arguments.setdefault("layer_norm_epsilon", layer_norm_epsilon)
+    return kind(hidden_dim, **arguments, dtype=dtype, name=name)

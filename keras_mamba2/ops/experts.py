@@ -1,0 +1,77 @@
+"""Products in which each token has the matrix of its own experts.
+
+Notation: n tokens of size d, k experts for each, of e. The three ways give the same up to rounding.
+"""
+
+from collections.abc import Callable
+
+import keras
+from keras import ops
+
+
+def grouped_matmul(x, weights, experts, num_experts: int, compute: Callable):
+    """The weighted sum of what the experts of each token compute.
+
+    Args:
+        x: tensor `(n d)`.
+        weights: tensor `(n k)`, of the experts of a token.
+        experts: int tensor `(n k)`, which experts they are.
+        num_experts: int, e.
+        compute: function of `x` and `matmul`, which multiplies rows by kernels `(e in out)`, each
+            row by that of its expert.
+
+    Returns:
+        Tensor `(n d)`.
+    """
+    n, k = experts.shape
+    if n is not None and n * k <= num_experts:
+        return _gathered(x, weights, experts, compute)
+    if keras.config.backend() == "jax":
+        return _sorted(x, weights, experts, num_experts, compute)
+    return _all_experts(x, weights, experts, num_experts, compute)
+
+
+def _gathered(x, weights, experts, compute):
+    """For few tokens: reads the experts that are chosen, and no others."""
+
+    def matmul(rows, kernels):
+        kernels = ops.take(kernels, experts, axis=0)  # (n k in out)
+        layout = "nd,nkdf->nkf" if len(rows.shape) == 2 else "nkd,nkdf->nkf"
+        return ops.einsum(layout, rows, kernels)
+
+    return _weighted_sum(compute(x, matmul), weights)
+
+
+def _sorted(x, weights, experts, num_experts: int, compute):
+    """Tokens in the order of their experts, so that each expert has one matrix of rows."""
+    from jax import lax
+
+    n, k = experts.shape
+    flat = ops.reshape(experts, (-1,))
+    order = ops.argsort(flat)
+    sizes = ops.sum(ops.cast(flat[:, None] == ops.arange(num_experts), "int32"), axis=0)
+
+    def matmul(rows, kernels):
+        return lax.ragged_dot(rows, kernels, sizes)
+
+    y = compute(ops.take(x, order // k, axis=0), matmul)
+    y = ops.take(y, ops.argsort(order), axis=0)
+    return _weighted_sum(ops.reshape(y, (n, k, -1)), weights)
+
+
+def _all_experts(x, weights, experts, num_experts: int, compute):
+    """Every expert for every token, where nothing better is at hand."""
+
+    def matmul(rows, kernels):
+        layout = "nd,edf->nef" if len(rows.shape) == 2 else "ned,edf->nef"
+        return ops.einsum(layout, rows, kernels)
+
+    y = compute(x, matmul)  # (n e d)
+    chosen = ops.one_hot(experts, num_experts, dtype=weights.dtype)  # (n k e)
+    return _weighted_sum(y, ops.einsum("nk,nke->ne", weights, chosen))
+
+
+def _weighted_sum(y, weights):
+    """Over the second axis, in the dtype of the weights."""
+    summed = ops.einsum("nkd,nk->nd", ops.cast(y, weights.dtype), weights)
+    return ops.cast(summed, y.dtype)
