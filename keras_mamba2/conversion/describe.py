@@ -10,6 +10,7 @@ import numpy as np
 from keras import tree
 
 from keras_mamba2.conversion.architectures import architecture_of
+from keras_mamba2.conversion.architectures.architecture import backbone_name
 from keras_mamba2.conversion.deferred import deferred_initialization
 from keras_mamba2.conversion.preset_loader import CheckpointLoader
 from keras_mamba2.conversion.tokenizer import TOKENIZER_FILE
@@ -33,7 +34,8 @@ def describe(preset) -> dict[str, str]:
     files = Preset(preset)
     if files.is_checkpoint:
         architecture = architecture_of(files.config)
-        name, arguments = architecture.backbone, architecture.arguments(files.config)
+        arguments = architecture.arguments(files.config)
+        name = backbone_name(arguments)
         tokenizer, kind = _tokenizer_of_checkpoint(files), architecture.name
     else:
         folder = files.keras_folder(weights=False, tokenizer=False)

@@ -12,7 +12,7 @@ import numpy as np
 
 from keras_mamba2._compat.keras_variables import has_value
 from keras_mamba2.conversion.architectures import architecture_of
-from keras_mamba2.conversion.architectures import with_names_in
+from keras_mamba2.conversion.architectures import names_in
 from keras_mamba2.conversion.deferred import set_value
 from keras_mamba2.conversion.names import Names
 from keras_mamba2.conversion.names import Piece
@@ -53,7 +53,7 @@ def load_weights(backbone, folder) -> None:
     folder = pathlib.Path(folder)
     tensors = read_tensors(folder)
     architecture = architecture_of(read_json(folder / CONFIG_FILE))
-    names = with_names_in(architecture, tensors).names
+    names = names_in(architecture, backbone.get_config(), tensors)
     targets = [Target(variable, names.pieces(variable)) for variable in backbone.weights]
     tensors = _of_the_model(folder, tensors, targets, names)
     _check_names(folder, tensors, targets)

@@ -11,8 +11,8 @@ from keras_mamba2._compat.keras_hub_presets import check_file_exists
 from keras_mamba2._compat.keras_hub_presets import load_json
 from keras_mamba2.conversion import load
 from keras_mamba2.conversion.architectures import OF_TRANSFORMERS
-from keras_mamba2.conversion.architectures import architecture_of
 from keras_mamba2.conversion.architectures.architecture import PURE
+from keras_mamba2.conversion.architectures.architecture import backbone_name
 from keras_mamba2.conversion.config import constructor_arguments
 from keras_mamba2.conversion.config import read_constructor_arguments
 from keras_mamba2.conversion.deferred import deferred_initialization
@@ -71,7 +71,8 @@ class CheckpointLoader(PresetLoader):
     @property
     def backbone_class(self) -> type:
         """The class of the model: a pure one, or a hybrid."""
-        return keras.saving.get_registered_object(architecture_of(self.files.config).backbone)
+        name = backbone_name(constructor_arguments(self.files.config))
+        return keras.saving.get_registered_object(name)
 
     def config_dtype(self) -> str | None:
         """What the configuration says of the weights' dtype; that of state-spaces says nothing."""
