@@ -97,15 +97,23 @@ class Preset:
         wanted = (CONFIG_FILE, *CHECKPOINT_TOKENIZER)
         return self._fetch(lambda names: [name for name in wanted if name in names])
 
-    def keras_folder(self, weights: bool = True, tokenizer: bool = True) -> str:
-        """A folder in KerasHub's format. What will be read of it is there, and is sound."""
+    def keras_folder(
+        self, weights: bool = True, tokenizer: bool = True, names: Sequence[str] = BACKBONE_NAMES
+    ) -> str:
+        """A folder in KerasHub's format. What will be read of it is there, and is sound.
 
-        def choose(names):
-            parts = [name for name in (*KERAS_PARTS, *KERAS_TOKENIZER) if name in names]
-            return [CONFIG_FILE, *parts, *(_weights(KERAS_WEIGHTS, names) if weights else [])]
+        Args:
+            weights: bool, whether the weights will be read.
+            tokenizer: bool, whether the tokenizer will be read.
+            names: sequence of strings, the registered names of which the model has one.
+        """
+
+        def choose(files):
+            parts = [file for file in (*KERAS_PARTS, *KERAS_TOKENIZER) if file in files]
+            return [CONFIG_FILE, *parts, *(_weights(KERAS_WEIGHTS, files) if weights else [])]
 
         folder = self._fetch(choose)
-        check_folder(folder, weights, tokenizer)
+        check_folder(folder, weights, tokenizer, names)
         return str(folder)
 
     def _fetch(self, choose: hub.Choice) -> pathlib.Path:
@@ -169,15 +177,19 @@ def _weights(kinds: Sequence[str], names: Sequence[str]) -> list[str]:
     raise ValueError(f"No weights. Expected one of: {', '.join(kinds)}.")
 
 
-def check_folder(folder: pathlib.Path, weights: bool = True, tokenizer: bool = True) -> None:
+def check_folder(
+    folder: pathlib.Path,
+    weights: bool = True,
+    tokenizer: bool = True,
+    names: Sequence[str] = BACKBONE_NAMES,
+) -> None:
     """Raises a `ValueError` that names the file, unless `folder` is a preset of this package."""
-    config = read_json(folder / CONFIG_FILE)
-    name = config.get("registered_name")
-    if name not in BACKBONE_NAMES:
+    name = read_json(folder / CONFIG_FILE).get("registered_name")
+    if name not in names:
+        classes = " or a ".join(known.split(">")[-1] for known in names)
         raise ValueError(
-            f"{folder / CONFIG_FILE} is not the configuration of a Mamba2Backbone. "
-            f"Expected: registered_name={BACKBONE_NAMES[0]!r}, or {BACKBONE_NAMES[1]!r} of a "
-            f"hybrid. Received: {name!r}"
+            f"{folder / CONFIG_FILE} is not the configuration of a {classes}. "
+            f"Received: registered_name={name!r}"
         )
     if weights:
         check_weights(folder)

@@ -7,16 +7,22 @@ from keras import ops
 from keras_mamba2.layers import GatedRMSNormalization
 from keras_mamba2.layers import Mamba2Block
 from keras_mamba2.ops.checks import float32_at_least
+from keras_mamba2.saving import AtomicPreset
 from keras_mamba2.saving import AtomicSave
+from keras_mamba2.tasks.model_preset import ModelPreset
 
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
-class Mamba2Forecaster(AtomicSave, keras.Model):
+class Mamba2Forecaster(AtomicPreset, AtomicSave, ModelPreset, keras.Model):
     """Forecasts time series: the values of some features, many steps on, at once.
 
     Each feature of each row is scaled by the mean and the deviation of its own observed values,
     and forecasts are scaled back, so that the forecast of `a * x + c` is `a * forecast + c` for
     any positive `a`. A series that does not vary is forecast as what it is.
+
+    It is a model by itself, and no head over a `Mamba2Backbone`: backbones embed token ids, and no
+    pretrained one knows what a series is. What it shares with them is the residual block. It is
+    saved and loaded as the other tasks are, with `save_to_preset` and `from_preset`.
 
     Values may be missing. Steps before the first observed one are no part of the series; at later
     ones a missing value is read as the mean, next to a flag that it is missing. In targets,
@@ -55,6 +61,7 @@ class Mamba2Forecaster(AtomicSave, keras.Model):
     forecaster.compile(optimizer=keras.optimizers.Adam(1e-3), loss="mae")
     forecaster.fit(windows, next_days)  # (b 168 3), (b 24 1)
     forecaster.predict(windows)  # (b 24 1)
+    forecaster.save_to_preset("demand")  # and Mamba2Forecaster.from_preset("demand")
     ```
 
     Reference:
