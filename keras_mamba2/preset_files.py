@@ -5,6 +5,7 @@ import fnmatch
 import functools
 import json
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from keras_mamba2.atomic_files import clean_up
 CONFIG_FILE = "config.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 SOURCES_FILE = "sources.json"
+COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
 BACKBONE_NAMES = ("keras_mamba2>Mamba2Backbone", "keras_mamba2>Mamba2HybridBackbone")
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
@@ -67,13 +69,13 @@ class Preset:
 
     def __init__(self, name):
         self.name = str(name)
-        self.sources: dict[str, Any] = {}
+        self.sources: dict[str, str] = {}
         if self.name.startswith(hub.PREFIX):
             self.folder = hub.fetch(self.name, lambda names: _present([CONFIG_FILE], names))
         else:
             self.folder = _local_folder(self.name)
             if (self.folder / SOURCES_FILE).is_file():
-                self.sources = read_json(self.folder / SOURCES_FILE)
+                self.sources = read_sources(self.folder / SOURCES_FILE)
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
@@ -226,6 +228,34 @@ def check_hdf5(file: pathlib.Path) -> None:
         h5py.File(file, "r").close()
     except OSError as error:
         raise ValueError(f"{file} is truncated or damaged: {error}") from error
+
+
+def read_sources(file: pathlib.Path) -> dict[str, str]:
+    """The handles of a preset's `weights` and `tokenizer`, each with its revision if it has one.
+
+    The optional `revision` maps them to commits of their repositories. A branch or a tag is
+    refused: both can be moved to other files.
+    """
+    sources = read_json(file)
+    revisions = sources.pop("revision", {})
+    if not isinstance(revisions, dict):
+        raise ValueError(
+            f'{file}: `revision` maps sources to commits, as {{"weights": "0123..."}}. '
+            f"Received: revision={revisions!r}"
+        )
+    for part, revision in revisions.items():
+        if part not in ("weights", "tokenizer") or "@" in sources.get(part, "@"):
+            raise ValueError(
+                f"{file}: `revision` is for `weights` and `tokenizer`, if their handles are there "
+                f"and have no revision of their own. Received: {part}={sources.get(part)!r}"
+            )
+        if not COMMIT_HASH.fullmatch(str(revision)):
+            raise ValueError(
+                f"{file}: a revision is the full hash of a commit, 40 hexadecimal digits. "
+                f"Received: {part}={revision!r}"
+            )
+        sources[part] = f"{sources[part]}@{revision}"
+    return sources
 
 
 def read_json(file: pathlib.Path) -> dict:
