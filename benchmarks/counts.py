@@ -8,7 +8,7 @@ Small programs are compiled for a CPU and not run:
     temporary_bytes   that it holds besides arguments and results
     loops             `while` operations in it
     operations        kernels in one run of the decode loop's body
-    compilations      of a set of calls of `generate`, whoever asks for them
+    compilations      in a set of calls of `generate`, of programs of any kind
 
 A loop's body counts once. The first two are the same wherever JAX is the same. The others are the
 compiler's, and were the same with one core or two, and with SSE4.2, AVX2 or AVX-512; they may

@@ -2,8 +2,9 @@
 
     python guides/first_cell.py
 
-writes it into all guides and their notebooks. Maintainers set `HOME` when the package has a home on
-the web: this is the only place that names it, with `[project.urls]` in pyproject.toml.
+writes it into all guides and their notebooks. Maintainers set `HOME` when the repository has an
+address on the web. Only pyproject.toml names it too: in `[project.urls]`, and in the links that the
+README has on PyPI. `tests/test_published.py` checks that they agree.
 """
 
 import pathlib
@@ -11,7 +12,8 @@ import re
 
 import jupytext
 
-HOME = ""  # what pip installs from, such as "keras-mamba2" or "git+https://..."; "" for none yet
+HOME = ""  # the repository, such as "https://github.com/user/keras_mamba2"; "" for none yet
+SOURCE = f"git+{HOME}" if HOME else ""
 
 CELL = f"""# %%
 # In Colab this installs the package; elsewhere it does nothing.
@@ -21,7 +23,7 @@ import subprocess
 import sys
 
 if "google.colab" in sys.modules and importlib.util.find_spec("keras_mamba2") is None:
-    source = "{HOME}"
+    source = "{SOURCE}"
     if not source:  # not published yet: from a wheel beside this notebook, or its own repository
         wheels = sorted(map(str, pathlib.Path().glob("keras_mamba2-*.whl")))
         source = wheels[-1] if wheels else ".."

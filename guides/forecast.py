@@ -230,5 +230,7 @@ for lost in (0, 3, 12, 48):
     print(f"without the last {lost:>2} hours: {without[lost]:.2f}")
 
 # %% [markdown]
-# A forecaster is a Keras model: `forecaster.save("demand.keras")` keeps it, and
-# `keras.models.load_model` brings it back once `keras_mamba2` is imported.
+# `forecaster.save_to_preset("demand")` writes the forecaster into a folder, and
+# `keras_mamba2.Mamba2Forecaster.from_preset("demand")` loads it again, also from the Hugging Face
+# hub. It is a Keras model too: `forecaster.save("demand.keras")` and `keras.models.load_model` do
+# the same with one file.

@@ -58,8 +58,8 @@ lm.compile(sampler=keras_mamba2.FilterSampler(temperature=0.8, top_p=0.95))
 # %% [markdown]
 # ## Stream
 #
-# Text comes as soon as it is certain. The loop stays one compiled program, which the host visits
-# every few tokens.
+# Text comes as soon as it is certain. The loop stays one compiled program, which returns to the
+# host every few tokens.
 
 # %%
 for piece in lm.stream("ROMEO:\n", max_new_tokens=200, seed=1):

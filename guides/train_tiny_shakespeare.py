@@ -40,7 +40,17 @@ PAGES, PAGE_LENGTH = 50, 1000
 BEST_WEIGHTS = "best.weights.h5"
 HISTORY = "history.csv"
 
-CARD = """# {preset}
+CARD = """---
+language: en
+library_name: keras-hub
+license: apache-2.0
+pipeline_tag: text-generation
+tags:
+- mamba2
+- keras_mamba2
+---
+
+# {preset}
 
 A byte-level Mamba-2 language model that writes Shakespeare. It ships with `keras_mamba2`, for
 trying things out, for tests and for guides; it knows nothing but these plays.

@@ -5,6 +5,7 @@ import fnmatch
 import functools
 import json
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from keras_mamba2.atomic_files import clean_up
 CONFIG_FILE = "config.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 SOURCES_FILE = "sources.json"
+COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
 BACKBONE_NAMES = ("keras_mamba2>Mamba2Backbone", "keras_mamba2>Mamba2HybridBackbone")
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
@@ -67,13 +69,13 @@ class Preset:
 
     def __init__(self, name):
         self.name = str(name)
-        self.sources: dict[str, Any] = {}
+        self.sources: dict[str, str] = {}
         if self.name.startswith(hub.PREFIX):
             self.folder = hub.fetch(self.name, lambda names: _present([CONFIG_FILE], names))
         else:
             self.folder = _local_folder(self.name)
             if (self.folder / SOURCES_FILE).is_file():
-                self.sources = read_json(self.folder / SOURCES_FILE)
+                self.sources = read_sources(self.folder / SOURCES_FILE)
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
@@ -97,15 +99,23 @@ class Preset:
         wanted = (CONFIG_FILE, *CHECKPOINT_TOKENIZER)
         return self._fetch(lambda names: [name for name in wanted if name in names])
 
-    def keras_folder(self, weights: bool = True, tokenizer: bool = True) -> str:
-        """A folder in KerasHub's format. What will be read of it is there, and is sound."""
+    def keras_folder(
+        self, weights: bool = True, tokenizer: bool = True, names: Sequence[str] = BACKBONE_NAMES
+    ) -> str:
+        """A folder in KerasHub's format. What will be read of it is there, and is sound.
 
-        def choose(names):
-            parts = [name for name in (*KERAS_PARTS, *KERAS_TOKENIZER) if name in names]
-            return [CONFIG_FILE, *parts, *(_weights(KERAS_WEIGHTS, names) if weights else [])]
+        Args:
+            weights: bool, whether the weights will be read.
+            tokenizer: bool, whether the tokenizer will be read.
+            names: sequence of strings, the registered names of which the model has one.
+        """
+
+        def choose(files):
+            parts = [file for file in (*KERAS_PARTS, *KERAS_TOKENIZER) if file in files]
+            return [CONFIG_FILE, *parts, *(_weights(KERAS_WEIGHTS, files) if weights else [])]
 
         folder = self._fetch(choose)
-        check_folder(folder, weights, tokenizer)
+        check_folder(folder, weights, tokenizer, names)
         return str(folder)
 
     def _fetch(self, choose: hub.Choice) -> pathlib.Path:
@@ -169,15 +179,19 @@ def _weights(kinds: Sequence[str], names: Sequence[str]) -> list[str]:
     raise ValueError(f"No weights. Expected one of: {', '.join(kinds)}.")
 
 
-def check_folder(folder: pathlib.Path, weights: bool = True, tokenizer: bool = True) -> None:
+def check_folder(
+    folder: pathlib.Path,
+    weights: bool = True,
+    tokenizer: bool = True,
+    names: Sequence[str] = BACKBONE_NAMES,
+) -> None:
     """Raises a `ValueError` that names the file, unless `folder` is a preset of this package."""
-    config = read_json(folder / CONFIG_FILE)
-    name = config.get("registered_name")
-    if name not in BACKBONE_NAMES:
+    name = read_json(folder / CONFIG_FILE).get("registered_name")
+    if name not in names:
+        classes = " or a ".join(known.split(">")[-1] for known in names)
         raise ValueError(
-            f"{folder / CONFIG_FILE} is not the configuration of a Mamba2Backbone. "
-            f"Expected: registered_name={BACKBONE_NAMES[0]!r}, or {BACKBONE_NAMES[1]!r} of a "
-            f"hybrid. Received: {name!r}"
+            f"{folder / CONFIG_FILE} is not the configuration of a {classes}. "
+            f"Received: registered_name={name!r}"
         )
     if weights:
         check_weights(folder)
@@ -214,6 +228,34 @@ def check_hdf5(file: pathlib.Path) -> None:
         h5py.File(file, "r").close()
     except OSError as error:
         raise ValueError(f"{file} is truncated or damaged: {error}") from error
+
+
+def read_sources(file: pathlib.Path) -> dict[str, str]:
+    """The handles of a preset's `weights` and `tokenizer`, each with its revision if it has one.
+
+    The optional `revision` maps them to commits of their repositories. A branch or a tag is
+    refused: both can be moved to other files.
+    """
+    sources = read_json(file)
+    revisions = sources.pop("revision", {})
+    if not isinstance(revisions, dict):
+        raise ValueError(
+            f'{file}: `revision` maps sources to commits, as {{"weights": "0123..."}}. '
+            f"Received: revision={revisions!r}"
+        )
+    for part, revision in revisions.items():
+        if part not in ("weights", "tokenizer") or "@" in sources.get(part, "@"):
+            raise ValueError(
+                f"{file}: `revision` is for `weights` and `tokenizer`, if their handles are there "
+                f"and have no revision of their own. Received: {part}={sources.get(part)!r}"
+            )
+        if not COMMIT_HASH.fullmatch(str(revision)):
+            raise ValueError(
+                f"{file}: a revision is the full hash of a commit, 40 hexadecimal digits. "
+                f"Received: {part}={revision!r}"
+            )
+        sources[part] = f"{sources[part]}@{revision}"
+    return sources
 
 
 def read_json(file: pathlib.Path) -> dict:

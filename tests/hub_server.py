@@ -110,10 +110,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         files = self.hub.repositories.get(repository)
         if files is None:
             self._refuse("RepoNotFound")
+        elif len(rest) > 1 and rest[1] not in ("main", COMMIT):
+            self._refuse("RevisionNotFound")
         elif rest[:1] == ["tree"]:
             self._json([self._entry(name, content) for name, content in files.items()])
-        elif len(rest) > 1 and rest[0] == "revision" and rest[1] not in ("main", COMMIT):
-            self._refuse("RevisionNotFound")
         else:
             siblings = [{"rfilename": name} for name in files]
             self._json({"id": repository, "modelId": repository, "sha": COMMIT, "tags": [],

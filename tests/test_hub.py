@@ -1,6 +1,7 @@
 """The real client of the Hugging Face hub against a server on loopback."""
 
 import huggingface_hub
+import numpy as np
 import pytest
 from huggingface_hub import constants
 
@@ -150,6 +151,17 @@ def test_a_classifier_is_pushed_too(server, lm):
     card = huggingface_hub.ModelCard(server.repositories["user/judge"]["README.md"].decode())
     assert card.data.pipeline_tag == "text-classification"
     assert "Mamba2TextClassifier.from_preset" in card.text
+
+
+def test_a_forecaster_is_loaded_from_the_hub(server, tmp_path):
+    forecaster = keras_mamba2.Mamba2Forecaster(2, num_layers=1, hidden_dim=8, head_dim=4)
+    forecaster.save_to_preset(tmp_path / "preset")
+    server.repositories["user/demand"] = {
+        path.name: path.read_bytes() for path in (tmp_path / "preset").iterdir()
+    }
+    again = keras_mamba2.Mamba2Forecaster.from_preset("hf://user/demand")
+    for loaded, saved in zip(again.get_weights(), forecaster.get_weights(), strict=True):
+        np.testing.assert_array_equal(loaded, saved)
 
 
 def test_a_card_that_is_there_stays(server, lm):

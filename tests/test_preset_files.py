@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import huggingface_hub
 import pytest
 
 import keras_mamba2
@@ -67,3 +68,60 @@ def test_an_unknown_name_suggests_the_nearest():
 def test_named_presets_are_listed():
     assert "mamba2_tiny_shakespeare" in named_presets()
     assert set(named_presets()) <= set(keras_mamba2.Mamba2Backbone.presets)
+
+
+@pytest.mark.parametrize("name", named_presets())
+def test_cards_have_the_metadata_of_the_hub(name):
+    folder = named_presets()[name]
+    card = huggingface_hub.ModelCard.load(folder / "README.md")
+    assert card.text.lstrip().startswith(f"# {name}\n")
+    metadata = card.data.to_dict()
+    expected = {
+        "language": "code" if "codestral" in name else "en",
+        "library_name": "keras-hub",
+        "license": "apache-2.0",
+        "pipeline_tag": "text-generation",
+        "tags": ["mamba2", "keras_mamba2"],
+    }
+    if (folder / "sources.json").exists():
+        sources = json.loads((folder / "sources.json").read_text())
+        assert metadata["license"] == sources["license"].lower()
+        expected["base_model"] = sources["weights"].removeprefix("hf://")
+    assert metadata == expected
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def sources_with(folder, **changes):
+    handles = {"weights": "hf://user/weights", "tokenizer": "hf://user/tokenizer"}
+    (folder / "sources.json").write_text(json.dumps({**handles, **changes}))
+    return Preset(folder).sources
+
+
+def test_sources_are_pinned_to_commits(copy):
+    assert sources_with(copy)["weights"] == "hf://user/weights"
+    sources = sources_with(copy, revision={"weights": COMMIT})
+    assert sources == {
+        "weights": f"hf://user/weights@{COMMIT}",
+        "tokenizer": "hf://user/tokenizer",
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"revision": COMMIT}, "maps sources to commits.*Received: revision='0123"),
+        ({"revision": {"weights": "main"}}, "40 hexadecimal digits. Received: weights='main'"),
+        ({"revision": {"weights": COMMIT[:7]}}, "40 hexadecimal digits. Received: weights='0123"),
+        ({"revision": {"tokenizer": None}}, "40 hexadecimal digits. Received: tokenizer=None"),
+        ({"revision": {"license": COMMIT}}, "`weights` and `tokenizer`.* Received: license=None"),
+        (
+            {"weights": "hf://user/weights@v1", "revision": {"weights": COMMIT}},
+            "no revision of their own. Received: weights='hf://user/weights@v1'",
+        ),
+    ],
+)
+def test_a_wrong_pin_is_named(copy, changes, message):
+    with pytest.raises(ValueError, match=f"sources.json: .*{message}"):
+        sources_with(copy, **changes)

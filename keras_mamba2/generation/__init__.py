@@ -1,9 +1,9 @@
-"""Generation from a fixed-size state: the only home of compilation and stateless scopes.
+"""Generation from a state: the only place with compiled programs and stateless scopes.
 
-A prompt is prefilled block by block (`prefill.py`), then one compiled loop feeds the last
-prompt token and every token after it (`decode.py`), each row picking by its own parameters and
-random numbers (`picking.py`). `Generator` drives them; samplers that search with a loop of
-their own run as KerasHub runs them (`search.py`).
+A prompt is prefilled block by block (`prefill.py`). Then one compiled loop feeds the last
+prompt token and every token after it (`decode.py`); each row picks tokens with its own sampling
+parameters and random numbers (`picking.py`). `Generator` calls them. Samplers with a loop of
+their own run as in KerasHub (`search.py`).
 """
 
 from keras_mamba2.generation.decoding import Decoding as Decoding

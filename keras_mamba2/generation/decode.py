@@ -12,23 +12,24 @@ NOT_FINITE = -2  # instead of a token: the logits were NaN or infinite
 
 
 def decode(model, sampler, rows: Rows, num_steps, capacity: int, with_logprobs: bool = False):
-    """Picks up to `num_steps` tokens a row, fewer where all rows stop before.
+    """Picks up to `num_steps` tokens per row, fewer if all rows stop earlier.
 
-    A row stops with a stop token of its own, or when nothing remains to it. Its state is then
-    left as it is, so that every token touches the state exactly once.
+    A row stops at one of its stop tokens, or when it has no tokens remaining. Its state then
+    stays as it is, so that every token changes the state exactly once.
 
     Args:
         model: a `Mamba2CausalLM`.
         sampler: a KerasHub sampler that picks tokens by `get_next_token`; a `FilterSampler` for
-            rows with parameters of their own.
-        rows: where the rows stand.
-        num_steps: int scalar, at most `capacity`. Traced, so any number is one program.
+            rows with their own sampling parameters.
+        rows: `Rows`, the progress of each row.
+        num_steps: int scalar, at most `capacity`. Traced, so that one program serves any number.
         capacity: int, the size of the result.
-        with_logprobs: bool, whether to keep how likely the tokens were to the model.
+        with_logprobs: bool, whether to return the log probabilities of the tokens.
 
     Returns:
-        Tuple `(rows, tokens, logprobs)`: int32 `(b capacity)`, -1 where a row had stopped, -2
-        where it stopped since its logits were not finite; and float32 `(b capacity)`, or `(b 0)`.
+        Tuple `(rows, tokens, logprobs)`: `tokens` int32 `(b capacity)`, -1 after a row has
+        stopped, -2 where it stops because its logits are not finite; `logprobs` float32
+        `(b capacity)`, or `(b 0)`.
     """
     b = ops.shape(rows.remaining)[0]
     tokens = ops.full((b, capacity), NO_TOKEN, dtype="int32")
@@ -60,7 +61,7 @@ def decode(model, sampler, rows: Rows, num_steps, capacity: int, with_logprobs: 
         return i + 1, tree.flatten(new), tokens, logprobs
 
     start = ops.convert_to_tensor(0, "int32")
-    # Flat, since the loops of TensorFlow know no pytrees but their own.
+    # Flat, since loops of TensorFlow take only pytrees of its own kind.
     loop_vars = (start, tree.flatten(rows), tokens, logprobs)
     _, leaves, tokens, logprobs = ops.while_loop(keep_going, body, loop_vars)
     return tree.pack_sequence_as(rows, leaves), tokens, logprobs
@@ -91,11 +92,11 @@ def next_logits(model):
 
 
 def logprob(logits, token_ids):
-    """The log probabilities `(b)` of `token_ids` `(b)`, before a sampler changes them."""
+    """The model's log probabilities `(b)` of `token_ids` `(b)`, before the sampler's filters."""
     logprobs = ops.log_softmax(ops.cast(logits, "float32"), axis=-1)
     return ops.take_along_axis(logprobs, token_ids[:, None], axis=-1)[:, 0]
 
 
 def model_variables(model) -> list[keras.Variable]:
-    """All that generation reads: not the optimizer's variables, not the metrics'."""
+    """The variables that generation reads: all but those of the optimizer and the metrics."""
     return [*model.trainable_variables, *model.non_trainable_variables]

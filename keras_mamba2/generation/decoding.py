@@ -1,4 +1,4 @@
-"""A decode loop that runs on the device, seen from the host: a few tokens at a time."""
+"""The host's side of a decode loop that runs on the device, a few tokens at a time."""
 
 from collections.abc import Iterable
 
@@ -9,7 +9,7 @@ from keras_mamba2.generation.decode import NOT_FINITE
 from keras_mamba2.generation.rows import Rows
 from keras_mamba2.state import NO_TOKEN
 
-# The decode loop returns to the host after so many tokens, so one program serves any number.
+# The decode loop returns to the host after this many tokens, so one program serves any number.
 DECODE_CAPACITY = 256
 NOT_FINITE_REASON = (
     "The weights or the state hold NaN or infinity, or numbers that are too large for the dtype."
@@ -17,15 +17,15 @@ NOT_FINITE_REASON = (
 
 
 class Decoding:
-    """A decode loop in progress. Iterating runs it on: new tokens of each row, until all stop.
+    """A decode loop in progress. Each iteration runs it, and gives the new tokens of each row.
 
-    `rows` is where they stand, between runs.
+    It ends when all rows have stopped. Between runs `rows` holds their progress.
 
     Args:
         generator: the `Generator` that runs it.
-        rows: where the rows stand.
-        run_lengths: ints, how many tokens come in each run; when they are used up, as many as fit.
-        with_logprobs: bool, whether `likely_tokens` has anything.
+        rows: `Rows`, the progress of each row.
+        run_lengths: ints, the number of tokens of each run; `DECODE_CAPACITY` after the last.
+        with_logprobs: bool, whether to keep log probabilities for `likely_tokens`.
 
     Raises:
         ValueError: when the logits of a row are not finite.
@@ -72,7 +72,7 @@ class Decoding:
         return [np.concatenate(row) for row in self._tokens]
 
     def likely_tokens(self) -> list[dict[str, np.ndarray]]:
-        """For each row its tokens so far, and their log probabilities: if asked for, else none."""
+        """The tokens of each row and their log probabilities; `[]` without `with_logprobs`."""
         if not self._with_logprobs:
             return []
         return [
@@ -81,7 +81,7 @@ class Decoding:
         ]
 
     def stop(self, row: int) -> None:
-        """Lets no more tokens come in `row`."""
+        """Ends `row`: it gets no more tokens."""
         remaining = np.array(ops.convert_to_numpy(self.rows.remaining))
         remaining[row] = 0
         self.rows = self.rows._replace(remaining=remaining)

@@ -39,10 +39,10 @@ from keras_mamba2.state.room import room_for
 from keras_mamba2.state.room import room_of
 from keras_mamba2.state.room import with_room
 
-# A prompt of more tokens has a progress bar.
+# A longer prompt has a progress bar.
 LONG_PROMPT = 100_000
 MOST_TOKENS = np.iinfo("int32").max
-# A search holds its rows whole, with room for all that may come.
+# A search holds whole rows in memory: the prompt and all tokens that may follow.
 MOST_SEARCHED = 1_000_000
 
 
@@ -74,7 +74,7 @@ class Generator:
         def loss(state, token_ids, targets, padding_mask):
             return block_loss(model, state, token_ids, targets, padding_mask)
 
-        # Rows with parameters of their own are drawn by it, whatever the model's sampler is.
+        # For rows with their own sampling parameters, whatever the model's sampler is.
         sampler = model.sampler
         self._filters = sampler if isinstance(sampler, FilterSampler) else FilterSampler()
 
@@ -119,7 +119,8 @@ class Generator:
     def prefill(self, prompts: list[np.ndarray], state: Mamba2State | None = None) -> Mamba2State:
         """The state after `prompts`, rows of token ids of any lengths, that continue `state`.
 
-        The last token of each row waits in the state. `state` itself stays as it was.
+        The layers have not read the last token of each row: it is the new state's `token`. The
+        given `state` stays as it was.
 
         Raises:
             ValueError: for an empty batch, a row without any token, ids outside the vocabulary,
@@ -134,18 +135,18 @@ class Generator:
                 prompt if token == NO_TOKEN else np.concatenate([[token], prompt])
                 for token, prompt in zip(waiting, prompts, strict=True)
             ]
-            state = self._copy(state)  # what follows takes the memory of its argument
+            state = self._copy(state)  # the programs below reuse the memory of their argument
             state = self._with_room(state, [len(prompt) for prompt in prompts])
         state = self._feed(state, [np.asarray(prompt[:-1], "int32") for prompt in prompts])
         last = np.array([prompt[-1] for prompt in prompts], "int32")
         return state.with_token(last)
 
     def _room(self, prompts: list[np.ndarray]) -> dict[str, int]:
-        """The room that a new state of `prompts` has, where it needs any."""
+        """The room of a new state for `prompts`, if it needs room."""
         return {"room": room_for(max(map(len, prompts)))} if self._needs_room else {}
 
     def _with_room(self, state: Mamba2State, num_tokens: int | Sequence[int]) -> Mamba2State:
-        """`state` with room for so many more tokens in each row."""
+        """`state` with room for `num_tokens` more in each row."""
         if not self._needs_room:
             return state
         needed = int(np.max(ops.convert_to_numpy(state.length) + np.asarray(num_tokens)))
@@ -154,7 +155,7 @@ class Generator:
         return self._grow(state, room=room_for(needed))
 
     def _feed(self, state: Mamba2State, prompts: list[np.ndarray]) -> Mamba2State:
-        """The state after all tokens of `prompts`. The memory of `state` is given up."""
+        """The state after all tokens of `prompts`. `state` cannot be used any more."""
         longest = max(len(prompt) for prompt in prompts)
         bar = tqdm.auto.tqdm(total=longest, unit=" tokens", disable=longest <= LONG_PROMPT)
         counts = blocks_alone([len(prompt) for prompt in prompts])
@@ -166,7 +167,7 @@ class Generator:
         for token_ids, padding_mask in blocks(prompts):
             state = self._prefill_block(state, token_ids, padding_mask)
             if not bar.disable:
-                ops.convert_to_numpy(state.length)  # waits, so that the bar tells the truth
+                ops.convert_to_numpy(state.length)  # waits for the device, so that the bar is right
                 bar.update(token_ids.shape[1])
         bar.close()
         return state
@@ -181,9 +182,9 @@ class Generator:
         seed: int | None = None,
         **parameters: float | None,
     ) -> Rows:
-        """Where the rows stand before their first new token, of which `limits[i]` may come.
+        """The rows before their first new token. Row `i` may get `limits[i]` tokens.
 
-        From one prefill come `num_return_sequences` rows for each prompt, one after the other.
+        A prompt is prefilled once, and gives `num_return_sequences` rows, one after the other.
 
         Args:
             prompts: rows of token ids, of any lengths.
@@ -191,8 +192,8 @@ class Generator:
             stop_token_ids: token ids that end a row.
             state: the `Mamba2State` that the prompts continue.
             num_return_sequences: int, how often each prompt is continued.
-            seed: int, for the random numbers. `None` for the next of the sampler's own.
-            **parameters: of `FilterSampler`, instead of the sampler's.
+            seed: int, for the random numbers. `None` takes one from the sampler's generator.
+            **parameters: of `FilterSampler`, instead of those of the model's sampler.
         """
         n = num_return_sequences
         b = len(prompts) * n
@@ -222,10 +223,10 @@ class Generator:
         )
 
     def insert(self, rows: Rows, index: int, row: Rows) -> Rows:
-        """`rows` with `row`, of one row, in the place `index`. The memory of `rows` is given up.
+        """`rows` with `row`, a batch of one, at `index`. The given `rows` cannot be used any more.
 
-        The others go on as if nothing had happened. `row` comes from `start` with the same
-        sampler; a place is free when nothing remains to it.
+        The other rows do not change. `row` comes from `start` with the same sampler. The row at
+        `index` is overwritten: it should have no tokens remaining.
         """
         backbone = self.model.backbone
         if self._needs_room and room_of(rows.state, backbone) != room_of(row.state, backbone):
@@ -237,9 +238,9 @@ class Generator:
     def advance(self, rows: Rows, num_steps: int, with_logprobs: bool = False):
         """Runs the loop for at most `num_steps <= DECODE_CAPACITY` tokens a row.
 
-        The memory of `rows` is given up. Returns the new rows; the tokens `(b DECODE_CAPACITY)`
-        with -1 where a row had stopped, -2 where its logits were not finite; and log
-        probabilities of the same shape, if asked for.
+        The given `rows` cannot be used any more. Returns the new rows; the tokens
+        `(b DECODE_CAPACITY)`, with -1 after a row has stopped, -2 where its logits are not
+        finite; and log probabilities of the same shape, if asked for.
         """
         rows = rows._replace(state=self._with_room(rows.state, num_steps))
         return self._decode(rows, np.array(num_steps, "int32"), with_logprobs=with_logprobs)
@@ -247,7 +248,7 @@ class Generator:
     def decode(
         self, rows: Rows, run_lengths: Iterable[int] = (), with_logprobs: bool = False
     ) -> Decoding:
-        """An iterator over what the rows get, until all have stopped."""
+        """An iterator over the new tokens of the rows, until all have stopped."""
         return Decoding(self, rows, run_lengths, with_logprobs)
 
     def generate(
@@ -270,8 +271,8 @@ class Generator:
                 f"{type(self.model.sampler).__name__} holds whole rows, of {MOST_SEARCHED} tokens "
                 f"at most. Received: {(lengths + limits).max()} tokens, prompt included"
             )
-        # Their loops begin at the shortest prompt, and weigh tokens that a longer one then
-        # overrules. Among prompts of one length there is nothing to overrule.
+        # The loop of a search begins at the end of the shortest prompt, and would score tokens
+        # where longer prompts have their own. So it gets prompts of one length.
         for length in np.unique(lengths):
             same = np.flatnonzero(lengths == length)
             group = [prompts[i] for i in same]
@@ -337,7 +338,7 @@ class Generator:
 
 
 def prompts_of(inputs: Mapping[str, Any]) -> tuple[list[np.ndarray], np.ndarray]:
-    """The rows without their padding, and how many tokens fit behind each."""
+    """The rows without their padding, and how many tokens fit after each."""
     token_ids = np.asarray(ops.convert_to_numpy(inputs["token_ids"]))
     padding_mask = np.asarray(ops.convert_to_numpy(inputs["padding_mask"])).astype(bool)
     prompts = [row[mask] for row, mask in zip(token_ids, padding_mask, strict=True)]
@@ -355,7 +356,7 @@ def padded(rows: Sequence[np.ndarray], size: int) -> dict[str, np.ndarray]:
 
 
 def _texts(prompts: list[np.ndarray], state: Mamba2State | None) -> list[tuple[Any, ...]]:
-    """What tells one row's text from another's: its tokens, and where it continues another."""
+    """A key for the text of each row: its tokens, and the digest of a text that they continue."""
     tokens = [np.asarray(prompt, "int32").tobytes() for prompt in prompts]
     if state is None:
         return [(row,) for row in tokens]

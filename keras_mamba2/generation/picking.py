@@ -1,4 +1,4 @@
-"""The next token of each row: by any sampler, with random numbers that are the row's own."""
+"""The next token of each row, by any sampler and with the row's own random numbers."""
 
 import difflib
 import hashlib
@@ -21,15 +21,15 @@ _drawing_seeds = threading.Lock()
 
 
 def pick(sampler: keras_hub.samplers.Sampler, logits, rows: Rows, digest):
-    """What `sampler` picks for each row, `(b)`, after logits `(b v)`.
+    """The token that `sampler` picks for each row, `(b)`, from logits `(b v)`.
 
     Args:
         sampler: any that picks tokens by `get_next_token`; a `FilterSampler` for rows with
-            parameters of their own.
+            their own sampling parameters.
         logits: tensor `(b v)`.
-        rows: where the rows stand.
+        rows: `Rows`, the progress of each row.
         digest: int32 `(b)`, a number for the text before. The random numbers for a token depend
-            on it and on the row's key: a text that is stopped and continued is what it is whole.
+            on it and on the row's key, so that a text may be stopped and continued at any token.
     """
     if type(sampler) is keras_hub.samplers.GreedySampler:
         return likeliest(logits)
@@ -47,7 +47,7 @@ def pick(sampler: keras_hub.samplers.Sampler, logits, rows: Rows, digest):
 
 
 def draw(get_next_token, generators: Sequence[keras.Variable], probabilities, keys):
-    """`get_next_token(probabilities)`, for each row with random generators in states of its own.
+    """`get_next_token(probabilities)`, with states of the random generators for each row.
 
     Args:
         get_next_token: function of `(b v)`, which may draw from `generators`.
@@ -66,12 +66,12 @@ def draw(get_next_token, generators: Sequence[keras.Variable], probabilities, ke
 
     if keras.config.backend() == "jax":
         return ops.vectorized_map(draw_row, (probabilities, keys))
-    # Their `vectorized_map` does not know random numbers.
+    # `vectorized_map` of the other backends does not support random numbers.
     return ops.stack([draw_row((probabilities[i], keys[i])) for i in range(keys.shape[0])])
 
 
 def likeliest(logits):
-    """`argmax(logits)`. XLA on CPU looks at one id after the other in that, at many in these."""
+    """`argmax(logits)`. XLA on CPU compiles that to a slow loop over single ids."""
     v = logits.shape[-1]
     ids = ops.arange(v, dtype="int32")
     highest = ops.max(logits, axis=-1, keepdims=True)
@@ -79,7 +79,7 @@ def likeliest(logits):
 
 
 def needs_history(sampler: keras_hub.samplers.Sampler) -> bool:
-    """Whether `sampler` asks which tokens a row has had."""
+    """Whether `sampler` needs to know which tokens occurred in a row."""
     return getattr(sampler, "needs_history", False)
 
 
@@ -89,10 +89,10 @@ def picks_tokens(sampler: keras_hub.samplers.Sampler) -> bool:
 
 
 def sampler_of(identifier) -> keras_hub.samplers.Sampler:
-    """The sampler that a name, a configuration or an object means.
+    """The sampler for a name, a configuration or an object.
 
     Raises:
-        ValueError: for an unknown name, and for what is no sampler.
+        ValueError: for an unknown name, and an object that is no sampler.
     """
     if isinstance(identifier, str) and identifier not in NAMES:
         near = difflib.get_close_matches(identifier, NAMES, n=1)
@@ -114,11 +114,11 @@ def sampler_of(identifier) -> keras_hub.samplers.Sampler:
 
 
 def sampling_of(sampler: keras_hub.samplers.Sampler, batch_size: int, **overrides):
-    """The parameters of each row: those of `sampler`, but for `overrides` that are not `None`.
+    """The parameters of each row: `overrides` that are not `None`, else those of `sampler`.
 
     Returns:
-        `Sampling`, or the empty tuple for a sampler of another kind without overrides: it works
-        as it is.
+        `Sampling`, or the empty tuple for a sampler of another kind without overrides, which is
+        used as it is.
 
     Raises:
         ValueError: for overrides of a sampler that has no such parameters, or out of range.
@@ -151,7 +151,7 @@ PARAMETERS = {
 
 
 def run_seed(sampler: keras_hub.samplers.Sampler) -> str:
-    """The seed of a run that was given none: the next of the sampler's random numbers."""
+    """The seed of a run without one: the state of the sampler's generators, which it advances."""
     with _drawing_seeds:
         drawn = [np.array(ops.convert_to_numpy(variable)) for variable in sampler.variables]
         for variable, (seed, count) in zip(sampler.variables, drawn, strict=True):
@@ -164,8 +164,8 @@ def row_keys(
 ) -> np.ndarray:
     """The seed of each row's random generators, `(b r)`.
 
-    It depends on the seed of the run, and on how often the row's text stood in the batch above:
-    a row draws what it draws alone, and rows of one text draw differently.
+    It depends on the seed of the run, and on how many rows above it have the same text. So a row
+    draws the same numbers as alone, and rows with the same text draw different ones.
     """
     dtype = sampler.variables[0].dtype if sampler.variables else "int32"
     keys = np.zeros((len(texts), len(sampler.variables)), dtype)

@@ -8,7 +8,7 @@ from keras_mamba2.generation.rows import put
 from keras_mamba2.generation.rows import take
 
 # A prompt is cut into blocks of these lengths, each one compiled program, so that the number of
-# programs does not depend on the prompts. The last block is padded by less than its half.
+# programs does not depend on the prompts. The last block is padded by less than half.
 BLOCK_SIZES = (512, 64, 8)
 
 
@@ -38,8 +38,8 @@ def blocks(prompts: list[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]
 def blocks_alone(lengths: list[int]) -> list[int]:
     """How many of the longest blocks each row runs alone, before all rows run together.
 
-    A batch costs as much as its longest row in every row. So the blocks that most of the rows
-    have run together, and the others one by one.
+    In a batch every row costs as much as the longest one. So the blocks that most of the rows
+    have are run together, and the other blocks row by row.
     """
     whole = [length // BLOCK_SIZES[0] for length in lengths]
     shared = sorted(whole, reverse=True)[len(whole) // 2]

@@ -14,8 +14,8 @@ def compiled(model, function, donate: bool = False, static: tuple[str, ...] = ()
 
     On JAX variables are arguments of the program, so that a change of weights is seen and no
     weight is copied into it. A model with `run_eagerly=True` gets the function itself. Arguments
-    may be numpy arrays: on JAX to make tensors of them outside would compile programs of its own,
-    one for every shape.
+    may be numpy arrays: on JAX, making tensors of them outside would compile another program for
+    every shape.
 
     Args:
         model: a `Mamba2CausalLM`.
@@ -44,7 +44,7 @@ def _on_tensors(function):
 
 
 def _tensorflow_function(function):
-    """A `tf.function` that takes and returns any pytree; TensorFlow knows only its own."""
+    """A `tf.function` that takes and returns any pytree, not only those of TensorFlow."""
     import tensorflow as tf
 
     structure = {}
@@ -103,5 +103,5 @@ def use_compilation_cache(folder) -> None:
         import jax
 
         jax.config.update("jax_compilation_cache_dir", str(folder))
-        # By default only programs that took long are kept; ours are worth it all.
+        # By default JAX keeps only programs that took long to compile. Here all are kept.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

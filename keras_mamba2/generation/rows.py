@@ -1,4 +1,4 @@
-"""What each row of a running loop has of its own."""
+"""The data of a running loop that belongs to each row alone."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,21 +10,20 @@ from keras import tree
 
 from keras_mamba2.state import NO_TOKEN
 
-# Fewer stop tokens are filled up, so that their number is not compiled in.
+# Fewer stop tokens are padded to this number, so that another number compiles nothing anew.
 STOP_TOKEN_CAPACITY = 8
 
 
 class Rows(NamedTuple):
-    """Where each row of a batch stands. Batch first, as the state.
+    """The progress of each row of a batch. All arrays are batch-first, as in the state.
 
-    Nothing in it is shared between rows, so that a row may be put in or taken out while others
-    go on.
+    Nothing is shared between rows, so that a row may be put in or taken out while others go on.
     """
 
-    state: Any  # Mamba2State, the last token of each row waiting in it
+    state: Any  # Mamba2State; the last token of each row is its `token`, not read yet
     remaining: Any  # (b) int32, how many more tokens may come; 0 for a row that has stopped
     stop_token_ids: Any  # (b s) int32, -1 where there are fewer
-    seen: Any  # (b v) bool, which ids a row has had, for a sampler that asks; else (b 0)
+    seen: Any  # (b v) bool, which ids occurred in a row, if the sampler needs it; else (b 0)
     keys: Any  # (b r) int, a seed for each random generator of the sampler
     sampling: Any  # `Sampling` `(b)`; empty for a sampler without such parameters
 

@@ -12,19 +12,20 @@ from keras_mamba2.generation.sampling import penalized
 
 
 class FilterSampler(keras_hub.samplers.Sampler):
-    """Draws from the likeliest tokens, by any of the usual filters together.
+    """Draws from the likeliest tokens, with any combination of the usual filters.
 
     In this order: the repetition penalty, the temperature, `top_k`, `top_p`, `min_p`. Each filter
     sees the probabilities that the one before has left, scaled to sum to 1.
 
     Args:
-        temperature: float, below 1 safer, above 1 wilder; 0 takes the likeliest token always.
+        temperature: float, below 1 for safer text, above 1 for wilder text; 0 always takes the
+            likeliest token.
         top_k: int, keeps so many of the likeliest tokens. `None` keeps all.
-        top_p: float in (0, 1], keeps the fewest likeliest tokens that sum to it. `None` for all.
-        min_p: float in [0, 1], keeps tokens at least this times as likely as the likeliest.
-            `None` for all.
-        repetition_penalty: float >= 1. Logits of tokens that the text has had, the prompt's too,
-            are divided by it where they are positive, and multiplied where they are negative.
+        top_p: float in (0, 1], keeps the likeliest tokens, as few as sum to it. `None` keeps all.
+        min_p: float in [0, 1], keeps tokens that are at least `min_p` times as likely as the
+            likeliest. `None` keeps all.
+        repetition_penalty: float >= 1. Logits of tokens that occurred in the text, prompt
+            included, are divided by it if they are positive, and multiplied if negative.
         seed: int, for the random numbers.
 
     Example:
@@ -87,7 +88,7 @@ class FilterSampler(keras_hub.samplers.Sampler):
         return self.draw(probabilities)
 
     def draw(self, probabilities):
-        """Ids `(b)` by `probabilities` `(b v)`, whatever the temperature."""
+        """Draws ids `(b)` from `probabilities` `(b v)`, whatever the temperature."""
         logits = ops.log(ops.maximum(probabilities, 1e-30))
         logits = ops.where(probabilities > 0, logits, -1e30)
         return keras.random.categorical(logits, 1, seed=self.seed_generator, dtype="int32")[:, 0]

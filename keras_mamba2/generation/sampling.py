@@ -1,4 +1,4 @@
-"""The parameters of sampling as arrays, a row's own, so that one program serves all of them."""
+"""Sampling parameters as arrays, one value per row, so that one program serves all values."""
 
 from typing import Any
 from typing import NamedTuple
@@ -52,10 +52,10 @@ def filtered(logits, sampling: Sampling):
     """
     temperature, top_k, top_p, min_p, _ = (ops.convert_to_tensor(a)[:, None] for a in sampling)
     temperature = ops.where(temperature > 0, temperature, 1.0)
-    # From the highest, so that the least temperature makes no infinity of it.
+    # Relative to the highest, so that a tiny temperature makes no infinity.
     logits = logits - ops.max(logits, axis=-1, keepdims=True)
     probabilities = ops.softmax(logits / temperature)
-    # A sort costs more than all the rest of sampling, so only if a row asks for one.
+    # A sort costs more than the rest of sampling, so it is done only if a row needs it.
     sorts = ops.any(ops.logical_or(top_k < logits.shape[-1], top_p < 1))
     least = ops.cond(
         sorts,
@@ -75,6 +75,6 @@ def least_kept(probabilities, top_k, top_p):
     falling = ops.where(kept, falling, 0.0)
     before = ops.cumsum(falling, axis=-1) - falling
     in_nucleus = before < top_p * ops.sum(falling, axis=-1, keepdims=True)
-    # All of them, whatever rounding says of the last.
+    # For `top_p=1` all of them, whatever rounding does to the last sum.
     in_nucleus = ops.logical_or(in_nucleus, top_p >= 1)
     return ops.min(ops.where(ops.logical_and(kept, in_nucleus), falling, 1.0), -1, keepdims=True)

@@ -30,7 +30,7 @@ def search(model, sampler, token_ids, padding_mask, stop_token_ids):
     return sampler(
         next=next,
         prompt=token_ids,
-        cache=tree.flatten(state),  # TensorFlow's loops know no pytrees but their own
+        cache=tree.flatten(state),  # TensorFlow's loops take only their own pytrees
         index=shortest,
         mask=padding_mask,
         stop_token_ids=stop_token_ids,

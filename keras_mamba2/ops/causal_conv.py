@@ -11,8 +11,8 @@ from keras_mamba2.ops.segments import runs
 def causal_conv1d(x, kernel, bias=None, conv_state=None, mask=None, segment_ids=None):
     """Convolves each channel of `x` with its own `k` taps, looking back only.
 
-    A padded position is passed over: it gives nothing to later positions, and the returned
-    state holds the last `k-1` real inputs of each row.
+    Padded positions are skipped: they add nothing to later positions, and the returned state
+    holds the last `k-1` real inputs of each row.
 
     Args:
         x: tensor `(b t e)`, here with `e` any number of channels.
@@ -22,9 +22,9 @@ def causal_conv1d(x, kernel, bias=None, conv_state=None, mask=None, segment_ids=
             absent.
         mask: optional boolean tensor `(b t)`, true at real positions. The real positions of
             a row must be contiguous: padding on the left, on the right, or on both sides.
-        segment_ids: optional integer tensor `(b t)`. Nothing is seen across a position whose id
-            differs from the one before, padded positions included. `conv_state` belongs to the
-            segment of the first position.
+        segment_ids: optional integer tensor `(b t)`. A new segment begins where the id differs
+            from the one before, padded positions included, and sees nothing of earlier ones.
+            `conv_state` belongs to the segment of the first position.
 
     Returns:
         Tuple `(y, conv_state)`: `y` `(b t e)`, arbitrary at padded positions, and
@@ -104,7 +104,7 @@ def causal_conv1d_step(x, kernel, bias=None, *, conv_state):
 def _rows_from(x, start, length):
     """`x[i, start[i] : start[i] + length]` of `(b t ...)`, for every row."""
     if keras.config.backend() == "jax":
-        # Rows one by one are a gather, for which a compiler may copy all of x to another layout.
+        # For a gather the compiler may copy all of x to another layout.
         import jax
 
         return jax.vmap(lambda x, i: jax.lax.dynamic_slice_in_dim(x, i, length))(x, start)

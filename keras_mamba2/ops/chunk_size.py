@@ -6,9 +6,9 @@ import keras
 #   130M, float32             1027 / 1185 / 1165 / 944
 #   130M, bfloat16            1121 / 1106 / 999 / 939
 #   2.7B, float32, 6 layers    483 / 484 / 501 / 466
-# so one value serves all shapes. On a TPU 256 moves the fewest bytes of long blocks, and as many as
-# others of short ones, see benchmarks/README.md. On a GPU it is what the checkpoints were trained
-# with; not measured here.
+# so one value serves all shapes. On a TPU, 256 moves the fewest bytes for long blocks, and no more
+# than other sizes for short ones: see benchmarks/README.md. For a GPU it is the value that the
+# checkpoints were trained with; it was not measured here.
 FASTEST = {"cpu": 64, "gpu": 256, "tpu": 256}
 
 

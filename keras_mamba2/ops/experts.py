@@ -1,6 +1,6 @@
-"""Products in which each token has the matrix of its own experts.
+"""Products of each token with the matrices of its own experts.
 
-Notation: n tokens of size d, k experts for each, of e. The four ways give the same up to rounding.
+Notation: n tokens of size d, k experts for each, of e. The four ways agree up to rounding.
 """
 
 from collections.abc import Callable
@@ -49,7 +49,7 @@ def _sliced(x, weights, experts, compute):
 
 
 def _gathered(x, weights, experts, compute):
-    """For few tokens: reads the experts that are chosen, and no others."""
+    """For few tokens: reads only the matrices of the chosen experts."""
 
     def matmul(rows, kernels):
         kernels = ops.take(kernels, experts, axis=0)  # (n k in out)
@@ -60,7 +60,7 @@ def _gathered(x, weights, experts, compute):
 
 
 def _sorted(x, weights, experts, num_experts: int, compute):
-    """Tokens in the order of their experts, so that each expert has one matrix of rows."""
+    """Sorts the tokens by expert, so that each expert has one matrix of rows."""
     from jax import lax
 
     n, k = experts.shape
@@ -77,7 +77,7 @@ def _sorted(x, weights, experts, num_experts: int, compute):
 
 
 def _all_experts(x, weights, experts, num_experts: int, compute):
-    """Every expert for every token, where nothing better is at hand."""
+    """Every expert for every token, on backends without a product by groups of rows."""
 
     def matmul(rows, kernels):
         layout = "nd,edf->nef" if len(rows.shape) == 2 else "ned,edf->nef"

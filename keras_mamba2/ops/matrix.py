@@ -1,8 +1,11 @@
-"""Products with a matrix of weights, and its rows, as XLA on CPU is fast at them.
+"""Products with a matrix of weights, and its rows, in the forms that XLA is fast at on a CPU.
 
-For bfloat16 it has products that give float32, for int8 such whose matrix lies as `(out in)`, both
-of two rows at least. Whatever else it meets it converts to float32 first, the whole matrix, and of
-a decode loop all matrices before it begins. Elsewhere than on JAX all is plain `keras.ops`.
+There it has fast products of bfloat16 that give float32, and of int8 if the matrix lies as
+`(out in)`, both of at least two rows. Before any other product it converts the whole matrix to
+float32; for a decode loop, all matrices before the loop begins.
+
+The platform is the one that a program is compiled for: other platforms, and other backends than
+JAX, get the plain product.
 """
 
 import functools
@@ -81,17 +84,27 @@ def int8_matmul(x, kernel, kernel_scale, inputs_quantizer=None):
         if inputs_quantizer is None:
             return matmul(x, ops.cast(kernel, x.dtype), "ed") / kernel_scale, gradient
         rounded, scale = inputs_quantizer(x, axis=-1)
-        y = with_padding_row(lambda *args: ops.einsum("...d,ed->...e", *args))(rounded, kernel)
+        y = int8_product(rounded, kernel)
         return ops.cast(ops.cast(y, scale.dtype) / (scale * kernel_scale), x.dtype), gradient
 
     return product(x, ops.convert_to_tensor(kernel), ops.convert_to_tensor(kernel_scale))
 
 
-def with_padding_row(product):
-    """`product(x, kernel)`, with the first row once more at the end.
+def int8_product(x, kernel):
+    """`x` `(... d)` times `kernel` `(e d)`, both int8: `(... e)`, int32."""
+    product = functools.partial(ops.einsum, "...d,ed->...e")
+    if keras.config.backend() != "jax":
+        return product(x, kernel)
+    from jax import lax
 
-    So there are two at least. It also stands between the product and what made `x`: XLA would
-    merge two einsums, and then compute both in float32.
+    return lax.platform_dependent(x, kernel, cpu=with_padding_row(product), default=product)
+
+
+def with_padding_row(product):
+    """`product(x, kernel)`, where the first row of `x` is added once more at the end.
+
+    So there are at least two. The added row also separates the product from what made `x`: XLA
+    would merge two einsums, and then compute both in float32.
     """
 
     def call(x, kernel):

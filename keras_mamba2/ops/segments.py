@@ -7,16 +7,16 @@ from keras import ops
 
 
 def runs(segment_ids):
-    """Numbers the runs of equal ids in `(b t)` from 0, so that an id which comes back is new."""
+    """Numbers the runs of equal ids in `(b t)` from 0: an id that comes back gets a new number."""
     changed = ops.cast(segment_ids[:, 1:] != segment_ids[:, :-1], "int32")
     return ops.pad(ops.cumsum(changed, axis=1), [(0, 0), (1, 0)])
 
 
 def document_segments(segment_ids, mask=None):
-    """Numbers the documents of packed rows `(b t)` from 0, so that padding begins none.
+    """Numbers the documents of packed rows `(b t)` from 0; padding starts no document.
 
-    What is before a row's first token, or before its padding on the left, belongs to its first
-    document. A document goes on as long as its number does, without padding in between.
+    Positions before a row's first real token belong to its first document. A document ends where
+    its number changes, and at padding.
 
     Args:
         segment_ids: int tensor `(b t)`, whose values at padding do not matter.
@@ -32,7 +32,7 @@ def document_segments(segment_ids, mask=None):
 
 
 class Documents(NamedTuple):
-    """Where the tokens of rows `(b t)` stand in their documents, which may continue a state."""
+    """The place of each token of rows `(b t)` in its document; the first may continue a state."""
 
     positions: Any  # (b t) int32, how many tokens of its document are before each
     continues: Any  # (b t) bool, whether its document is the state's

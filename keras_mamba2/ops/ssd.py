@@ -31,9 +31,9 @@ from keras_mamba2.ops.segments import runs
 
 
 class ChunkDecays(NamedTuple):
-    """How much of an input or a state is left, for the four ways through a chunk.
+    """The decays of inputs and states on the four ways through a chunk.
 
-    Also the type of `links`: whether there is a way, where segments cut the sequence.
+    `links` returns booleans in the same type: whether a way stays inside one segment.
     """
 
     within: Any  # from s to l
@@ -70,7 +70,7 @@ def ssd(
             of the first position.
         segment_ids: optional integer tensor `(b t)`. The state restarts from zero wherever the
             id differs from the position before.
-        chunk_size: int, positions a chunk.
+        chunk_size: int, positions per chunk.
 
     Returns:
         Tuple `(y, final_state)`: `y` `(b t h p)` in the dtype of `x`, `final_state`
@@ -112,7 +112,7 @@ def ssd(
 
 
 def split_log_decay(log_decay):
-    """Splits log decays in two summands whose sums over a chunk are exact, and small.
+    """Splits log decays into two summands whose sums over a chunk are exact, and small.
 
     A decay between two positions is the exponential of a difference of cumulative sums.
     Differences of long float32 sums cancel: after a step of -60 a decay of 0.99 would keep
@@ -131,7 +131,7 @@ def chunk_decays(log_decay, linked=None):
 
     def decay_between(target, source):
         log = (coarse[target] - coarse[source]) + (fine[target] - fine[source])
-        # Rounding could leave a sum above 0, and above the diagonal it is: exp would overflow.
+        # Above the diagonal sums are positive, and rounding may make others so: exp would overflow.
         return ops.exp(ops.where(log <= 0, log, 0.0))
 
     q = log_decay.shape[2]
@@ -156,7 +156,7 @@ def chunk_decays(log_decay, linked=None):
 def intra_chunk_output(xdt, B, C, decay):
     """What each position gets from its own chunk: `(C B^T * decay) x dt`, `(b c l g r p)`.
 
-    C B^T is computed once a group and not once a head.
+    C B^T is computed once per group, not once per head.
     """
     scores = ops.einsum("bclgn,bcsgn->bcgls", C, B)
     weights = ops.cast(ops.cast(scores[:, :, :, None], decay.dtype) * decay, xdt.dtype)
@@ -165,14 +165,14 @@ def intra_chunk_output(xdt, B, C, decay):
 
 
 def chunk_states(xdt, B, decay):
-    """The state that each chunk would end with had it started from zero, `(b c g r p n)`."""
+    """The state at the end of each chunk if it starts from zero, `(b c g r p n)`."""
     decay = ops.transpose(decay, (0, 1, 4, 2, 3))[..., None]  # (b c s g r 1)
     decayed = ops.cast(xdt, decay.dtype) * decay
     return ops.einsum("bcsgrp,bcsgn->bcgrpn", decayed, ops.cast(B, decay.dtype))
 
 
 def pass_states(states, decay, initial_state):
-    """Carries the state from chunk to chunk: the states each starts with, and the last one."""
+    """Carries the state from chunk to chunk. Returns the state before each, and the last one."""
 
     def step(state, chunk):
         decay, new = chunk[..., :1], chunk[..., 1:]
@@ -186,7 +186,7 @@ def pass_states(states, decay, initial_state):
 
 
 def inter_chunk_output(C, states, decay):
-    """What each position gets from the state its chunk started with, `(b c l g r p)`."""
+    """What each position gets from the state before its chunk, `(b c l g r p)`."""
     y = ops.einsum("bclgn,bcgrpn->bclgrp", ops.cast(C, states.dtype), states)
     return y * ops.transpose(decay, (0, 1, 4, 2, 3))[..., None]
 
@@ -203,7 +203,7 @@ def _chunk(x, q):
 def links(segment_ids, q):
     """The ways through a chunk of `(b t)` segment ids that stay inside one segment."""
     run = runs(segment_ids)  # (b t)
-    # `_chunk` fills with zeros: counted back from the last run, the filling continues it.
+    # `_chunk` pads with zeros. Counted back from the last run, the padding belongs to that run.
     run = run[:, -1:, None] - _chunk(run[:, -1:] - run, q)  # (b c q)
     last = run[:, :, -1:]
     before = ops.concatenate([ops.zeros_like(last[:, :1]), last[:, :-1]], axis=1)
@@ -225,7 +225,7 @@ def ssd_step(x, dt, A, B, C, D=None, *, state):
         B: tensor `(b g n)`.
         C: tensor `(b g n)`.
         D: optional tensor `(h)`.
-        state: tensor `(b h p n)`, the state after the token before.
+        state: tensor `(b h p n)`, the state after the previous token.
 
     Returns:
         Tuple `(y, state)`: `y` `(b h p)` in the dtype of `x`, `state` `(b h p n)` in float32.

@@ -1,19 +1,19 @@
-"""`ssd` and `ssd_step` on JAX: the same two operations, written for what XLA makes of them.
+"""`ssd` and `ssd_step` on JAX: the same two operations, in a form that XLA compiles well.
 
-Definition, notation and docstrings: `ops/ssd.py`, to which these are tested equal. What differs:
+Definition, notation and docstrings: `ops/ssd.py`. Tests compare the two. What differs:
 
 - One loop goes over the chunks and carries the state, so that the (l s) arrays of one chunk
   stay in the cache and memory does not grow with their number. It cuts chunks out of the sequence
-  and puts the output in their place: as inputs and outputs of `scan` they would be copied before
-  and after, chunks first, which on a TPU is half of the traffic of a prefill.
+  and puts the output in their place. Inputs and outputs of `scan` would be copied, to have the
+  chunks first: on a TPU that is half of the memory traffic of a prefill.
 - Step sizes and the skip connection are applied in the loop too, so that nothing of the size of
   the sequence is float32 where the model is not.
 - Products that share B or C between heads keep the order of the memory: one product serves the
   r heads of a group. Only the (l s) product, which differs by head, is head-first.
 - The gradient is written out. All decays of a chunk are exp(S_l - S_s) of one cumulative sum S,
   so the gradient of S needs no (l s) array: dS_l = <dy_l, y_l> - <dx_l, x_l>.
-- Sums are products with ones: of a cumsum or a sum over an inner axis XLA on CPU makes loops
-  that are ten times slower, and it computes a cumsum anew for every element it is fused with.
+- Sums are products with ones. XLA on CPU compiles a cumsum, or a sum over an inner axis, to loops
+  that are ten times slower, and computes a cumsum anew for every element that it is fused with.
 """
 
 import functools
@@ -33,7 +33,7 @@ from keras_mamba2.ops.ssd import split_log_decay
 
 
 class Inputs(NamedTuple):
-    """Of a sequence, or of one chunk of it."""
+    """The inputs of a sequence, or of one chunk of it."""
 
     x: Any  # (b t g r p)
     dt: Any  # (b t g r)
@@ -125,7 +125,7 @@ def ssd_chunks_backward(q, saved, gradients):
 
 ssd_chunks.defvjp(ssd_chunks_forward, ssd_chunks_backward)
 # Outside of a compiled program JAX would compile the loop anew in every call. Inside one this
-# is nothing, since it is inlined.
+# changes nothing, since it is inlined.
 compiled_ssd_chunks = jax.jit(ssd_chunks, static_argnums=0, inline=True)
 
 
@@ -165,7 +165,7 @@ def skip(D, x, y):
 
 
 def chunk_gradients(D, state, chunk, linked, new_state, y, d_state, d_y):
-    """Those of D, of the state before the chunk, and of the chunk.
+    """The gradients of D, of the state before the chunk, and of the chunk.
 
     `y` is without the skip connection, `d_y` with it.
     """
@@ -181,7 +181,7 @@ def chunk_gradients(D, state, chunk, linked, new_state, y, d_state, d_y):
     d_weights = product("bgrlp,bgrsp->bgrls", d_y_heads, jnp.moveaxis(xdt, 1, 3))
     d_scores = sum_heads(d_weights * within).astype(C.dtype)  # (b g l s)
 
-    # What came from the state before, and what went into the state after.
+    # The parts through the state before the chunk, and through the state after it.
     d_y_decayed = scale(d_y, from_start)
     d_xdt = d_xdt + scale(product("bsgn,bgnrp->bsgrp", B, d_state), to_end)
     d_B = product("bgls,blgn->bsgn", d_scores, C)
@@ -236,7 +236,7 @@ def decay_between(target, source):
 
 
 def product(equation, a, b):
-    """An einsum in the dtype of the inputs, that is the model's, with float32 accumulation."""
+    """An einsum in the narrower dtype of the inputs, with float32 accumulation."""
     dtype = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
     accumulate = float32_at_least(dtype)
     return jnp.einsum(equation, a.astype(dtype), b.astype(dtype), preferred_element_type=accumulate)
@@ -287,10 +287,10 @@ def update_and_read(state, decay, xdt, B, C):
 
 
 def read_and_update(state, decay, xdt, B, C):
-    """The same for a CPU, where the readout is a product of its own, here with the old state.
+    """The same for a CPU, where the readout is a separate product, here with the old state.
 
     With the new one XLA would update the state twice, for the readout and for the result, and
-    copy it: 3.2 against 1.5 of the 18 ms of a step at 130M. Two things more keep it from copying:
+    copy it: 3.2 against 1.5 of the 18 ms of a step at 130M. Two more things avoid the copy:
     the update has the state's own shape, and its decay depends on the readout, by a factor of
     zero, so that the old state is read before it is overwritten.
     """

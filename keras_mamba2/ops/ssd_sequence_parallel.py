@@ -1,9 +1,9 @@
 """`ssd` over a sequence that is cut between devices. JAX only. Notation: `ops/ssd.py`.
 
 The recurrence is linear in the state, so every device runs its own part from a state of zero. Then
-all exchange what a part does to a state, a decay `(b h)` and an addition `(b h p n)`, once; each
-adds what the parts before it left behind. Compute and activations are divided by the number of
-devices; what is exchanged does not depend on the length.
+the devices exchange, once, how each part changes a state: a decay `(b h)` and an addition
+`(b h p n)`. Each device adds the effect of the parts before its own. Compute and activations are
+divided by the number of devices; the size of the exchange does not depend on the length.
 """
 
 import jax
@@ -38,7 +38,7 @@ def ssd_sequence_parallel(
     """Computes `ssd` with the positions of a sequence on several devices.
 
     Args:
-        x: tensor `(b t h p)`; the number of devices divides `t`. The next are those of `ssd`.
+        x: tensor `(b t h p)`; the number of devices divides `t`. The others are those of `ssd`.
         sharding: of `x`: its spec names the mesh axes that `b` and `t` are cut along.
 
     Returns:
@@ -50,7 +50,7 @@ def ssd_sequence_parallel(
     n = B.shape[-1]
     if initial_state is None:
         initial_state = jnp.zeros((b, h, p, n), float32_at_least(x.dtype))
-    run = None if segment_ids is None else runs(segment_ids)  # equal numbers go on across devices
+    run = None if segment_ids is None else runs(segment_ids)  # a run may go on across devices
     D = jnp.zeros((h,)) if D is None else D
 
     def part(x, dt, A, B, C, D, state, run):

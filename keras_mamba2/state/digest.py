@@ -27,7 +27,7 @@ def digest_after(digest, token_ids, mask=None):
     through = ops.cumsum(real, axis=1)
     count = through[:, -1]
     table = ops.convert_to_tensor(powers(t))
-    # Each token by as many powers as tokens come after it. One more, so that id 0 counts too.
+    # Each token times BASE to the number of tokens after it. Plus 1, so that id 0 counts too.
     terms = real * (ops.cast(token_ids, "int32") + 1) * ops.take(table, count[:, None] - through)
     new = digest * ops.take(table, count) + ops.sum(terms, axis=1)
     return ops.cast(new, "int32")

@@ -64,7 +64,7 @@ def save(file, state, backbone, text: str = "") -> None:
 
 
 def _array(leaf, spec) -> np.ndarray:
-    """float32 holds what a convolution's state has in bfloat16, bit for bit."""
+    """For the file: floats as float32, which holds every bfloat16 exactly."""
     dtype = "float32" if "float" in spec.dtype else spec.dtype
     return np.ascontiguousarray(ops.convert_to_numpy(ops.cast(leaf, dtype)))
 
@@ -117,7 +117,7 @@ def _read(file) -> tuple[dict[str, str], dict[str, np.ndarray]]:
 
 
 def _open_axes(spec: StateTensor, shape: tuple[int, ...]) -> tuple[int | None, ...]:
-    """`shape` of a row's tensor, but for the room in it."""
+    """The shape of a row's tensor, with `None` for the size of its room."""
     return tuple(None if i == spec.room_axis else size for i, size in enumerate(shape))
 
 
@@ -147,7 +147,7 @@ def _summary(layers: list[dict[str, tuple[int, ...]]]) -> str:
 def fingerprint(backbone) -> str:
     """A hash of samples of every weight: training changes it, saving and loading does not."""
     digest = hashlib.sha256()
-    # In an order of its own: layers quantized in memory list their weights in another than loaded.
+    # Sorted: a layer that was quantized in memory lists its weights in another order than loaded.
     for variable in sorted(backbone.weights, key=lambda variable: variable.path):
         size = math.prod(variable.shape)
         where = np.linspace(0, size - 1, min(size, FINGERPRINT_SAMPLES)).astype("int32")

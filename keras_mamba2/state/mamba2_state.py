@@ -16,21 +16,21 @@ NO_TOKEN = -1
 
 
 class Mamba2State:
-    """What a model remembers of the tokens before.
+    """What a model remembers of the tokens that it has read.
 
-    Of mixers it has one size, whatever their number; of attention it has keys and values, with
-    room that grows.
+    The state of a mixer has a fixed size, however many tokens it has read. The state of attention
+    holds keys and values, with room that grows.
 
     A pytree with batch-first leaves, so it can be passed through `jax.jit`, gathered by rows in
-    beam search and donated. Arrays are never changed in place: a state that was continued from
-    still is what it was.
+    beam search and donated. Arrays are never changed in place: a state stays as it was when a text
+    is continued from it.
 
     Args:
         layers: sequence of the states of the blocks' sublayers; of a mixer a `MixerState`, with
             conv `(b k-1 e+2gn)` and ssm `(b h p n)`, of attention an `AttentionState`.
-        token: int32 `(b)`, the last token, which the layers have not seen yet; -1 for none. So
-            a state can be continued with more text or without.
-        length: int32 `(b)`, how many tokens the layers have seen.
+        token: int32 `(b)`, the last token, which the layers have not read yet; -1 for none. So
+            generation can go on from a state with more text, or without.
+        length: int32 `(b)`, how many tokens the layers have read.
         digest: int32 `(b)`, a number for these tokens, which tells texts apart.
 
     Example:

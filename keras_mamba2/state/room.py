@@ -1,4 +1,4 @@
-"""Room for tokens in states that keep something of each: keys and values.
+"""Room for tokens in states that keep something of every token: the keys and values of attention.
 
 It is doubled when it is used up, so that few programs are compiled, however long a text becomes.
 """
@@ -18,7 +18,7 @@ def needs_room(backbone) -> bool:
 
 
 def room_for(num_tokens: int) -> int:
-    """The room of a state that is to hold `num_tokens`."""
+    """How many tokens a state for `num_tokens` has room for."""
     room = LEAST_ROOM
     while room < num_tokens:
         room *= 2
@@ -26,7 +26,7 @@ def room_for(num_tokens: int) -> int:
 
 
 def room_of(state, backbone) -> int | None:
-    """For how many tokens `state` has room. `None` if it needs none."""
+    """How many tokens `state` has room for. `None` if it needs no room."""
     for spec, leaf in _tensors(state, backbone):
         if spec.room_axis is not None:
             return leaf.shape[spec.room_axis + 1]
@@ -34,7 +34,7 @@ def room_of(state, backbone) -> int | None:
 
 
 def with_room(state, backbone, room: int):
-    """`state` with room for `room` tokens, at least as many as it has room for now."""
+    """`state` with room for `room` tokens, which must not be fewer than it has room for now."""
     leaves = [_padded(leaf, spec.room_axis, room) for spec, leaf in _tensors(state, backbone)]
     layers = tree.pack_sequence_as(state.layers, leaves)
     return type(state)(layers, state.token, state.length, state.digest)

@@ -1,4 +1,4 @@
-"""What a user calls: models of language and of series, and what turns text into their inputs."""
+"""The classes that users call: language models, classifiers, forecasters, preprocessors."""
 
 from keras_mamba2.tasks.mamba2_causal_lm import Mamba2CausalLM as Mamba2CausalLM
 from keras_mamba2.tasks.mamba2_causal_lm_preprocessor import (

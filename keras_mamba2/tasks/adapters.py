@@ -18,7 +18,7 @@ class Adapters:
 
         Raises:
             ValueError: before anything changes, for an adapter of another kind than LoRA, with
-                parts that there is no place for, or of another architecture or size.
+                weights that have no place in the model, or of another architecture or size.
         """
         adapters = read_peft_adapter(
             lora.projections(self.backbone), self.backbone.get_config(), preset
@@ -28,7 +28,7 @@ class Adapters:
         lora.enable(self.backbone, {layer: (a.rank, a.alpha) for layer, a in adapters.items()})
         for layer, adapter in adapters.items():
             adapter.assign_to(layer)
-        # Compiled programs hold the scale of the adapters before.
+        # Compiled programs contain the scale of the former adapters.
         self.generate_function = self.predict_function = None
         self.train_function = self.test_function = None
 

@@ -1,7 +1,7 @@
-"""What `fit` and its kin refuse: token ids and labels that do not exist.
+"""What `fit`, `evaluate` and `predict` refuse: token ids and labels out of range.
 
-Keras on JAX takes them: an id outside the vocabulary makes the loss NaN, or is counted from the
-end, and a label that is no class costs nothing.
+Keras on JAX accepts them: an id outside the vocabulary makes the loss NaN, or is counted from the
+end, and a label out of range adds nothing to the loss.
 """
 
 from collections.abc import Callable
@@ -25,13 +25,13 @@ def real_positions(padding_mask):
 def check_batch(check: Callable[..., None], *arrays) -> None:
     """Calls `check` with the arrays: now, or whenever a `tf.data` pipeline makes such a batch.
 
-    Those that are `None`, at the end, are left out.
+    Arrays that are `None`, at the end, are left out.
     """
     arrays = [array for array in arrays if array is not None]
     if in_tf_function():
         import tensorflow as tf
 
-        # An operation with a side effect, which runs though nothing needs its result.
+        # Stateful, so that it runs although nothing uses its result.
         tf.numpy_function(check, arrays, [], stateful=True)
     else:
         check(*map(ops.convert_to_numpy, arrays))
@@ -80,9 +80,9 @@ def check_labels(
     name: str = "num_classes",
     weights: np.ndarray | None = None,
 ) -> None:
-    """Refuses labels that are no class, where they have a weight; one-hot labels may be anything.
+    """Refuses class numbers out of range, where they have a weight. One-hot labels are not checked.
 
-    `name` is what the user calls the number of classes.
+    `name` is that of the number of classes, for the message.
     """
     if not _takes_class_numbers(loss):
         return
@@ -116,13 +116,13 @@ def check_if_known(check: Callable[..., None], array, *args) -> None:
     """Calls `check` with an array, unless a program is being traced, which has no values yet."""
     try:
         array = ops.convert_to_numpy(array)
-    except Exception:  # each backend has one of its own
+    except Exception:  # each backend raises its own
         return
     check(array, *args)
 
 
 def _check_range(values: np.ndarray, size: int, what: str, name: str, allowed=None) -> None:
-    # In this form since comparisons with NaN are false.
+    # Written so that NaN is refused: comparisons with it are false.
     is_valid = (values >= 0) & (values < size) & (values == np.floor(values))
     wrong = np.argwhere(~(is_valid | (values == allowed)))
     if len(wrong):

@@ -6,9 +6,9 @@ _lock = threading.Lock()
 
 
 def build_once(build: Callable) -> Callable:
-    """For `build` of a preprocessor: the threads of a `grain` pipeline call it at the same time.
+    """Decorates `build` of a preprocessor, which threads of a `grain` pipeline call at once.
 
-    Keras lets no thread add a sublayer after another has finished to build.
+    Keras raises if a thread adds a sublayer when another thread has finished building.
     """
 
     @functools.wraps(build)

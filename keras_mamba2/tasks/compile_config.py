@@ -1,7 +1,7 @@
 """How a model in a `.keras` file was compiled.
 
-Keras leaves this to classes that override `compile`, as KerasHub's do: without it, a loaded model
-has a new optimizer of the default kind, and nothing of the one that it was trained with.
+Keras leaves this to classes that override `compile`, as KerasHub's do. Without it, a loaded model
+has a new default optimizer instead of the one that it was trained with.
 """
 
 import keras

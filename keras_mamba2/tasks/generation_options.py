@@ -1,4 +1,4 @@
-"""What `generate` and `stream` are asked for, checked before any work is done."""
+"""The arguments of `generate` and `stream`, checked before any work is done."""
 
 import operator
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ class GenerationOptions(NamedTuple):
     num_return_sequences: int
     state: Mamba2State | None
     seed: int | None
-    parameters: dict[str, Any]  # of `FilterSampler`; None where the sampler's own holds
+    parameters: dict[str, Any]  # of `FilterSampler`; None for the sampler's own value
 
     @classmethod
     def checked(

@@ -83,7 +83,7 @@ class Mamba2CausalLM(
         inputs = backbone.input
         outputs = backbone.logits(backbone(inputs))
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
-        self.input_spec = None  # as the backbone's, which says what is wrong
+        self.input_spec = None  # as in the backbone, whose own checks name what is wrong
 
     @classmethod
     def from_preset(cls, preset: str, load_weights: bool = True, **kwargs) -> "Mamba2CausalLM":
@@ -91,7 +91,7 @@ class Mamba2CausalLM(
 
         Args:
             preset: the name of a preset, the path of a folder, or a handle `hf://user/name`.
-            load_weights: bool, whether the weights are read; else they are random.
+            load_weights: bool. If false, the weights are those of a new model.
             **kwargs: as there. `dtype` is a policy or its name, or `"auto"` for the dtype that
                 the weights in the files have. `sequence_length` and `packing` are set on the
                 preprocessor: see `Mamba2CausalLMPreprocessor`.
@@ -138,7 +138,7 @@ class Mamba2CausalLM(
 
         As `keras.Model.quantize`. The recurrence stays in float32. LoRA adapters can be trained
         on weights in int8 and int4. A saved model keeps the mode and sizes of groups, but not the
-        quantizers of a `config`: when it is loaded, it has those that Keras takes by itself.
+        quantizers of a `config`: when it is loaded, it has Keras' default ones.
 
         Args:
             mode: `"int8"`, `"int4"`, `"float8"`, `"gptq"` or `"awq"`.
@@ -161,8 +161,8 @@ class Mamba2CausalLM(
         return self.backbone.get_quantization_layer_structure(mode)
 
     def call(self, inputs, training=None):
-        # Not the functional model's own head: how many tokens there are is known when the
-        # tokenizer is loaded, which KerasHub does later.
+        # Not the functional model's own head: the number of tokens is known only when KerasHub
+        # has loaded the tokenizer.
         return self.logits(self.backbone(inputs, training=training))
 
     def call_with_cache(
@@ -177,8 +177,8 @@ class Mamba2CausalLM(
         Args:
             token_ids: int tensor `(b t)`. With `t = 1` the recurrent step is taken, else SSD.
             cache: the `Mamba2State` after the tokens before, `None` for the start.
-            cache_update_index: not needed, since a state does not know positions; it is here
-                for callers that pass it by KerasHub's convention.
+            cache_update_index: not used, since the state counts its tokens itself. Callers pass
+                it by KerasHub's convention.
             padding_mask: optional tensor `(b t)`, non-zero at real tokens.
 
         Returns:
@@ -197,8 +197,8 @@ class Mamba2CausalLM(
     def logits(self, hidden_states):
         """The head: logits `(... v)` of `hidden_states` `(... d)`.
 
-        Ids that are no tokens, but padding of the embedding, have logits that are never sampled
-        and add nothing to a loss.
+        Ids that only pad the embedding get logits so low that they are never sampled and add
+        nothing to a loss.
         """
         logits = self.backbone.logits(hidden_states)
         size, num_tokens = logits.shape[-1], self.num_tokens
@@ -210,7 +210,7 @@ class Mamba2CausalLM(
 
     @property
     def num_tokens(self) -> int:
-        """The ids below it may be generated: the model has them, and the tokenizer if attached."""
+        """Ids below it may be generated: model and tokenizer, if there is one, have them."""
         num_tokens = self.backbone.unpadded_vocabulary_size
         if self.preprocessor is None:
             return num_tokens

@@ -20,10 +20,10 @@ class Mamba2CausalLMPreprocessor(Mamba2Preprocessor, keras_hub.models.CausalLMPr
     For training, texts are tokenized, an end token is added, and all are cut or padded on the
     right to `sequence_length`; the targets are the next tokens, and padding has no weight.
 
-    With `packing=True` several texts share a row, so that next to nothing is padding.
-    `segment_ids` number them, and the model gives each what it gives it alone. Texts
-    longer than a row are cut into pieces instead of being cut off, each read on its own. A batch
-    of texts then gives another number of rows; `fit` and `evaluate` make batches of equal size.
+    With `packing=True` several texts share a row, so that there is little padding.
+    `segment_ids` number them, and each text has the same outputs as alone. Texts longer than a row
+    are cut into pieces that are read on their own, so that nothing is cut off. The number of rows
+    then differs from the number of texts; `fit` and `evaluate` make batches of equal size.
 
     Args:
         tokenizer: a `keras_mamba2.Mamba2Tokenizer`.
@@ -99,8 +99,8 @@ class Mamba2CausalLMPreprocessor(Mamba2Preprocessor, keras_hub.models.CausalLMPr
 
         Args:
             texts: sequence of strings.
-            continued: bool, whether the texts go on from others, and get no start token, nor
-                what else the tokenizer begins a text with.
+            continued: bool, whether the texts continue others. They then get no start token,
+                and none of the tokens that the tokenizer puts before a text.
         """
         if continued:
             encode = self.tokenizer.engine.encode_batch_fast
@@ -112,7 +112,7 @@ class Mamba2CausalLMPreprocessor(Mamba2Preprocessor, keras_hub.models.CausalLMPr
 
     def _generate_preprocess_python(self, x, sequence_length=None):
         # Not the inherited one, which adds a start token whatever `add_start_token` says, and
-        # cuts a prompt that is too long without a word.
+        # silently cuts a prompt that is too long.
         if not self.built:
             self.build(None)
         sequence_length = sequence_length or self.sequence_length
@@ -140,6 +140,6 @@ class Mamba2CausalLMPreprocessor(Mamba2Preprocessor, keras_hub.models.CausalLMPr
         return {**super().get_config(), "packing": self.packing}
 
     def generate_postprocess(self, x):
-        # The inherited one takes a mask of integers, from numpy, for indices.
+        # The inherited method would use a numpy mask of integers as indices.
         padding_mask = ops.convert_to_numpy(x["padding_mask"]).astype(bool)
         return super().generate_postprocess({**x, "padding_mask": padding_mask})

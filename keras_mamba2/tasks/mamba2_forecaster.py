@@ -7,28 +7,34 @@ from keras import ops
 from keras_mamba2.layers import GatedRMSNormalization
 from keras_mamba2.layers import Mamba2Block
 from keras_mamba2.ops.checks import float32_at_least
+from keras_mamba2.saving import AtomicPreset
 from keras_mamba2.saving import AtomicSave
+from keras_mamba2.tasks.model_preset import ModelPreset
 
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
-class Mamba2Forecaster(AtomicSave, keras.Model):
-    """Forecasts time series: the values of some features, many steps on, at once.
+class Mamba2Forecaster(AtomicPreset, AtomicSave, ModelPreset, keras.Model):
+    """Forecasts time series: the next values of some features, many steps at once.
 
     Each feature of each row is scaled by the mean and the deviation of its own observed values,
     and forecasts are scaled back, so that the forecast of `a * x + c` is `a * forecast + c` for
-    any positive `a`. A series that does not vary is forecast as what it is.
+    any positive `a`. The forecast of a constant series is its value.
 
-    Values may be missing. Steps before the first observed one are no part of the series; at later
-    ones a missing value is read as the mean, next to a flag that it is missing. In targets,
-    missing values are errors of 0: they have no gradient, and lower the reported means.
+    It is a model by itself, not a head over a `Mamba2Backbone`: backbones embed token ids, and
+    pretrained ones have read text only. It shares the residual block with them, and is saved and
+    loaded as the other tasks are, with `save_to_preset` and `from_preset`.
 
-    Losses and metrics are in the units of the targets. Where those differ much from target to
-    target or from row to row, bring the series to one unit first, or the largest is learned most.
+    Values may be missing. Steps before the first observed one do not belong to the series. Later,
+    a missing value is read as the mean, next to a flag that it is missing. A missing value in a
+    target counts as an error of 0: it has no gradient, and lowers the reported means.
+
+    Losses and metrics are in the units of the targets. If these differ much between targets or
+    rows, bring the series to one unit first, or those with the largest values dominate the loss.
 
     Args:
         horizon: int, the number of steps forecast.
         num_features: int, f, the features of the inputs.
-        output_features: which features are forecast: an int for so many first ones, or their
+        output_features: which features are forecast: an int n for the first n, or a sequence of
             indices. `None` for all.
         num_layers: int.
         hidden_dim: int, d.
@@ -55,6 +61,7 @@ class Mamba2Forecaster(AtomicSave, keras.Model):
     forecaster.compile(optimizer=keras.optimizers.Adam(1e-3), loss="mae")
     forecaster.fit(windows, next_days)  # (b 168 3), (b 24 1)
     forecaster.predict(windows)  # (b 24 1)
+    forecaster.save_to_preset("demand")  # and Mamba2Forecaster.from_preset("demand")
     ```
 
     Reference:
@@ -78,7 +85,7 @@ class Mamba2Forecaster(AtomicSave, keras.Model):
         dropout: float = 0.0,
         **kwargs,
     ):
-        # Not cast at the door: a value of 1003 is 1000 in bfloat16.
+        # Inputs are not cast: 1003 would be 1000 in bfloat16.
         super().__init__(autocast=False, **kwargs)
         for name, value in (
             ("horizon", horizon),
@@ -145,7 +152,7 @@ class Mamba2Forecaster(AtomicSave, keras.Model):
         return mean + scale * y
 
     def _observations(self, inputs):
-        """The values, zero where they are missing, and where they are not: both `(b t f)`."""
+        """The values, zero where missing, and whether they are observed: both `(b t f)`."""
         values, mask = self._values_and_mask(inputs)
         observed = ops.isfinite(values)
         if mask is not None:
@@ -211,7 +218,7 @@ class Mamba2Forecaster(AtomicSave, keras.Model):
         return super().compute_metrics(x, self._filled(y, y_pred), y_pred, sample_weight)
 
     def _filled(self, y, y_pred):
-        """The targets, with the forecasts, as constants, in the place of what is missing."""
+        """The targets, with the forecasts, as constants, where values are missing."""
         if tuple(y.shape[1:]) != tuple(y_pred.shape[1:]):  # or they would be broadcast
             raise ValueError(
                 "Targets must have shape (b horizon o), as the outputs, "

@@ -39,9 +39,9 @@ class Mamba2Session:
         return self._state
 
     def generate(self, text: str = "", **kwargs) -> str:
-        """Appends `text` and what the model makes of it. Returns only what is new.
+        """Appends `text` and the model's continuation. Returns only the continuation.
 
-        An end token is part of the state, not of the text: the session then goes on behind it.
+        An end token is part of the state, not of the text: the session then goes on after it.
 
         Args:
             text: string, may be empty.
@@ -50,7 +50,7 @@ class Mamba2Session:
         return "".join(self.stream(text, **kwargs))
 
     def stream(self, text: str = "", **kwargs) -> Iterator[str]:
-        """As `generate`, piece by piece. Left early, the session ends with the last piece."""
+        """As `generate`, piece by piece. If it is left early, the text ends with the last piece."""
         return self._collect(text, self.lm.stream([text], state=self.state, **kwargs))
 
     def _collect(self, text: str, streams: TextStreams) -> Iterator[str]:
@@ -65,8 +65,9 @@ class Mamba2Session:
         if is_whole:
             self._state = streams.decoding.rows.state
         else:
-            # The loop is ahead of the text: behind a stop string, or behind the last piece. The
-            # text is read when the state is next asked for: an iterator may be closed anywhere.
+            # The loop has gone further than the text: past a stop string, or the last piece. So
+            # the text is read from the former state, but only when the state is next needed, since
+            # an iterator may be closed at any time.
             self._unread = text + shown
         self.text += text + shown
 

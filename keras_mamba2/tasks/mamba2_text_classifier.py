@@ -22,10 +22,10 @@ from keras_mamba2.tasks.push_to_hub import PushToHub
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
 class Mamba2TextClassifier(AtomicPreset, AtomicSave, keras_hub.models.TextClassifier, PushToHub):
-    """Classifies texts by what a Mamba-2 backbone knows at the last token of each.
+    """Classifies texts by the hidden state of a Mamba-2 backbone at the last token of each.
 
-    `fit`, `evaluate` and `predict` refuse rows without a token, and labels that are no class:
-    for arrays before the first step, for datasets when the batch is read.
+    `fit`, `evaluate` and `predict` refuse rows without a token, and labels out of range: in arrays
+    before the first step, in datasets when the batch is read.
 
     Args:
         backbone: a `keras_mamba2.Mamba2Backbone`, or `keras_mamba2.Mamba2HybridBackbone`.
@@ -39,8 +39,8 @@ class Mamba2TextClassifier(AtomicPreset, AtomicSave, keras_hub.models.TextClassi
 
     Call arguments:
         inputs: dict of `token_ids` and `padding_mask`, int tensors `(b t)`. The mask alone says
-            which tokens are real; padding may be on either side. Returns `(b num_classes)`; for
-            a row without a real token numbers without a meaning.
+            which tokens are real; padding may be on either side. Returns `(b num_classes)`. For
+            a row without a real token the outputs have no meaning.
 
     Example:
     ```python
@@ -101,7 +101,7 @@ class Mamba2TextClassifier(AtomicPreset, AtomicSave, keras_hub.models.TextClassi
         for layer in (*hidden_layers, self.output_dropout):
             x = layer(x)
         super().__init__(inputs=inputs, outputs=self.output_dense(x), **kwargs)
-        self.input_spec = None  # as the backbone's, which says what is wrong
+        self.input_spec = None  # as in the backbone, whose own checks name what is wrong
 
         # === Config ===
         self.num_classes = num_classes
@@ -191,8 +191,8 @@ class Mamba2TextClassifier(AtomicPreset, AtomicSave, keras_hub.models.TextClassi
 
 
 def _last_real(x, padding_mask):
-    """What `x` `(b t d)` is at the last real token of each row: `(b d)`."""
+    """`x` `(b t d)` at the last real token of each row: `(b d)`."""
     real = ops.cast(ops.not_equal(padding_mask, 0), "int32")
-    # The count of real tokens is first at its largest where the last one is.
+    # The first position where the count of real tokens is largest.
     last = ops.argmax(ops.cumsum(real, axis=1), axis=1)  # (b)
     return ops.squeeze(ops.take_along_axis(x, last[:, None, None], axis=1), axis=1)

@@ -26,7 +26,7 @@ class Mamba2TextClassifierPreprocessor(
         truncate: `"round_robin"` or `"waterfall"`, how several segments share that length. See
             `keras_hub.layers.MultiSegmentPacker`.
         add_start_token: bool. Mamba-2 checkpoints were trained without a start token.
-        add_end_token: bool, whether texts end with the end token, at which the model then pools.
+        add_end_token: bool, whether texts end with the end token, where the model then reads.
         **kwargs: see `keras.layers.Layer`.
 
     Call arguments:
@@ -73,7 +73,7 @@ class Mamba2TextClassifierPreprocessor(
             start_value=added(self.tokenizer.start_token_id) if self.add_start_token else [],
             sep_value=end,
             end_value=end if self.add_end_token else [],
-            # No token has this id, so padding is told from tokens; the pad token may be the end.
+            # No token has this id. The id of the pad token may be that of the end token.
             pad_value=NO_TOKEN,
             truncate=self.truncate,
             sequence_length=self.sequence_length,

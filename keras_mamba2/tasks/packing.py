@@ -1,4 +1,4 @@
-"""Documents in rows without waste: each whole, and told apart by numbers."""
+"""Packs documents into rows with little padding, with numbers to tell them apart."""
 
 import bisect
 from collections.abc import Callable
@@ -10,8 +10,8 @@ import keras
 import numpy as np
 from keras import tree
 
-# Documents of a dataset that are packed together: enough that rows are full, few enough that
-# the first batch does not wait.
+# How many documents of a dataset are packed together: enough to fill rows, few enough that the
+# first batch comes soon.
 WINDOW = 1024
 
 
@@ -50,7 +50,7 @@ def pack(
 
 
 def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Which documents share a row: longest first, each into the row that it fills best."""
+    """The documents of each row: longest first, each in the row where it leaves the least free."""
     rows, free = [], []  # free: sorted pairs of (positions left, row)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         place = bisect.bisect_left(free, (lengths[i], 0))

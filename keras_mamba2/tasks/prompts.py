@@ -1,4 +1,4 @@
-"""What `generate` and its kin take as prompts, as lists of strings."""
+"""Reads the prompts of `generate`, `stream` and `prefill` as lists of strings."""
 
 from collections.abc import Iterable
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ def is_one_text(inputs: Any) -> bool:
 
 
 def batches(inputs: Any) -> Iterator[Any]:
-    """The batches of prompts in `inputs`: of a dataset its elements, else all of it."""
+    """The batches of prompts in `inputs`: the elements of a dataset, else all as one batch."""
     if not is_dataset(inputs):
         yield inputs
     elif hasattr(inputs, "as_numpy_iterator"):

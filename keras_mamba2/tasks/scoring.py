@@ -19,15 +19,15 @@ class Scoring:
     def perplexity(
         self, texts: str | Sequence[str], stride: int | None = None
     ) -> float | list[float]:
-        """exp of the mean loss of a text's tokens, each after all that come before it.
+        """exp of the mean loss of a text's tokens, each given all tokens before it.
 
-        The state is carried through texts of any length, in flat memory. The first token has
-        nothing before it, and does not count.
+        The state is carried along: in a pure Mamba-2 model, texts of any length need the same
+        memory. The first token has nothing before it, and does not count.
 
         Args:
             texts: a string, or a list of strings.
-            stride: int, forgets everything each time so many tokens are read, as a model with a
-                limited context would. `None` never forgets.
+            stride: int, after how many tokens the state is reset, as for a model with a limited
+                context. `None` never resets it.
 
         Returns:
             A float for a string, a list of floats for a list.
@@ -66,16 +66,16 @@ class Scoring:
             padding_mask: optional tensor `(b t)`, non-zero at real tokens.
             scoring_mode: `"logits"` or `"loss"`.
             layer_intercept_fn: optional function of hidden states `(b t d)` and the index of the
-                block they come from, -1 for the embeddings. It returns hidden states to go on
-                with.
+                block they come from, -1 for the embeddings. It returns the hidden states to use
+                instead.
             target_ids: int tensor `(b t)`, needed for `"loss"`.
 
         Returns:
             Logits `(b t v)`, or the loss of each target `(b t)`.
 
         Raises:
-            ValueError: for an unknown mode, and for token ids and targets that do not exist; in a
-                traced program they are not looked at.
+            ValueError: for an unknown mode, and for token ids and targets out of range. In a
+                traced program these are not checked.
         """
         if scoring_mode not in ("logits", "loss"):
             raise ValueError(

@@ -52,9 +52,9 @@ class TextGeneration:
     ):
         """Generates text, or token ids, that continue `inputs`.
 
-        Prompts of different lengths in one batch give for each what it gives alone, up to
-        rounding, with random samplers too. A prompt costs what its tokens cost, and another
-        number of tokens compiles nothing anew.
+        Prompts of different lengths can share a batch. Each gets the text that it gets alone, up
+        to rounding, with random samplers too. Another length of prompt, or another number of new
+        tokens, compiles nothing anew.
 
         Args:
             inputs: a string, a list of strings, or a dataset of them, batched or not. Or a dict
@@ -63,10 +63,10 @@ class TextGeneration:
                 preprocessor's `sequence_length`; for a dict, to the inputs' length.
             stop_token_ids: token ids that end a row. `"auto"` is the tokenizer's end token,
                 `None` is no token.
-            strip_prompt: bool, whether to return only what is new.
+            strip_prompt: bool, whether to return only the new text.
             max_new_tokens: int, how many tokens each row gets at most, instead of `max_length`.
-            stop_strings: a string or several. A row ends before the first that occurs in what
-                is new.
+            stop_strings: a string or several. A row ends before the first of them in the new
+                text.
             num_return_sequences: int, how often each prompt is continued, from one prefill. The
                 results for a prompt follow one another.
             state: the `Mamba2State` of `prefill` that `inputs` continue, one row a prompt. A
@@ -78,14 +78,14 @@ class TextGeneration:
             top_p: float, as there.
             min_p: float, as there.
             repetition_penalty: float, as there.
-            return_logprobs: bool, whether to return the new tokens too, and how likely they were
-                to the model, before temperature and filters.
+            return_logprobs: bool, whether to return the new tokens too, with the model's log
+                probabilities, before temperature and filters.
 
         Returns:
             What `inputs` is: a string, a list of strings, or a dict of arrays. For one string
             and several sequences, a list of strings. With `return_logprobs` a tuple of that and
             a list: for each row a dict of `token_ids` `(n)` and `logprobs` `(n)`, natural
-            logarithms, of all tokens that were generated, also behind a stop string.
+            logarithms, of all tokens that were generated, also those after a stop string.
 
         Raises:
             ValueError: for an empty prompt, one longer than `max_length`, token ids outside the

@@ -10,19 +10,19 @@ from keras_mamba2.generation import Decoding
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for half a character
 
 
-# Not `tokenizers.decoders.DecodeStream`: it never gives out a text's unfinished end, and raises
+# Not `tokenizers.decoders.DecodeStream`: it never returns an unfinished end of a text, and raises
 # where bytes that are no character follow others. `tests/tasks/test_text_stream.py` shows both.
 class TextStream:
     """The text of one row, whose tokens come a few at a time.
 
     Text is held back while it ends in half a character, and while it may be the beginning of a
-    stop string. What was given out is never taken back; all of it together is the decoded whole,
-    up to the first stop string.
+    stop string. Text that was returned is final. All of it together is the decoded text, up to the
+    first stop string.
 
     Args:
         decode: function from a list of token ids to a string.
         skip: token ids that are no text, such as the end token.
-        stop_strings: strings of which the first that is whole ends the text, and is no part of it.
+        stop_strings: strings that end the text; the one that is complete first is left out.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class TextStream:
         self._held = ""  # decoded, but it may begin a stop string
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """Takes new tokens, and returns what has become certain of the text."""
+        """Takes new tokens, and returns the text that has become certain."""
         if self.stopped:
             return ""
         self._open += [int(id) for id in token_ids if int(id) not in self._skip]
@@ -53,7 +53,7 @@ class TextStream:
         return self._give(text)
 
     def finish(self) -> str:
-        """What is left when no more tokens come."""
+        """Returns the rest of the text, when no more tokens come."""
         if self.stopped:
             return ""
         text, self._open = self._new_text(), []
@@ -70,7 +70,7 @@ class TextStream:
         found = [(text.find(stop), stop) for stop in self._stop_strings if stop in text]
         if found:
             self.stopped, self._held = True, ""
-            # The one that was whole first, however many tokens came at once.
+            # The one that was complete first, however many tokens came at once.
             return text[: min((start + len(stop), start) for start, stop in found)[1]]
         held = max((_overlap(text, stop) for stop in self._stop_strings), default=0)
         self._held = text[len(text) - held :]
@@ -83,7 +83,7 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in lengths if text.endswith(stop[:n])), 0)
 
 
-# The first piece comes after one token; later, the host looks in less and less often.
+# The first piece comes after one token. Later runs are longer, which costs less.
 FIRST_RUNS = (1, 2, 4, 8)
 LATER_RUNS = 16
 

@@ -20,7 +20,7 @@ from keras_mamba2.tasks.packing import shuffled_dataset
 
 
 class TrainingData:
-    """The part of `Mamba2CausalLM` between the data of `fit` and its kin and the model."""
+    """The part of `Mamba2CausalLM` that prepares the data of `fit`, `evaluate` and `predict`."""
 
     def fit(
         self,
@@ -33,8 +33,8 @@ class TrainingData:
     ) -> keras.callbacks.History:
         """As `keras_hub.models.CausalLM.fit`; texts share rows if the preprocessor packs.
 
-        Texts longer than `sequence_length` are cut off there; packed, they go on in other rows.
-        A text of less than two tokens, and a row of padding, have no loss and change nothing.
+        Texts longer than `sequence_length` are cut off there; packed, the rest gets other rows.
+        A text of fewer than two tokens, and a row of padding, have no loss and change nothing.
 
         Args:
             x: texts as a list, an array, or a `tf.data` or `grain` dataset of batches of them.
@@ -45,7 +45,7 @@ class TrainingData:
                 padding mask gives: 0 at padding, 1 elsewhere. A target without weight is ignored.
             validation_data: as `x`, or a tuple `(x, y)` or `(x, y, sample_weight)`.
             shuffle: bool, whether arrays and lists are read in another order in every epoch. A
-                dataset has an order of its own. The orders depend on
+                dataset keeps its own order. The orders depend on
                 `keras.utils.set_random_seed`; a restarted run begins with the first of them.
             **kwargs: as there.
 

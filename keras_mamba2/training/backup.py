@@ -12,18 +12,18 @@ from keras_mamba2.atomic_files import remove_folder
 
 
 class BackupAndRestore(keras.callbacks.BackupAndRestore):
-    """`keras.callbacks.BackupAndRestore` that a kill cannot damage, for one process or several.
+    """`keras.callbacks.BackupAndRestore` that survives a kill, for one process or several.
 
-    Keras writes over its only backup, so that a process which is killed while it writes leaves
-    one that cannot be restored. Here each backup is a folder of its own in `backup_dir`, named by
-    a number, that appears by one renaming when weights and epoch are written, and the one before
-    is removed after that. So a process may be killed at any moment, and the disk may be full:
-    the last whole backup is restored. A failure of the power is another matter, since nothing
-    waits for the disk.
+    Keras writes over its only backup, so that a process that is killed while it writes leaves
+    one that cannot be restored. Here each backup is a new folder in `backup_dir`, named by a
+    number. It appears by one renaming when weights and epoch are written, and only then the one
+    before is removed. So a process may be killed at any moment, and the disk may be full: the
+    last complete backup is restored. A power failure is not covered, since nothing waits until
+    the disk has written.
 
-    Where several processes train one model the first one writes, and all restore, from one folder
-    that all can read. When a process dies the others stop with an error of JAX's; started again,
-    all together, they go on after the last backup.
+    If several processes train one model, the first one writes and all restore, from one folder
+    that all can read. When one process dies, the others stop with an error from JAX. Start all of
+    them again: they go on from the last backup.
 
     Args:
         backup_dir: path of a local folder, for this training alone. A backup of Keras' callback
@@ -47,7 +47,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
             except OSError:
                 if not backups:
                     raise
-        return super().on_train_begin(logs)  # of Keras' own callback, or nothing
+        return super().on_train_begin(logs)  # a backup of Keras' own callback, or none
 
     def _save_model(self):
         if keras.config.backend() == "jax":
@@ -57,7 +57,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         clean_up_in(self.backup_dir)
         backups = self._backups()
         number = int(backups[-1].name) + 1 if backups else 1
-        # Keras makes an optimizer while it saves: not on devices where the others make none.
+        # Keras makes an optimizer while it saves: not on devices that all processes share.
         distribution = keras.distribution.distribution()
         keras.distribution.set_distribution(None)
         try:
@@ -78,7 +78,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         super().on_train_end(logs)
 
     def _backups(self) -> list[pathlib.Path]:
-        """The whole backups, the oldest first."""
+        """The complete backups, the oldest first."""
         folder = pathlib.Path(self.backup_dir)
         paths = folder.iterdir() if folder.is_dir() else []
         backups = [path for path in paths if re.fullmatch(r"\d{8,}", path.name)]

@@ -2,15 +2,15 @@ from collections.abc import Sequence
 
 import keras
 
-# By name, since the layers of a model do not share a path. The recurrence's own parameters, scales
-# of norms and biases are not matrices, and shrinking them changes what the layer is.
+# By name, since the layers of a model do not share a path. The parameters of the recurrence, scales
+# of norms and biases are not matrices: weight decay would change what the layer computes.
 NOT_DECAYED = ("A_log", "^D$", "scale", "bias")
 EMBEDDINGS = ("embeddings",)
 
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
 class SelectiveAdamW(keras.optimizers.AdamW):
-    """AdamW that keeps what it does not decay in its config, so that a loaded one knows it too.
+    """AdamW that saves in its config which variables it does not decay.
 
     Args:
         *args: see `keras.optimizers.AdamW`.
@@ -40,8 +40,8 @@ def adamw_recipe(
 ) -> keras.optimizers.AdamW:
     """The optimizer that Mamba-2 models are trained with.
 
-    AdamW with a warm-up and a cosine decay, gradients clipped together, and weight decay on
-    matrices only: not on `A_log`, `D`, `dt_bias`, norms and biases.
+    AdamW with a warm-up, a cosine decay, gradients clipped by their global norm, and weight decay
+    on matrices only: not on `A_log`, `D`, `dt_bias`, norms and biases.
 
     Args:
         learning_rate: float, at its peak.

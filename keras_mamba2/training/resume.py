@@ -32,15 +32,15 @@ class SeedByEpoch(keras.callbacks.Callback):
 
 
 def restore(model: keras.Model, backup: keras.callbacks.BackupAndRestore) -> int:
-    """Restores a compiled model now, and not only when `fit` begins.
+    """Restores a compiled model now, before `fit` begins.
 
-    For data whose order changes from epoch to epoch: `fit` begins to read them where they begin,
-    so they must begin where the backup was made.
+    For data whose order changes from epoch to epoch. `fit` reads data from its start, so after a
+    restart the data must start where the backup was made.
 
     Args:
         model: a `keras.Model` after `compile`.
-        backup: the callback that `fit` gets too: `keras_mamba2.training.BackupAndRestore`, or
-            that of Keras, which a kill can damage.
+        backup: the callback that is also passed to `fit`: `keras_mamba2.training.BackupAndRestore`,
+            or that of Keras, whose backup a kill can damage.
 
     Returns:
         The number of batches that were trained on before the backup; 0 if there is none.

@@ -10,12 +10,13 @@ class ConsecutiveWindows(keras.utils.PyDataset):
     """Cuts one long text into batches of windows, each going on where the one before ended.
 
     The text is cut into `batch_size` parts of equal length, which are read side by side: row `i`
-    of a batch continues row `i` of the batch before. Less than a window is left over in each part.
+    of a batch continues row `i` of the batch before. Tokens of a part that do not fill a window are
+    left out.
 
     Args:
         token_ids: int array `(n)`.
         batch_size: int, b.
-        window: int, t, tokens a row.
+        window: int, t, tokens per row.
 
     Example:
     ```python
@@ -55,7 +56,7 @@ class StatefulTraining(keras.Model):
     """Trains a language model on a stream of windows, each after the state of the one before.
 
     Gradients stop at the beginning of a window, its context does not. The model is trained in
-    place. The state is back at zero at the start of each epoch and of each evaluation.
+    place. The state is reset at the start of each epoch and of each evaluation.
 
     Args:
         lm: a `keras_mamba2.Mamba2CausalLM`.
@@ -63,8 +64,8 @@ class StatefulTraining(keras.Model):
         **kwargs: see `keras.Model`.
 
     Call arguments:
-        inputs: dict of `token_ids` and `padding_mask`, int tensors `(b t)`, and maybe of
-            `segment_ids`, which restart the state, as in `Mamba2Backbone`. Returns logits
+        inputs: dict of `token_ids` and `padding_mask`, int tensors `(b t)`, and optionally
+            `segment_ids`, which restart the state as in `Mamba2Backbone`. Returns logits
             `(b t v)`.
 
     Example:
@@ -92,7 +93,7 @@ class StatefulTraining(keras.Model):
         return self.add_weight(leaf.shape, "zeros", dtype, name="state", **options)
 
     def reset_state(self) -> None:
-        """Forgets what was read."""
+        """Sets the state to that before the first token."""
         initial_state = self.lm.backbone.initial_state(self.batch_size)
         tree.map_structure(lambda weight, leaf: weight.assign(leaf), self._state, initial_state)
 

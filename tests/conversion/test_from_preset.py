@@ -21,6 +21,7 @@ from keras_mamba2._compat.keras_variables import pending_initializations
 from keras_mamba2.conversion import preset_loader
 from tests.conftest import SHARED_DATA
 from tests.conversion import checkpoints
+from tests.hub_server import COMMIT
 from tests.hub_server import Hub
 from tests.hub_server import serving
 from tests.test_hub import point_client_to
@@ -238,6 +239,29 @@ def test_the_preset_of_a_name_may_lie_on_a_hub(hub, folders, tmp_path, monkeypat
     assert backbone.vocabulary_size == 272
     assert not hub.asked
     assert generate("mamba2_named") == generate(folders["original"])
+
+
+def test_a_pinned_preset_is_loaded_from_its_commit(hub, folders, tmp_path, monkeypatch):
+    folder = tmp_path / "named"
+    folder.mkdir()
+    shutil.copy(folders["original"] / "config.json", folder)
+    sources = {"weights": "hf://user/original", "tokenizer": "hf://user/transformers"}
+    monkeypatch.setattr(preset_files, "named_presets", lambda: {"mamba2_pinned": folder})
+
+    def load(commit):
+        revision = {"weights": commit, "tokenizer": COMMIT}
+        (folder / "sources.json").write_text(json.dumps({**sources, "revision": revision}))
+        return keras_mamba2.Mamba2CausalLM.from_preset("mamba2_pinned")
+
+    load(COMMIT)
+    paths = {path for _, path in hub.asked if "user/" in path}
+    assert {path.split("/user/")[1].split("/")[0] for path in paths if "/api/" in path} == {
+        "original",
+        "transformers",
+    }
+    assert all(COMMIT in path for path in paths), "the newest files were asked for"
+    with pytest.raises(ValueError, match=f"no revision '{'f' * 40}'"):
+        load("f" * 40)
 
 
 @pytest.fixture

@@ -1,5 +1,8 @@
 """Products with weights, and their rows: every dtype and number of rows against float64."""
 
+import re
+
+import jax
 import keras
 import numpy as np
 import pytest
@@ -42,8 +45,6 @@ def test_products(shape, layout, dtype):
 
 @pytest.mark.parametrize("dtype", ROUNDING)
 def test_gradients_of_products_and_rows(dtype):
-    import jax
-
     x, exact_x = rounded((1, 24), dtype)
     kernel, exact_kernel = rounded((24, 7), dtype)
     upstream, exact_upstream = rounded((1, 7), dtype)
@@ -84,3 +85,26 @@ def test_int8_products(shape, weights_only):
     step = 0 if weights_only else np.abs(exact_x).max(axis=-1, keepdims=True) / 127
     bound = (0.51 * step + 1e-5 * np.abs(exact_x)) @ np.abs(exact_kernel)
     assert (np.abs(float64(y) - exact_x @ exact_kernel) <= bound).all()
+
+
+@pytest.mark.parametrize(("platform", "added"), [("cpu", 1), ("tpu", 0), ("cuda", 0)])
+@pytest.mark.parametrize("n", [1, 512])
+def test_only_a_program_for_a_cpu_has_a_row_more(n, platform, added):
+    """Whatever the machine that traces it: this one has neither a TPU nor a GPU."""
+    lowered = traced_int8_product(n).lower(lowering_platforms=(platform,)).as_text()
+    (product,) = re.findall(r"dot_general.*", lowered)
+    assert f"tensor<{n + added}x24xi8>, tensor<7x24xi8>" in product
+
+
+def test_nothing_is_chosen_while_a_program_runs():
+    compiled = traced_int8_product(512).lower().compile().as_text()
+    assert "s8[513,24]" in compiled
+    assert "conditional" not in compiled
+
+
+def traced_int8_product(n):
+    """Of rows `(n 24)` with a kernel `(7 24)`."""
+    quantizer = quantizers.AbsMaxQuantizer(axis=-1)
+    shapes = jax.ShapeDtypeStruct((n, 24), "float32"), jax.ShapeDtypeStruct((7, 24), "int8")
+    scale = jax.ShapeDtypeStruct((7,), "float32")
+    return jax.jit(lambda *args: int8_matmul(*args, quantizer)).trace(*shapes, scale)

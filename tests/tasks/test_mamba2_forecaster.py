@@ -147,6 +147,52 @@ def test_a_saved_model_is_the_same(forecaster, tmp_path):
     np.testing.assert_array_equal(again.predict(x, verbose=0), forecaster.predict(x, verbose=0))
 
 
+@pytest.fixture
+def preset(forecaster, tmp_path):
+    forecaster.save_to_preset(tmp_path / "preset")
+    return tmp_path / "preset"
+
+
+def test_a_preset_is_the_same_model(forecaster, preset):
+    x = random_rows()
+    again = keras_mamba2.Mamba2Forecaster.from_preset(preset)
+    assert again.get_config() == forecaster.get_config()
+    np.testing.assert_array_equal(again.predict(x, verbose=0), forecaster.predict(x, verbose=0))
+    again = keras_mamba2.Mamba2Forecaster.from_preset(preset, load_weights=False, dropout=0.1)
+    assert again.get_config()["dropout"] == 0.1
+    assert not np.array_equal(again.get_weights()[0], forecaster.get_weights()[0])
+
+
+@pytest.mark.parametrize(
+    ("asked", "loaded"),
+    [({}, "float32"), ({"dtype": "auto"}, "mixed_bfloat16"), ({"dtype": "float16"}, "float16")],
+)
+def test_the_dtype_of_a_preset_is_chosen_as_for_other_tasks(tmp_path, asked, loaded):
+    keras_mamba2.Mamba2Forecaster(2, dtype="mixed_bfloat16", **SMALL).save_to_preset(tmp_path / "a")
+    again = keras_mamba2.Mamba2Forecaster.from_preset(tmp_path / "a", **asked)
+    assert again.dtype_policy.name == again.blocks[0].dtype_policy.name == loaded
+
+
+def test_a_preset_replaces_one_as_a_whole(forecaster, preset):
+    (preset / "README.md").write_text("mine")
+    forecaster.save_to_preset(preset)
+    written = {path.name for path in preset.iterdir()}
+    assert written == {"README.md", "config.json", "model.weights.h5"}
+    (preset / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="thesis.tex.*another folder"):
+        forecaster.save_to_preset(preset)
+
+
+def test_presets_of_others_are_named(preset, preset_folder):
+    with pytest.raises(ValueError, match="a Mamba2Forecaster. Received: .*Mamba2Backbone'"):
+        keras_mamba2.Mamba2Forecaster.from_preset(preset_folder)
+    with pytest.raises(ValueError, match="a Mamba2Backbone or a .*Mamba2Forecaster'"):
+        keras_mamba2.Mamba2CausalLM.from_preset(preset)
+    (preset / "model.weights.h5").unlink()
+    with pytest.raises(ValueError, match="model.weights.h5 is missing"):
+        keras_mamba2.Mamba2Forecaster.from_preset(preset)
+
+
 def test_large_values_survive_small_dtypes():
     model = keras_mamba2.Mamba2Forecaster(2, dtype="mixed_bfloat16", **SMALL)
     x = 1000 + np.sin(np.arange(12, dtype="float32"))[None, :, None]

@@ -1,0 +1,46 @@
+import json
+import pathlib
+from typing import Self
+
+import keras
+
+from keras_mamba2.preset_files import CONFIG_FILE
+from keras_mamba2.preset_files import KERAS_WEIGHTS
+from keras_mamba2.preset_files import Preset
+from keras_mamba2.preset_files import read_json
+
+
+class ModelPreset:
+    """A model that is a preset by itself: its configuration and its weights, and no backbone."""
+
+    def save_to_preset(self, preset_dir) -> None:
+        config = keras.saving.serialize_keras_object(self)
+        config.pop("compile_config", None)  # as in KerasHub's presets
+        folder = pathlib.Path(preset_dir)
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=4))
+        self.save_weights(folder / KERAS_WEIGHTS[0])
+
+    @classmethod
+    def from_preset(cls, preset: str, load_weights: bool = True, **kwargs) -> Self:
+        """Loads a model from a folder or from `hf://user/name`.
+
+        Args:
+            preset: a folder of `save_to_preset`, or a repository with its files.
+            load_weights: bool. If false, the weights are those of a new model.
+            **kwargs: arguments of the constructor that replace the saved ones. Without `dtype`,
+                the model has the current dtype policy; `dtype="auto"` keeps the saved one.
+
+        Raises:
+            ValueError: for a preset of something else, and one with missing or damaged files.
+        """
+        name = keras.saving.get_registered_name(cls)
+        files = Preset(preset)
+        folder = pathlib.Path(files.keras_folder(load_weights, tokenizer=False, names=[name]))
+        saved = read_json(folder / CONFIG_FILE)
+        if kwargs.get("dtype") == "auto":
+            kwargs["dtype"] = saved["config"]["dtype"]
+        config = {**saved["config"], "dtype": None, **kwargs}
+        model = keras.saving.deserialize_keras_object({**saved, "config": config})
+        if load_weights:
+            model.load_weights(folder / KERAS_WEIGHTS[0])
+        return model
