@@ -3,13 +3,13 @@
 import difflib
 import fnmatch
 import functools
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from keras_mamba2 import hub
 from keras_mamba2.atomic_files import clean_up
+from keras_mamba2.untrusted import read_json as read_json
 
 CONFIG_FILE = "config.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
@@ -214,15 +214,3 @@ def check_hdf5(file: pathlib.Path) -> None:
         h5py.File(file, "r").close()
     except OSError as error:
         raise ValueError(f"{file} is truncated or damaged: {error}") from error
-
-
-def read_json(file: pathlib.Path) -> dict:
-    try:
-        value = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{file} is missing.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is truncated or not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} must hold a JSON object. Received: {type(value).__name__}")
-    return value
