@@ -26,10 +26,10 @@ _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = _repr.maxlong = 100
 
 
-def shortened(value: Any) -> str:
+def shortened(value: Any, longest: int = LONGEST_TEXT) -> str:
     """`value` for an error: `repr`, or a text as it is, but never long."""
     text = value if isinstance(value, str) else _repr.repr(value)
-    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}..."
+    return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 def some(names: Collection[str], count: int = 20) -> str:

@@ -4,6 +4,7 @@ import pathlib
 import re
 from collections.abc import Mapping
 from collections.abc import Sequence
+from typing import Any
 from typing import NamedTuple
 
 import keras
@@ -77,6 +78,28 @@ def load_weights(backbone, folder) -> None:
     refuse_non_finite(folder, bad)
     for variable, value in replaced:
         set_value(variable, value)
+
+
+def check_number_of_layers(arguments: Mapping[str, Any], folder) -> None:
+    """Raises if a model of `arguments` has layers that the weights in `folder` do not have.
+
+    A model of a thousand layers would be built for nothing.
+
+    Raises:
+        ValueError: that names the missing tensors, and as `readers.read_tensors`.
+    """
+    tensors = read_tensors(folder)
+    architecture = architecture_of(read_json(pathlib.Path(folder) / CONFIG_FILE))
+    names = with_names_in(architecture, tensors).names
+    blocks = len(arguments["blocks"]) if "blocks" in arguments else arguments["num_layers"]
+    prefixes = [names.layers.format(i) for i in range(blocks // len(names.blocks))]
+    pattern = re.compile(re.escape(names.layers).replace(r"\{\}", r"\d+"))
+    stored = {match[0] for name in tensors if (match := pattern.match(name))}
+    if missing := [prefix for prefix in prefixes if prefix not in stored]:
+        raise ValueError(
+            f"{folder}: {CONFIG_FILE} says {len(prefixes)} layers, the weights have {len(stored)}. "
+            f"In the model, missing in the files: {some(missing)}"
+        )
 
 
 def _of_the_model(

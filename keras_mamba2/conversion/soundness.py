@@ -34,8 +34,8 @@ def checksums_compared(tensors: Iterable[StoredTensor]) -> Iterator[None]:
     if damaged:
         raise ValueError(
             f"{damaged[0].file} is damaged: of {len(damaged)} of its {len(storages)} storages the "
-            "checksum is another than when it was written. Get the file again; where torch wrote it "
-            "without checksums, load and save it once with torch."
+            "checksum is another than when it was written. Get the file again; where torch wrote "
+            "it without checksums, load and save it once with torch."
         )
 
 
