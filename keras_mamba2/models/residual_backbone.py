@@ -1,3 +1,4 @@
+import functools
 from collections.abc import Sequence
 from typing import Any
 from typing import ClassVar
@@ -6,7 +7,9 @@ import keras
 import keras_hub
 from keras import ops
 
-from keras_mamba2.conversion import keras_arguments
+from keras_mamba2.conversion import WholeWeights
+from keras_mamba2.conversion import building
+from keras_mamba2.conversion import load_preset
 from keras_mamba2.conversion import open_preset
 from keras_mamba2.layers.gated_rms_normalization import GatedRMSNormalization
 from keras_mamba2.layers.residual_block import ResidualBlock
@@ -25,7 +28,7 @@ from keras_mamba2.state import Mamba2State
 from keras_mamba2.state.digest import digest_after
 
 
-class ResidualBackbone(AtomicPreset, AtomicSave, keras_hub.models.Backbone):
+class ResidualBackbone(AtomicPreset, AtomicSave, WholeWeights, keras_hub.models.Backbone):
     """An embedding, residual blocks, and a norm. It knows no kind of layer.
 
     A subclass makes the layers from its configuration. All that a backbone does with them goes
@@ -71,7 +74,8 @@ class ResidualBackbone(AtomicPreset, AtomicSave, keras_hub.models.Backbone):
         padding_mask_input = keras.Input(shape=(None,), dtype="int32", name="padding_mask")
         # Without `segment_ids`: KerasHub's tools expect the inputs that preprocessors make.
         inputs = {"token_ids": token_id_input, "padding_mask": padding_mask_input}
-        super().__init__(inputs=inputs, outputs=self._hidden_states(**inputs), **kwargs)
+        with building():
+            super().__init__(inputs=inputs, outputs=self._hidden_states(**inputs), **kwargs)
         self.input_spec = None  # Keras' own knows no other names; `standard_names` checks them
 
     def call(self, inputs, training=None):
@@ -168,9 +172,8 @@ class ResidualBackbone(AtomicPreset, AtomicSave, keras_hub.models.Backbone):
                     "`from_preset` of that class."
                 )
             return loader.load_backbone(cls, load_weights, **kwargs)
-        return super().from_preset(
-            preset, load_weights=load_weights, **keras_arguments(preset, kwargs)
-        )
+        load = functools.partial(super().from_preset, preset)
+        return load_preset(load, preset, load_weights, kwargs)
 
     @classmethod
     def get_layout_map(
