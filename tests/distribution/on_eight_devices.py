@@ -28,6 +28,7 @@ from keras.distribution import list_devices
 
 from keras_mamba2 import Mamba2Backbone
 from keras_mamba2 import Mamba2CausalLM
+from keras_mamba2 import Mamba2HybridBackbone
 from keras_mamba2.ops.ssd_jax import ssd
 from keras_mamba2.ops.ssd_sequence_parallel import ssd_sequence_parallel
 from tests import reference
@@ -144,6 +145,59 @@ def collectives(program, in_loops=None):
     return count
 
 
+def make_hybrid():
+    keras.utils.set_random_seed(0)
+    backbone = Mamba2HybridBackbone(
+        vocabulary_size=256,
+        hidden_dim=32,
+        blocks=["mamba2+attention", "mlp", "attention", "experts+mlp"],
+        sublayers={
+            "mamba2": {"state_dim": 8, "head_dim": 8, "num_groups": 2, "chunk_size": 4},
+            "attention": {
+                "num_query_heads": 8,
+                "num_key_value_heads": 4,
+                "head_dim": 8,
+                "rotary_dim": 4,
+            },
+            "mlp": {"intermediate_dim": 64},
+            "experts": {
+                "kind": "mixture_of_experts",
+                "intermediate_dim": 16,
+                "num_experts": 8,
+                "num_experts_per_token": 2,
+            },
+        },
+    )
+    lm = Mamba2CausalLM(backbone)
+    lm.compile(optimizer=keras.optimizers.SGD(0.1), sampler="greedy", weighted_metrics=[])
+    return lm
+
+
+def check_hybrids():
+    """Heads of attention and experts are cut as heads of mixers are."""
+    x, y = data()
+
+    def train(distribution):
+        with scope(distribution):
+            lm = make_hybrid()
+            history = lm.fit(x, y, batch_size=len(y), epochs=2, shuffle=False, verbose=0)
+            prompts = {"token_ids": x["token_ids"][:2, :8], "padding_mask": np.ones((2, 8))}
+            tokens = lm.generate(prompts, max_new_tokens=6, stop_token_ids=None)["token_ids"]
+            layouts = {v.path: getattr(v.value.sharding, "spec", None) for v in lm.backbone.weights}
+            return history.history["loss"], lm.get_weights(), tokens, layouts
+
+    losses, weights, tokens, _ = train(None)
+    for shape in ((8, 1), (2, 4)):
+        layout_map = Mamba2HybridBackbone.get_layout_map(mesh(*shape))
+        *others, layouts = train(ModelParallel(layout_map=layout_map))
+        np.testing.assert_allclose(others[0], losses, rtol=64 * EPS, err_msg=str(shape))
+        np.testing.assert_array_equal(others[2], tokens, err_msg=str(shape))
+        for weight, other in zip(weights, others[1], strict=True):
+            np.testing.assert_allclose(other, weight, atol=1e-4, rtol=0)
+    assert layouts["block_2/sublayers/attention/query/kernel"] == PartitionSpec("batch", "model")
+    assert layouts["block_3/sublayers/experts/experts_up"][0] == "model"
+
+
 def check_collectives():
     """What is exchanged, and that none waits inside the loop over chunks."""
     assert not collectives(program_on())
@@ -254,6 +308,7 @@ if __name__ == "__main__":
         check_collectives,
         check_memory,
         check_prefill_of_one_long_sequence,
+        check_hybrids,
     ):
         check()
         print(check.__name__, flush=True)

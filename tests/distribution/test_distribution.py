@@ -30,6 +30,7 @@ def test_eight_devices_give_the_numbers_of_one():
         "check_collectives",
         "check_memory",
         "check_prefill_of_one_long_sequence",
+        "check_hybrids",
     ]
 
 
