@@ -31,12 +31,15 @@ PUBLISHED = {
     "falcon_h1_7b": 7_585_654_880,
     "nemotron_h_8b": 8_100_852_736,
     "nemotron_3_nano_30b_a3b": 31_577_940_288,
+    "zamba2_1.2b": 1_215_064_704,
+    "zamba2_2.7b": 2_662_214_560,
 }
 # Published in billions alone, with so many digits.
 PUBLISHED_BILLIONS = {
     "granite_4.0_h_1b": "1.5",
     "nemotron_h_4b": "4.49",
     "bamba_9b": "9.78",
+    "mamba2attn_2.7b": "2.7",
 }
 # The billions that a token uses, as published.
 PUBLISHED_USED = {
