@@ -2,6 +2,7 @@
 
 import collections
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -105,7 +106,9 @@ def _layers(arguments: Mapping[str, Any]) -> dict[str, str]:
     shown = {name: str(arguments[name]) for name in SHOWN if name in arguments}
     if "blocks" not in arguments:
         return shown
-    counts = collections.Counter(name for names in arguments["blocks"] for name in names.split("+"))
+    counts = collections.Counter(
+        name for names in arguments["blocks"] for name in re.split("[+>]", names)
+    )
     for name, sizes in arguments["sublayers"].items():
         sizes = ", ".join(f"{key}={value}" for key, value in sizes.items() if key != "kind")
         shown[name] = f"{counts[name]} times: {sizes}"

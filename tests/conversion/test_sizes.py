@@ -97,6 +97,12 @@ def test_a_base_model_has_the_shape_of_the_one_that_was_tuned(name):
         assert lines[0] == lines[1]
 
 
+def test_what_is_described_of_each_kind_is_how_often_it_is_there():
+    described = describe("zamba2_2.7b")
+    names = ("mamba2", "transformer_0", "transformer_1")
+    assert [described[name].split()[0] for name in names] == ["54", "5", "4"]
+
+
 def test_hybrids_are_presets_of_their_own_class_too():
     hybrids = keras_mamba2.Mamba2HybridBackbone.presets
     assert set(hybrids) == {
