@@ -76,8 +76,8 @@ def test_cards_have_the_metadata_of_the_hub(name):
     card = huggingface_hub.ModelCard.load(folder / "README.md")
     assert card.text.lstrip().startswith(f"# {name}\n")
     metadata = card.data.to_dict()
+    metadata.pop("language", None)
     expected = {
-        "language": "code" if "codestral" in name else "en",
         "library_name": "keras-hub",
         "license": "apache-2.0",
         "pipeline_tag": "text-generation",
@@ -85,8 +85,20 @@ def test_cards_have_the_metadata_of_the_hub(name):
     }
     if (folder / "sources.json").exists():
         sources = json.loads((folder / "sources.json").read_text())
-        assert metadata["license"] == sources["license"].lower()
         expected["base_model"] = sources["weights"].removeprefix("hf://")
+        if sources["license"] != "Apache-2.0":  # one that the hub has no id for
+            expected["license"] = "other"
+            expected["license_name"] = sources["license"].lower().replace(" ", "-")
+            link = metadata.pop("license_link")
+            assert f"| licence | [{sources['license']}]({link}) |" in card.text
+        else:
+            assert "| licence | Apache-2.0 |" in card.text
+        for key in ("weights", "tokenizer"):
+            repository = sources[key].removeprefix("hf://")
+            assert f"| {key} from | <https://huggingface.co/{repository}> |" in card.text
+        description = json.loads((folder / "metadata.json").read_text())["description"]
+        assert description in " ".join(card.text.split())
+        assert f'from_preset("{name}"' in card.text
     assert metadata == expected
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,7 +51,7 @@ def describe(preset) -> dict[str, str]:
     weights = f"{megabytes(4 * parameters)} in float32, {megabytes(2 * parameters)} in bfloat16"
     return {
         "format": kind,
-        "parameters": f"{parameters:,}",
+        "parameters": _parameters(backbone, arguments),
         "weights": weights,
         "state": _state(backbone),
         "vocabulary": f"{backbone.unpadded_vocabulary_size:,} tokens, "
@@ -64,6 +65,18 @@ def _without_values(name: str, arguments: Mapping[str, Any]):
     """The backbone, in float32."""
     with deferred_initialization():
         return keras.saving.get_registered_object(name)(**{**arguments, "dtype": "float32"})
+
+
+def _parameters(backbone, arguments: Mapping[str, Any]) -> str:
+    """How many, and where a token takes a few of the experts, how many it uses."""
+    total = used = backbone.count_params()
+    for weight in backbone.weights:
+        *_, owner, name = weight.path.split("/")
+        if name.startswith("experts_"):
+            sizes = arguments["sublayers"][owner]
+            left_out = sizes["num_experts"] - sizes["num_experts_per_token"]
+            used -= left_out * math.prod(weight.shape[1:])
+    return f"{total:,}" if used == total else f"{total:,}, of which a token uses {used:,}"
 
 
 def _state(backbone) -> str:
@@ -93,7 +106,9 @@ def _layers(arguments: Mapping[str, Any]) -> dict[str, str]:
     shown = {name: str(arguments[name]) for name in SHOWN if name in arguments}
     if "blocks" not in arguments:
         return shown
-    counts = collections.Counter(name for names in arguments["blocks"] for name in names.split("+"))
+    counts = collections.Counter(
+        name for names in arguments["blocks"] for name in re.split("[+>]", names)
+    )
     for name, sizes in arguments["sublayers"].items():
         sizes = ", ".join(f"{key}={value}" for key, value in sizes.items() if key != "kind")
         shown[name] = f"{counts[name]} times: {sizes}"

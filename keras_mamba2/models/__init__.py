@@ -10,14 +10,19 @@ from keras_mamba2.state import Mamba2State as Mamba2State
 # KerasHub finds the tokenizer of a model by its backbone.
 Mamba2Tokenizer.backbone_cls = Mamba2Backbone
 
-# `Mamba2Backbone.presets` lists them, and `keras_hub.models.CausalLM.from_preset` knows them.
-register_presets(
-    {
-        name: {
-            "metadata": preset_files.read_json(folder / "metadata.json"),
-            "kaggle_handle": str(folder),
-        }
-        for name, folder in preset_files.named_presets().items()
-    },
-    Mamba2Backbone,
-)
+_PRESETS = {
+    name: {
+        "metadata": preset_files.read_json(folder / "metadata.json"),
+        "kaggle_handle": str(folder),
+    }
+    for name, folder in preset_files.named_presets().items()
+}
+_HYBRIDS = {
+    name: preset
+    for name, preset in _PRESETS.items()
+    if preset["metadata"].get("path") == "mamba2_hybrid"
+}
+# `presets` of the classes lists them, and `keras_hub.models.CausalLM.from_preset` knows them. A
+# task looks for its own at `Mamba2Backbone`, and takes either.
+register_presets(_PRESETS, Mamba2Backbone)
+register_presets(_HYBRIDS, Mamba2HybridBackbone)
