@@ -148,6 +148,34 @@ def is_foreign(preset) -> bool:
     return "://" in str(preset) and not str(preset).startswith(hub.PREFIX)
 
 
+def read_sources(file: pathlib.Path) -> dict[str, str]:
+    """The handles of a preset's `weights` and `tokenizer`, each with its revision if it has one.
+
+    The optional `revision` maps them to commits of their repositories. A branch or a tag is
+    refused: both can be moved to other files.
+    """
+    sources = read_json(file)
+    revisions = sources.pop("revision", {})
+    if not isinstance(revisions, dict):
+        raise ValueError(
+            f'{file}: `revision` maps sources to commits, as {{"weights": "0123..."}}. '
+            f"Received: revision={revisions!r}"
+        )
+    for part, revision in revisions.items():
+        if part not in ("weights", "tokenizer") or "@" in sources.get(part, "@"):
+            raise ValueError(
+                f"{file}: `revision` is for `weights` and `tokenizer`, if their handles are there "
+                f"and have no revision of their own. Received: {part}={sources.get(part)!r}"
+            )
+        if not COMMIT_HASH.fullmatch(str(revision)):
+            raise ValueError(
+                f"{file}: a revision is the full hash of a commit, 40 hexadecimal digits. "
+                f"Received: {part}={revision!r}"
+            )
+        sources[part] = f"{sources[part]}@{revision}"
+    return sources
+
+
 def _local_folder(name: str) -> pathlib.Path:
     known = named_presets()
     folder = known.get(name, pathlib.Path(name))
@@ -228,34 +256,6 @@ def check_hdf5(file: pathlib.Path) -> None:
         h5py.File(file, "r").close()
     except OSError as error:
         raise ValueError(f"{file} is truncated or damaged: {error}") from error
-
-
-def read_sources(file: pathlib.Path) -> dict[str, str]:
-    """The handles of a preset's `weights` and `tokenizer`, each with its revision if it has one.
-
-    The optional `revision` maps them to commits of their repositories. A branch or a tag is
-    refused: both can be moved to other files.
-    """
-    sources = read_json(file)
-    revisions = sources.pop("revision", {})
-    if not isinstance(revisions, dict):
-        raise ValueError(
-            f'{file}: `revision` maps sources to commits, as {{"weights": "0123..."}}. '
-            f"Received: revision={revisions!r}"
-        )
-    for part, revision in revisions.items():
-        if part not in ("weights", "tokenizer") or "@" in sources.get(part, "@"):
-            raise ValueError(
-                f"{file}: `revision` is for `weights` and `tokenizer`, if their handles are there "
-                f"and have no revision of their own. Received: {part}={sources.get(part)!r}"
-            )
-        if not COMMIT_HASH.fullmatch(str(revision)):
-            raise ValueError(
-                f"{file}: a revision is the full hash of a commit, 40 hexadecimal digits. "
-                f"Received: {part}={revision!r}"
-            )
-        sources[part] = f"{sources[part]}@{revision}"
-    return sources
 
 
 def read_json(file: pathlib.Path) -> dict:
