@@ -1,9 +1,10 @@
 """From the name of a preset to local files, checked before anything is loaded."""
 
+import contextlib
 import difflib
 import fnmatch
 import functools
-import json
+import os
 import pathlib
 import re
 from collections.abc import Sequence
@@ -11,12 +12,20 @@ from typing import Any
 
 from keras_mamba2 import hub
 from keras_mamba2.atomic_files import clean_up
+from keras_mamba2.untrusted import check_file
+from keras_mamba2.untrusted import is_folder
+from keras_mamba2.untrusted import read_json as read_json
+from keras_mamba2.untrusted import shortened
+from keras_mamba2.untrusted import some
 
 CONFIG_FILE = "config.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
+TASK_FILE, PREPROCESSOR_FILE = "task.json", "preprocessor.json"
 SOURCES_FILE = "sources.json"
 COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
 BACKBONE_NAMES = ("keras_mamba2>Mamba2Backbone", "keras_mamba2>Mamba2HybridBackbone")
+LONGEST_NAME = 100  # that is compared with known ones
+LARGEST_TOKENIZER = 64_000_000
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 # Of each list the first that is there is taken, with the shards that belong to an index.
@@ -33,7 +42,7 @@ SHARDS = {
     "model.safetensors.index.json": "model-*.safetensors",
     "pytorch_model.bin.index.json": "pytorch_model-*.bin",
 }
-KERAS_PARTS = ("task.json", "task.weights.h5", "preprocessor.json", "metadata.json")
+KERAS_PARTS = (TASK_FILE, "task.weights.h5", PREPROCESSOR_FILE, "metadata.json")
 KERAS_TOKENIZER = ("tokenizer.json", "assets/tokenizer/tokenizer.json")
 CHECKPOINT_TOKENIZER = (
     "tokenizer.json",
@@ -74,7 +83,8 @@ class Preset:
             self.folder = hub.fetch(self.name, lambda names: _present([CONFIG_FILE], names))
         else:
             self.folder = _local_folder(self.name)
-            if (self.folder / SOURCES_FILE).is_file():
+            # Of our own presets alone: another's could name itself, or what was not asked for.
+            if self.name in named_presets() and (self.folder / SOURCES_FILE).is_file():
                 self.sources = read_sources(self.folder / SOURCES_FILE)
 
     @functools.cached_property
@@ -148,6 +158,121 @@ def is_foreign(preset) -> bool:
     return "://" in str(preset) and not str(preset).startswith(hub.PREFIX)
 
 
+def _local_folder(name: str) -> pathlib.Path:
+    known = named_presets()
+    if not name:
+        raise ValueError(f"The name of a preset is empty. Known names: {', '.join(known)}.")
+    folder = known.get(name, pathlib.Path(name))
+    if not is_folder(folder):
+        with contextlib.suppress(ValueError):  # a name that no path can have
+            clean_up(folder)  # it may be one that a killed process was about to replace
+    if not is_folder(folder):
+        near = difflib.get_close_matches(name[:LONGEST_NAME], known, n=1, cutoff=0.4)
+        raise ValueError(
+            f"Unknown preset {shortened(name)!r}: neither the name of a preset nor a local folder. "
+            f"Known names: {', '.join(known)}."
+            + (f" Did you mean {near[0]!r}?" if near else "")
+            + " A preset on the Hugging Face hub is written 'hf://user/name'."
+        )
+    return folder
+
+
+def _present(wanted: Sequence[str], names: Sequence[str]) -> list[str]:
+    missing = [name for name in wanted if name not in names]
+    if missing:
+        raise ValueError(f"Missing: {some(missing)}. Present: {some(sorted(names))}.")
+    return list(wanted)
+
+
+def _weights(kinds: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The weights among the files `names`, of the first kind that is there."""
+    for kind in kinds:
+        if kind in names:
+            return [kind, *fnmatch.filter(names, SHARDS[kind])] if kind in SHARDS else [kind]
+    raise ValueError(f"No weights. Expected one of: {', '.join(kinds)}.")
+
+
+def check_folder(
+    folder: pathlib.Path,
+    weights: bool = True,
+    tokenizer: bool = True,
+    names: Sequence[str] = BACKBONE_NAMES,
+) -> None:
+    """Raises a `ValueError` that names the file, unless `folder` is a preset of this package."""
+    name = read_json(folder / CONFIG_FILE).get("registered_name")
+    if name not in names:
+        classes = " or a ".join(known.split(">")[-1] for known in names)
+        raise ValueError(
+            f"{folder / CONFIG_FILE} is not the configuration of a {classes}. "
+            f"Received: registered_name={shortened(name)!r}"
+        )
+    check_serialized(folder / CONFIG_FILE)
+    for file in (TASK_FILE, PREPROCESSOR_FILE):
+        if os.path.lexists(folder / file):
+            check_serialized(folder / file)
+    if weights:
+        for file in weights_files(folder):
+            check_hdf5(file)
+    if tokenizer:
+        check_serialized(folder / KERAS_TOKENIZER[0])
+        read_json(folder / KERAS_TOKENIZER[1], LARGEST_TOKENIZER)
+
+
+def check_serialized(file: pathlib.Path) -> None:
+    """Raises unless `file` has what Keras writes of an object: its class and its configuration."""
+    value = read_json(file)
+    for key, kind in (("registered_name", str), ("config", dict)):
+        if not isinstance(value.get(key), kind):
+            raise ValueError(
+                f"{file} is not the configuration of an object of Keras. Expected: `{key}`. "
+                f"Received: {key}={shortened(value.get(key))}"
+            )
+
+
+def weights_files(path: pathlib.Path) -> list[pathlib.Path]:
+    """The HDF5 files of a preset, or of weights that `save_weights` wrote.
+
+    Raises:
+        ValueError: that names the file, if there are none, one is missing, or lies elsewhere.
+    """
+    if is_folder(path):
+        present = [path / file for file in KERAS_WEIGHTS if os.path.lexists(path / file)]
+        if not present:
+            raise ValueError(f"{path / KERAS_WEIGHTS[0]} is missing.")
+        path = present[0]
+    if path.suffix != ".json":
+        check_file(path)
+        return [path]
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path} has no `weight_map`.")
+    # The shards of a variable: one name, or a list where it is cut over several.
+    names = [n for s in weight_map.values() for n in (s if isinstance(s, list) else [s])]
+    for name in names:
+        if not isinstance(name, str) or pathlib.Path(name).name != name:
+            raise ValueError(
+                f"{path} must name files beside it. Received: weight_map with {shortened(name)!r}"
+            )
+    files = [path.with_name(name) for name in sorted(set(names))]
+    for file in files:
+        check_file(file)
+    return files
+
+
+def check_hdf5(file: pathlib.Path) -> None:
+    """Raises unless `file` is a whole HDF5 file: an open one tells its own size."""
+    import h5py
+
+    check_file(file)
+    with file.open("rb") as stream:
+        if stream.read(len(HDF5_SIGNATURE)) != HDF5_SIGNATURE:
+            raise ValueError(f"{file} is not a weights file in HDF5 format.")
+    try:
+        h5py.File(file, "r").close()
+    except OSError as error:
+        raise ValueError(f"{file} is truncated or damaged: {error}") from error
+
+
 def read_sources(file: pathlib.Path) -> dict[str, str]:
     """The handles of a preset's `weights` and `tokenizer`, each with its revision if it has one.
 
@@ -174,97 +299,3 @@ def read_sources(file: pathlib.Path) -> dict[str, str]:
             )
         sources[part] = f"{sources[part]}@{revision}"
     return sources
-
-
-def _local_folder(name: str) -> pathlib.Path:
-    known = named_presets()
-    folder = known.get(name, pathlib.Path(name))
-    if not folder.is_dir():
-        clean_up(folder)  # it may be one that a killed process was about to replace
-    if not folder.is_dir():
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-        raise ValueError(
-            f"Unknown preset {name!r}: neither the name of a preset nor a local folder. "
-            f"Known names: {', '.join(known)}."
-            + (f" Did you mean {near[0]!r}?" if near else "")
-            + " A preset on the Hugging Face hub is written 'hf://user/name'."
-        )
-    return folder
-
-
-def _present(wanted: Sequence[str], names: Sequence[str]) -> list[str]:
-    missing = [name for name in wanted if name not in names]
-    if missing:
-        raise ValueError(f"Missing: {', '.join(missing)}. Present: {', '.join(sorted(names))}.")
-    return list(wanted)
-
-
-def _weights(kinds: Sequence[str], names: Sequence[str]) -> list[str]:
-    """The weights among the files `names`, of the first kind that is there."""
-    for kind in kinds:
-        if kind in names:
-            return [kind, *fnmatch.filter(names, SHARDS[kind])] if kind in SHARDS else [kind]
-    raise ValueError(f"No weights. Expected one of: {', '.join(kinds)}.")
-
-
-def check_folder(
-    folder: pathlib.Path,
-    weights: bool = True,
-    tokenizer: bool = True,
-    names: Sequence[str] = BACKBONE_NAMES,
-) -> None:
-    """Raises a `ValueError` that names the file, unless `folder` is a preset of this package."""
-    name = read_json(folder / CONFIG_FILE).get("registered_name")
-    if name not in names:
-        classes = " or a ".join(known.split(">")[-1] for known in names)
-        raise ValueError(
-            f"{folder / CONFIG_FILE} is not the configuration of a {classes}. "
-            f"Received: registered_name={name!r}"
-        )
-    if weights:
-        check_weights(folder)
-    if tokenizer:
-        for file in KERAS_TOKENIZER:
-            read_json(folder / file)
-
-
-def check_weights(folder: pathlib.Path) -> None:
-    present = [folder / file for file in KERAS_WEIGHTS if (folder / file).is_file()]
-    if not present:
-        raise ValueError(f"{folder / KERAS_WEIGHTS[0]} is missing.")
-    if present[0].suffix == ".json":
-        shards = read_json(present[0]).get("weight_map", {}).values()
-        # The shards of a variable: one name, or a list where it is cut over several.
-        names = sorted({n for s in shards for n in ([s] if isinstance(s, str) else s)})
-        files = [folder / name for name in names]
-    else:
-        files = present[:1]
-    for file in files:
-        check_hdf5(file)
-
-
-def check_hdf5(file: pathlib.Path) -> None:
-    """Raises unless `file` is a whole HDF5 file: an open one tells its own size."""
-    import h5py
-
-    if not file.is_file():
-        raise ValueError(f"{file} is missing.")
-    with file.open("rb") as stream:
-        if stream.read(len(HDF5_SIGNATURE)) != HDF5_SIGNATURE:
-            raise ValueError(f"{file} is not a weights file in HDF5 format.")
-    try:
-        h5py.File(file, "r").close()
-    except OSError as error:
-        raise ValueError(f"{file} is truncated or damaged: {error}") from error
-
-
-def read_json(file: pathlib.Path) -> dict:
-    try:
-        value = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{file} is missing.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is truncated or not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} must hold a JSON object. Received: {type(value).__name__}")
-    return value

@@ -5,6 +5,8 @@ Nothing of `keras_mamba2` is imported. The two linear operations also take compl
 what `gradients` needs.
 """
 
+import math
+
 import numpy as np
 
 
@@ -81,8 +83,13 @@ def softplus(x):
     return np.logaddexp(x, 0.0)
 
 
-def gated_rms_normalization(x, scale, gate=None, num_groups=1, epsilon=1e-5):
+def gated_rms_normalization(
+    x, scale, gate=None, num_groups=1, epsilon=1e-5, norm_before_gate=False
+):
     x = wide(x)
+    if gate is not None and norm_before_gate:
+        normed = gated_rms_normalization(x, scale, None, num_groups, epsilon)
+        return normed * silu(wide(gate))
     if gate is not None:
         x = x * silu(wide(gate))
     size = x.shape[-1] // num_groups
@@ -90,6 +97,117 @@ def gated_rms_normalization(x, scale, gate=None, num_groups=1, epsilon=1e-5):
     rms = [np.sqrt((group**2).mean(axis=-1, keepdims=True) + epsilon) for group in groups]
     normed = [group / root for group, root in zip(groups, rms, strict=True)]
     return np.concatenate(normed, axis=-1) * wide(scale)
+
+
+def rotated(x, position, dims, base):
+    """The first `dims` dimensions of heads `(... p)` turned: the halves are the pairs."""
+    angles = position * base ** (-np.arange(0, dims, 2) / dims)
+    a, b = x[..., : dims // 2], x[..., dims // 2 : dims]
+    turned = [a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles)]
+    return np.concatenate([*turned, x[..., dims:]], axis=-1)
+
+
+def attention(x, weights, config):
+    """Causal attention on x `(b t d)`, query by query and head by head."""
+    b, t, _ = np.shape(x)
+    h, g, p = (config[k] for k in ("num_query_heads", "num_key_value_heads", "head_dim"))
+    scale = p**-0.5 if config["scale"] is None else config["scale"]
+    parts = [adapted(wide(x), weights, name) for name in ("query", "key", "value")]
+    if config["conv_kernel_size"]:
+        qkv = np.concatenate(parts, axis=-1)
+        qkv, _ = causal_conv1d(qkv, weights["conv_kernel"], weights["conv_bias"])
+        parts = np.split(qkv, [h * p, (h + g) * p], axis=-1)
+    q, k, v = (part.reshape(b, t, -1, p) for part in parts)
+    k = k * config["key_multiplier"]
+    for heads in (q, k):
+        for i in range(t):
+            heads[:, i] = rotated(
+                heads[:, i], i, config["rotary_dim"], config["rope_max_wavelength"]
+            )
+    y = np.zeros_like(q)
+    for row, i, head in np.ndindex(b, t, h):
+        group = head // (h // g)
+        scores = k[row, : i + 1, group] @ q[row, i, head] * scale
+        likely = np.exp(scores - scores.max())
+        y[row, i, head] = likely / likely.sum() @ v[row, : i + 1, group]
+    return dense(y.reshape(b, t, h * p), weights, "output")
+
+
+def gelu(x):
+    return x * (1 + np.vectorize(math.erf)(x / np.sqrt(2))) / 2
+
+
+ACTIVATIONS = {"silu": silu, "squared_relu": lambda x: np.maximum(x, 0) ** 2, "gelu": gelu}
+
+
+def mlp(x, weights, config):
+    activation = ACTIVATIONS[config["activation"]]
+    x, f = wide(x), config["intermediate_dim"]
+    added = np.zeros(2 * f)
+    if config["adapter_rank"] is not None:
+        added = adapter(x, weights, "adapter")
+    up = dense(x, weights, "up") + added[..., -f:]
+    if not config["gated"]:
+        return dense(activation(up), weights, "down")
+    gate = (dense(x, weights, "gate") + added[..., :f]) * config["gate_multiplier"]
+    return dense(activation(gate) * up, weights, "down")
+
+
+def adapter(x, weights, name):
+    return dense(dense(x, weights, f"{name}/adapter_down"), weights, f"{name}/adapter_up")
+
+
+def adapted(x, weights, name):
+    """A projection, with what an adapter adds if there is one."""
+    y = dense(x, weights, name)
+    if f"{name}_adapter/adapter_down/kernel" in weights:
+        y = y + adapter(x, weights, f"{name}_adapter")
+    return y
+
+
+def mixture_of_experts(x, weights, config):
+    """Token by token, expert by expert."""
+    x = wide(x)
+    y = np.zeros_like(x)
+    for index in np.ndindex(x.shape[:-1]):
+        token = x[index]
+        inner = token if config["latent_dim"] is None else dense(token, weights, "latent_down")
+        total = 0
+        for expert, weight in routes(token, weights, config):
+            total = total + weight * _expert(inner, expert, weights, config)
+        if config["latent_dim"] is not None:
+            total = dense(total, weights, "latent_up")
+        y[index] = total
+    return y
+
+
+def routes(token, weights, config):
+    """The experts of one token with their weights."""
+    k, logits = config["num_experts_per_token"], token @ weights["router"]
+    if config["scoring"] == "softmax":
+        best = np.argsort(-logits)[:k]
+        weight = np.exp(logits[best] - logits[best].max())
+        weight = weight / weight.sum()
+    else:
+        scores = 1 / (1 + np.exp(-logits))
+        choice = (scores + weights["router_bias"]).reshape(config["num_expert_groups"], -1)
+        value = np.sort(choice, axis=1)[:, -2:].sum(axis=1)
+        kept = np.argsort(-value)[: config["num_groups_per_token"]]
+        outside = [i for i in range(len(choice)) if i not in kept]
+        choice[outside] = -np.inf
+        best = np.argsort(-choice.reshape(-1))[:k]
+        weight = scores[best]
+        if config["normalize_weights"]:
+            weight = weight / weight.sum()
+    return list(zip(best, weight * config["weights_multiplier"], strict=True))
+
+
+def _expert(x, expert, weights, config):
+    activation = ACTIVATIONS[config["activation"]]
+    up = x @ weights["experts_up"][expert]
+    gate = x @ weights["experts_gate"][expert] if config["gated"] else None
+    inner = activation(up) if gate is None else activation(gate) * up
+    return inner @ weights["experts_down"][expert]
 
 
 def dense(x, weights, name):
@@ -106,7 +224,11 @@ def mixer(x, weights, config, state=(None, None)):
     b, t, _ = np.shape(x)
     n, p, g = config["state_dim"], config["head_dim"], config["num_groups"]
     e = weights["out_proj/kernel"].shape[0]
-    z, xBC, dt = np.split(dense(x, weights, "in_proj"), [e, 2 * e + 2 * g * n], axis=-1)
+    projected = dense(x, weights, "in_proj")
+    if config.get("projection_multipliers"):
+        sizes = (e, e, g * n, g * n, e // p)
+        projected = projected * np.repeat(config["projection_multipliers"], sizes)
+    z, xBC, dt = np.split(projected, [e, 2 * e + 2 * g * n], axis=-1)
 
     xBC, conv_state = causal_conv1d(
         xBC, weights["conv_kernel"], weights.get("conv_bias"), conv_state=state[0]
@@ -123,9 +245,13 @@ def mixer(x, weights, config, state=(None, None)):
         weights["D"],
         initial_state=state[1],
     )
-    y = gated_rms_normalization(
-        y.reshape(b, t, e), weights["norm/scale"], z, g, config["layer_norm_epsilon"]
-    )
+    y = y.reshape(b, t, e)
+    if config["gated_norm"] == "none":
+        y = y * silu(z)
+    else:
+        before = config["gated_norm"] == "before_gate"
+        scale, epsilon = weights["norm/scale"], config["layer_norm_epsilon"]
+        y = gated_rms_normalization(y, scale, z, g, epsilon, before)
     return dense(y, weights, "out_proj"), (conv_state, ssm_state)
 
 
@@ -172,6 +298,8 @@ def randomize(layer, seed=0):
         shape = tuple(weight.shape)
         if weight.path.endswith("/kernel"):
             value = rng.normal(size=shape) * shape[0] ** -0.5
+        elif "/experts_" in weight.path:
+            value = rng.normal(size=shape) * shape[1] ** -0.5
         elif weight.path.endswith("A_log"):
             value = np.log(rng.uniform(1, 16, size=shape))
         elif weight.path.endswith("dt_bias"):

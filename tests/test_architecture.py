@@ -18,6 +18,7 @@ LEAVES = [
     "preset_files",
     "saving",
     "training",
+    "untrusted",
 ]
 LEAVES += ["models.mamba2_tokenizer"]
 MODEL_PARTS = {*ORDER} - {"cli"}

@@ -1,13 +1,20 @@
 """The configuration of a checkpoint <-> the constructor arguments of a backbone."""
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
 from collections.abc import Mapping
 from typing import Any
 
 from keras_mamba2.conversion.architectures import architecture_of
 from keras_mamba2.conversion.architectures import exported_as
+from keras_mamba2.conversion.config_values import check_arguments
+from keras_mamba2.conversion.config_values import check_values
 from keras_mamba2.preset_files import CONFIG_FILE
 from keras_mamba2.preset_files import read_json
+from keras_mamba2.untrusted import shortened
+
+LONGEST_ERROR = 1000
 
 
 def format_of(config: Mapping[str, Any]) -> str:
@@ -33,16 +40,35 @@ def constructor_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_constructor_arguments(folder) -> dict[str, Any]:
-    """`constructor_arguments` of the `config.json` in `folder`. Errors name the file."""
+    """`constructor_arguments` of the `config.json` in `folder`.
+
+    Raises:
+        ValueError: that names the file, as `constructor_arguments`, and for values that no model
+            has: see `config_values`.
+    """
     file = pathlib.Path(folder) / CONFIG_FILE
     config = read_json(file)
+    with errors_naming(file):
+        check_values(config)
+        try:
+            arguments = constructor_arguments(config)
+        except KeyError as error:
+            raise ValueError(f"the configuration has no `{error.args[0]}`.") from error
+        check_arguments(arguments)
+    return arguments
+
+
+@contextlib.contextmanager
+def errors_naming(file) -> Iterator[None]:
+    """Whatever a value in `file` leads to becomes a `ValueError` that names the file, once."""
     try:
-        return constructor_arguments(config)
-    except KeyError as error:
-        raise ValueError(f"{file}: the configuration has no `{error.args[0]}`.") from error
-    # A value of a wrong type can fail anywhere.
-    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{file}: {error}") from error
+        yield
+    # A value of a wrong type can fail anywhere, in anybody's code.
+    except Exception as error:
+        if isinstance(error, ValueError) and str(pathlib.Path(file).parent) in str(error):
+            raise
+        text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file}: {shortened(text, LONGEST_ERROR)}") from error
 
 
 def transformers_config(

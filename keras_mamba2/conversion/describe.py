@@ -10,9 +10,13 @@ import numpy as np
 from keras import tree
 
 from keras_mamba2.conversion.architectures import architecture_of
+from keras_mamba2.conversion.architectures.architecture import backbone_name
+from keras_mamba2.conversion.config import errors_naming
+from keras_mamba2.conversion.config import read_constructor_arguments
 from keras_mamba2.conversion.deferred import deferred_initialization
 from keras_mamba2.conversion.preset_loader import CheckpointLoader
 from keras_mamba2.conversion.tokenizer import TOKENIZER_FILE
+from keras_mamba2.preset_files import CONFIG_FILE
 from keras_mamba2.preset_files import KERAS_TOKENIZER
 from keras_mamba2.preset_files import Preset
 
@@ -32,14 +36,16 @@ def describe(preset) -> dict[str, str]:
     """Lines to print about `preset`: a name, a local folder, or `hf://user/name`."""
     files = Preset(preset)
     if files.is_checkpoint:
+        arguments = read_constructor_arguments(files.folder)
         architecture = architecture_of(files.config)
-        name, arguments = architecture.backbone, architecture.arguments(files.config)
+        name = backbone_name(arguments)
         tokenizer, kind = _tokenizer_of_checkpoint(files), architecture.name
     else:
         folder = files.keras_folder(weights=False, tokenizer=False)
         name, arguments = files.config["registered_name"], files.config["config"]
         tokenizer, kind = f"{folder}/{KERAS_TOKENIZER[-1]}", "KerasHub"
-    backbone = _without_values(name, arguments)
+    with errors_naming(files.folder / CONFIG_FILE):
+        backbone = _without_values(name, arguments)
     parameters = backbone.count_params()
     weights = f"{megabytes(4 * parameters)} in float32, {megabytes(2 * parameters)} in bfloat16"
     return {

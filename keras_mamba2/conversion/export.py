@@ -78,7 +78,8 @@ def export_to_transformers(
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"`dtype` must be None or one of {DTYPES}. Received: dtype={dtype}")
-    names = exported_as(backbone.get_config())[0].names
+    backbone_config = backbone.get_config()
+    names = exported_as(backbone_config)[0].names_for(backbone_config)
     weights = _weights(backbone.weights, names, dtype)
     ids = _special_ids(tokenizer)
     config = transformers_config(

@@ -2,9 +2,9 @@
 
 import pathlib
 import re
-import warnings
 from collections.abc import Mapping
 from collections.abc import Sequence
+from typing import Any
 from typing import NamedTuple
 
 import keras
@@ -12,21 +12,28 @@ import numpy as np
 
 from keras_mamba2._compat.keras_variables import has_value
 from keras_mamba2.conversion.architectures import architecture_of
-from keras_mamba2.conversion.architectures import with_names_in
+from keras_mamba2.conversion.architectures import names_in
 from keras_mamba2.conversion.deferred import set_value
 from keras_mamba2.conversion.names import Names
 from keras_mamba2.conversion.names import Piece
 from keras_mamba2.conversion.progress import progress
 from keras_mamba2.conversion.readers import read_tensors
+from keras_mamba2.conversion.soundness import check_floats
+from keras_mamba2.conversion.soundness import checksums_compared
+from keras_mamba2.conversion.soundness import is_finite
+from keras_mamba2.conversion.soundness import non_finite
+from keras_mamba2.conversion.soundness import refuse_non_finite
 from keras_mamba2.conversion.stored_tensor import StoredTensor
 from keras_mamba2.conversion.stored_tensor import numpy_dtype
 from keras_mamba2.preset_files import CONFIG_FILE
 from keras_mamba2.preset_files import read_json
+from keras_mamba2.untrusted import some
 
 # Embeddings are padded to a multiple of 8, 16, 64 or 128 rows. More than this is another model.
 MOST_PADDING_ROWS = 256
 ROWS_AT_ONCE = 1024
 STRIPE = 64  # numbers
+MOST_SHOWN = 20  # problems in an error
 
 
 class Target(NamedTuple):
@@ -40,35 +47,60 @@ def load_weights(backbone, folder) -> None:
     """Fills the variables of a built backbone from the checkpoint in `folder`.
 
     One tensor is read at a time and cast to its variable's dtype. Everything is checked before
-    the first variable changes. An embedding with a few rows less than the model's vocabulary is
-    padded with zeros.
-
-    Warns:
-        UserWarning: that counts the NaN weights, if there are any.
+    the first value changes; a model that has values needs room for both meanwhile. An embedding
+    with a few rows less than the model's vocabulary is padded with zeros.
 
     Raises:
         ValueError: if a weight in the files is not used or a variable not filled (both sets are
-            listed), for shapes that differ, and as `readers.read_tensors`.
+            listed), for shapes that differ, for weights that are not finite in the dtype of their
+            variable, for a checksum that differs, and as `readers.read_tensors`.
     """
     folder = pathlib.Path(folder)
     tensors = read_tensors(folder)
     architecture = architecture_of(read_json(folder / CONFIG_FILE))
-    names = with_names_in(architecture, tensors).names
+    names = names_in(architecture, backbone.get_config(), tensors)
     targets = [Target(variable, names.pieces(variable)) for variable in backbone.weights]
     tensors = _of_the_model(folder, tensors, targets, names)
     _check_names(folder, tensors, targets)
     _check_shapes(folder, tensors, targets, names)
+    check_floats(folder, tensors)
     nbytes = sum(tensor.end - tensor.offset for tensor in tensors.values())
-    nans = {
-        target.variable.path: _assign(tensors, target)
-        for target in progress(targets, "Loading weights", nbytes)
-    }
-    nans = {name: count for name, count in nans.items() if count}
-    if nans:
-        warnings.warn(
-            f"The weights in {folder} hold {sum(nans.values())} NaN in {len(nans)} variables: "
-            + ", ".join(f"{name} ({count})" for name, count in nans.items()),
-            stacklevel=2,
+    replaced, bad = [], []
+    with checksums_compared(tensors.values()):
+        for target in progress(targets, "Loading weights", nbytes):
+            value = _value(tensors, target)
+            if not is_finite(value):
+                bad.append(non_finite(some(sorted(_names([target])), 3), value))
+            elif has_value(target.variable):
+                replaced.append((target.variable, value))
+            else:
+                set_value(target.variable, value)
+    refuse_non_finite(folder, bad)
+    for variable, value in replaced:
+        set_value(variable, value)
+
+
+def check_number_of_layers(arguments: Mapping[str, Any], folder) -> None:
+    """Raises if a model of `arguments` has layers that the weights in `folder` do not have.
+
+    A model of a thousand layers would be built for nothing.
+
+    Raises:
+        ValueError: that names the missing tensors, and as `readers.read_tensors`.
+    """
+    tensors = read_tensors(folder)
+    architecture = architecture_of(read_json(pathlib.Path(folder) / CONFIG_FILE))
+    names = names_in(architecture, arguments, tensors)
+    blocks = len(arguments["blocks"]) if "blocks" in arguments else arguments["num_layers"]
+    expected = blocks // len(names.blocks)
+    pattern = re.compile(re.escape(names.layers).replace(r"\{\}", r"\d+"))
+    stored = {match[0] for name in tensors if (match := pattern.match(name))}
+    # Of a thousand million layers the first that is missing comes soon.
+    missing = (names.layers.format(i) for i in range(expected))
+    if first := next((prefix for prefix in missing if prefix not in stored), None):
+        raise ValueError(
+            f"{folder}: {CONFIG_FILE} says {expected} layers, the weights have {len(stored)}. "
+            f"In the model, missing in the files: {first}"
         )
 
 
@@ -115,8 +147,8 @@ def _check_names(folder, tensors: Mapping[str, StoredTensor], targets: Sequence[
     if unused or missing:
         raise ValueError(
             f"The weights in {folder} are not those of the model.\n"
-            f"In the files, without a place in the model: {', '.join(unused) or 'none'}\n"
-            f"In the model, missing in the files: {', '.join(missing) or 'none'}"
+            f"In the files, without a place in the model: {some(unused)}\n"
+            f"In the model, missing in the files: {some(missing)}"
         )
 
 
@@ -134,7 +166,12 @@ def _check_shapes(
                     f"the model ({variable.path}){_about_rows(actual, expected) if rows else ''}"
                 )
     if problems:
-        raise ValueError(f"Shapes in {folder} differ from the model's.\n" + "\n".join(problems))
+        more = f"\nand {len(problems) - MOST_SHOWN} more" if len(problems) > MOST_SHOWN else ""
+        raise ValueError(
+            f"Shapes in {folder} differ from the model's.\n"
+            + "\n".join(problems[:MOST_SHOWN])
+            + more
+        )
 
 
 def _lacks_padding(actual: tuple[int, ...], expected: tuple[int, ...]) -> bool:
@@ -150,17 +187,16 @@ def _about_rows(actual: tuple[int, ...], expected: tuple[int, ...]) -> str:
     )
 
 
-def _assign(tensors: Mapping[str, StoredTensor], target: Target) -> int:
-    """Fills one variable and returns how many NaN it got."""
+def _value(tensors: Mapping[str, StoredTensor], target: Target) -> np.ndarray:
+    """What fills one variable."""
     variable, pieces = target
-    _free(variable)
     # Memory of its own, which a backend may take over; the file's must not be.
     value = np.zeros(variable.shape, numpy_dtype(variable.dtype))
     for piece in pieces:
         source = piece.of_file(tensors[piece.name].read())
-        _copy(piece.weight.layout.to_variable(source), piece.of_variable(value))
-    set_value(variable, value)
-    return int(np.count_nonzero(np.isnan(value)))
+        with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is refused
+            _copy(piece.weight.layout.to_variable(source), piece.of_variable(value))
+    return value
 
 
 def _copy(source: np.ndarray, target: np.ndarray) -> None:
@@ -172,13 +208,3 @@ def _copy(source: np.ndarray, target: np.ndarray) -> None:
     target = target[tuple(map(slice, source.shape))]
     for i in range(0, source.shape[-1], STRIPE):
         target[..., i : i + STRIPE] = source[..., i : i + STRIPE]
-
-
-def _free(variable: keras.Variable) -> None:
-    """Gives up the memory of a value that is about to be replaced, before the new one takes any."""
-    if (
-        has_value(variable)
-        and keras.config.backend() == "jax"
-        and len(variable.value.sharding.device_set) == 1
-    ):
-        variable.value.delete()

@@ -32,8 +32,13 @@ class Weight(NamedTuple):
 
     name: str  # with `{expert}` where each expert has a tensor of its own
     layout: Layout = SAME
-    part: int = 0  # which of `parts` equal pieces of the tensor's rows (out) it is
-    parts: int = 1
+    part: int = 0  # which of the parts of the tensor's rows (out) it is
+    parts: tuple[int, ...] = (1,)  # how large they are, beside one another
+
+
+def _rows_axis(shape: Sequence[int]) -> int:
+    """The axis of a tensor's rows (out): of a bias the only one, of a matrix the first of two."""
+    return max(len(shape) - 2, 0)
 
 
 class Piece(NamedTuple):
@@ -47,16 +52,22 @@ class Piece(NamedTuple):
         """The shape of the whole tensor in the file."""
         shape = tuple(variable_shape) if self.item is None else tuple(variable_shape)[1:]
         shape = self.weight.layout.file_shape(shape)
-        if self.weight.parts == 1:
+        part, parts = self.weight.part, self.weight.parts
+        if len(parts) == 1:
             return shape
-        return (*shape[:-2], shape[-2] * self.weight.parts, shape[-1])
+        axis = _rows_axis(shape)
+        rows = shape[axis] * sum(parts) // parts[part]
+        return (*shape[:axis], rows, *shape[axis + 1 :])
 
     def of_file(self, tensor: np.ndarray) -> np.ndarray:
         """The view of this piece in the whole tensor of the file."""
-        if self.weight.parts == 1:
+        part, parts = self.weight.part, self.weight.parts
+        if len(parts) == 1:
             return tensor
-        size = tensor.shape[-2] // self.weight.parts
-        return tensor[..., self.weight.part * size : (self.weight.part + 1) * size, :]
+        axis = _rows_axis(tensor.shape)
+        unit = tensor.shape[axis] // sum(parts)
+        begin = unit * sum(parts[:part])
+        return tensor[(slice(None),) * axis + (slice(begin, begin + unit * parts[part]),)]
 
     def of_variable(self, value: np.ndarray) -> np.ndarray:
         """The view of this piece in the variable's value."""

@@ -80,7 +80,7 @@ def read_peft_adapter(
     try:
         _check_config(config)
         pairs = _pairs(read_file(file))
-        names = exported_as(backbone_config)[0].names
+        names = exported_as(backbone_config)[0].names_for(backbone_config)
         modules = {module_name(layer, names): layer for layer in layers if _is_whole(layer, names)}
         _check_modules(pairs, modules)
         return {
@@ -99,7 +99,7 @@ def module_name(layer: keras.layers.Dense, names: Names) -> str:
 
 def _is_whole(layer: keras.layers.Dense, names: Names) -> bool:
     """Whether transformers has a module for this projection alone."""
-    return names.weight(f"{layer.path}/kernel")[0].parts == 1
+    return names.weight(f"{layer.path}/kernel")[0].parts == (1,)
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
@@ -195,7 +195,7 @@ def write_peft_adapter(
     adapted = [layer for layer in layers if layer.lora_enabled]
     if not adapted:
         raise ValueError("There is no LoRA adapter to save. Call `backbone.enable_lora` first.")
-    names = exported_as(backbone_config)[0].names
+    names = exported_as(backbone_config)[0].names_for(backbone_config)
     for layer in adapted:
         if not _is_whole(layer, names):
             raise ValueError(

@@ -2,20 +2,25 @@
 
 Such a file is a zip archive: a pickle, `data.pkl`, and one uncompressed entry for each storage.
 A pickle names functions to be called. Here a name stands for something harmless of our own, or
-is refused before anything is called.
+is refused before anything is called. What a zip archive says twice, in front of an entry and at its
+end, must agree, and what it says once is bounded. The checksums of storages are kept for whoever
+reads them: `StoredTensor.storage`.
 """
 
 import collections
 import io
 import pathlib
 import pickle
+import pickletools
 import zipfile
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 
+from keras_mamba2.conversion.stored_tensor import Storage
 from keras_mamba2.conversion.stored_tensor import StoredTensor
+from keras_mamba2.untrusted import shortened
 
 STORAGES = {
     "DoubleStorage": np.dtype("<f8"),
@@ -30,16 +35,23 @@ STORAGES = {
     "BoolStorage": np.dtype("?"),
 }
 ZIP_LOCAL_HEADER = 30  # bytes, before the name and the extra field of an entry
+ZIP_LOCAL_SIGNATURE = b"PK\x03\x04"
+ZIP_UTF8 = 0x800  # a flag of an entry
+# A thousand times what it is for 2.7B parameters. One byte can become an object of 64.
+LONGEST_PICKLE = 10_000_000
+LONGEST_BYTEORDER = 16
 
 
 class _Refused(ValueError):
     """A pickle named something that a checkpoint does not need."""
 
 
-class _Storage(NamedTuple):
+class _Elements(NamedTuple):
+    """A storage as numbers."""
+
     dtype: np.dtype
-    offset: int  # in the file
-    size: int  # in elements
+    size: int
+    storage: Storage
 
 
 def read_bin(file: pathlib.Path) -> dict[str, StoredTensor]:
@@ -51,7 +63,7 @@ def read_bin(file: pathlib.Path) -> dict[str, StoredTensor]:
     """
     if not zipfile.is_zipfile(file):
         with file.open("rb") as stream:
-            truncated = stream.read(4) == b"PK\x03\x04"
+            truncated = stream.read(4) == ZIP_LOCAL_SIGNATURE
         reason = "truncated" if truncated else "not a checkpoint in the zip format of torch >= 1.6"
         raise ValueError(f"{file} is {reason}.")
     try:
@@ -59,13 +71,19 @@ def read_bin(file: pathlib.Path) -> dict[str, StoredTensor]:
             tensors = _Unpickler.of(file, archive, stream).load()
     except _Refused as error:
         raise ValueError(
-            f"{file} is refused: its pickle names {error}, which is no part of a checkpoint. "
-            "Nothing in it was run."
+            f"{file} is refused: its pickle names {shortened(str(error))}, which is no part of a "
+            "checkpoint. Nothing in it was run."
         ) from None
     # A damaged pickle can raise anything, from its opcodes or from what it passes to us.
     except Exception as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
+        raise ValueError(f"{file} is damaged: {_reason(error)}") from error
     return _checked(file, tensors)
+
+
+def _reason(error: Exception) -> str:
+    """Other libraries say little: `KeyError` only a key, `EOFError` nothing."""
+    text = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+    return shortened(text)
 
 
 def _checked(file: pathlib.Path, tensors) -> dict[str, StoredTensor]:
@@ -75,7 +93,8 @@ def _checked(file: pathlib.Path, tensors) -> dict[str, StoredTensor]:
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, StoredTensor):
             raise ValueError(
-                f"{file} must hold tensors by name. Received: {name!r}: {type(tensor).__name__}"
+                f"{file} must hold tensors by name. Received: {shortened(repr(name))}: "
+                f"{type(tensor).__name__}"
             )
     return tensors
 
@@ -83,16 +102,20 @@ def _checked(file: pathlib.Path, tensors) -> dict[str, StoredTensor]:
 class _Unpickler(pickle.Unpickler):
     @classmethod
     def of(cls, file, archive, stream) -> "_Unpickler":
-        names = [name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
+        entries = archive.namelist()
+        if len(set(entries)) != len(entries):
+            raise ValueError("its zip archive has two entries of one name")
+        names = [name for name in entries if name.split("/")[1:] == ["data.pkl"]]
         if len(names) != 1:
-            raise ValueError("it has no data.pkl")
+            raise ValueError(f"it has {len(names) or 'no'} data.pkl")
         prefix = names[0].removesuffix("data.pkl")
-        if prefix + "byteorder" in archive.namelist():
-            order = archive.read(prefix + "byteorder")
+        if prefix + "byteorder" in entries:
+            order = _content(archive, prefix + "byteorder", LONGEST_BYTEORDER)
             if order != b"little":
                 raise ValueError(f"its byte order is {order!r}")
-        _check_stored(archive.getinfo(names[0]))
-        unpickler = cls(io.BytesIO(archive.read(names[0])))
+        content = _content(archive, names[0], LONGEST_PICKLE)
+        _check_opcodes(content)
+        unpickler = cls(io.BytesIO(content))
         unpickler.file, unpickler.archive, unpickler.stream = file, archive, stream
         unpickler.prefix = prefix
         return unpickler
@@ -111,34 +134,66 @@ class _Unpickler(pickle.Unpickler):
             raise _Refused(f"{module}.{name}")
         return allowed[module, name]
 
-    def persistent_load(self, pid) -> _Storage:
+    def persistent_load(self, pid) -> _Elements:
         kind, storage_type, key, _, size = pid
-        if kind != "storage" or storage_type not in STORAGES:
-            raise ValueError(f"it names a storage of an unknown kind: {pid!r}")
+        if kind != "storage" or storage_type not in STORAGES or type(size) is not int:
+            raise ValueError(f"it names a storage of an unknown kind: {shortened(pid)}")
         dtype = STORAGES[storage_type]
         info = self.archive.getinfo(f"{self.prefix}data/{key}")
         _check_stored(info)
         if info.file_size != size * dtype.itemsize:
             raise ValueError(f"storage {key} has {info.file_size} bytes for {size} elements")
+        offset = self._data_offset(info)
+        return _Elements(dtype, size, Storage(self.file, offset, info.file_size, info.CRC))
+
+    def _data_offset(self, info: zipfile.ZipInfo) -> int:
+        """Where the data of an entry begin, which only the header in front of them tells."""
         self.stream.seek(info.header_offset)
         header = self.stream.read(ZIP_LOCAL_HEADER)
-        names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-        return _Storage(dtype, info.header_offset + ZIP_LOCAL_HEADER + names, size)
+        sizes = [int.from_bytes(header[i : i + 2], "little") for i in (26, 28)]  # name, extra field
+        name = self.stream.read(sizes[0])
+        encoding = "utf-8" if info.flag_bits & ZIP_UTF8 else "cp437"
+        if header[:4] != ZIP_LOCAL_SIGNATURE or name != info.orig_filename.encode(encoding):
+            raise ValueError(f"the two headers of its entry {info.filename} disagree")
+        return info.header_offset + ZIP_LOCAL_HEADER + sum(sizes)
 
-    def _tensor(self, storage, first, shape, strides, requires_grad, hooks, metadata=None):
+    def _tensor(self, elements, first, shape, strides, requires_grad, hooks, metadata=None):
+        if not isinstance(elements, _Elements):
+            raise ValueError(f"a tensor is one of {type(elements).__name__}, not of a storage")
         shape, strides = tuple(shape), tuple(strides)
-        if any(not isinstance(i, int) or i < 0 for i in (first, *shape, *strides)):
-            raise ValueError(f"a tensor has shape {shape}, strides {strides}, offset {first}")
-        offset = storage.offset + first * storage.dtype.itemsize
-        tensor = StoredTensor(self.file, storage.dtype, shape, strides, offset)
-        if first + tensor.extent > storage.size:
-            raise ValueError(f"a tensor of shape {shape} reaches beyond its storage")
+        if any(type(i) is not int or i < 0 for i in (first, *shape, *strides)):
+            raise ValueError(
+                f"a tensor has shape {shortened(shape)}, strides {shortened(strides)}, "
+                f"offset {shortened(first)}"
+            )
+        dtype, size, storage = elements
+        offset = storage.offset + first * dtype.itemsize
+        tensor = StoredTensor(self.file, dtype, shape, strides, offset, storage)
+        if len(shape) != len(strides) or first + tensor.extent > size:
+            raise ValueError(f"a tensor of shape {shortened(shape)} reaches beyond its storage")
         return tensor
 
     def _parameter(self, tensor, requires_grad, hooks):
         return tensor
 
 
+def _content(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
+    """A small entry, whose checksum `zipfile` compares."""
+    info = archive.getinfo(name)
+    _check_stored(info)
+    if info.file_size > limit:
+        raise ValueError(f"its entry {info.filename} is larger than {limit} bytes")
+    return archive.read(info)
+
+
 def _check_stored(info: zipfile.ZipInfo) -> None:
-    if info.compress_type != zipfile.ZIP_STORED:
+    """Raises for a compressed entry: `torch.save` writes none, and a small one can be gigabytes."""
+    if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
         raise ValueError(f"its entry {info.filename} is compressed")
+
+
+def _check_opcodes(content: bytes) -> None:
+    """Raises for an index of the memo that needs more memory than the pickle has bytes."""
+    for opcode, argument, _ in pickletools.genops(content):
+        if "PUT" in opcode.name and int(argument) > len(content):
+            raise ValueError(f"its pickle has an index of the memo of {argument}")

@@ -1,7 +1,11 @@
 """Checkpoints of other libraries behind KerasHub's `from_preset`."""
 
+import contextlib
 import logging
 import pathlib
+from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
 
 import keras
 
@@ -11,18 +15,25 @@ from keras_mamba2._compat.keras_hub_presets import check_file_exists
 from keras_mamba2._compat.keras_hub_presets import load_json
 from keras_mamba2.conversion import load
 from keras_mamba2.conversion.architectures import OF_TRANSFORMERS
-from keras_mamba2.conversion.architectures import architecture_of
 from keras_mamba2.conversion.architectures.architecture import PURE
+from keras_mamba2.conversion.architectures.architecture import backbone_name
 from keras_mamba2.conversion.config import constructor_arguments
+from keras_mamba2.conversion.config import errors_naming
 from keras_mamba2.conversion.config import read_constructor_arguments
+from keras_mamba2.conversion.config_values import check_arguments
 from keras_mamba2.conversion.deferred import deferred_initialization
 from keras_mamba2.conversion.deferred import initialize_the_rest
+from keras_mamba2.conversion.deferred import loading
+from keras_mamba2.conversion.keras_weights import check_number_of_blocks
 from keras_mamba2.conversion.readers import most_common_dtype
 from keras_mamba2.conversion.tokenizer import has_tokenizer
 from keras_mamba2.conversion.tokenizer import tokenizer_arguments
+from keras_mamba2.preset_files import BACKBONE_NAMES
 from keras_mamba2.preset_files import CONFIG_FILE
+from keras_mamba2.preset_files import TASK_FILE
 from keras_mamba2.preset_files import Preset
 from keras_mamba2.preset_files import is_foreign
+from keras_mamba2.preset_files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -58,12 +69,15 @@ class CheckpointLoader(PresetLoader):
         folder = self.files.weights_folder() if load_weights else self.files.folder
         if kwargs.get("dtype") == AUTO:
             kwargs["dtype"] = most_common_dtype(folder) if load_weights else self.config_dtype()
-        arguments = {**read_constructor_arguments(folder), **kwargs}
-        cls = self.backbone_class
-        if not load_weights:
-            return cls(**arguments)
-        with deferred_initialization():
-            backbone = cls(**arguments)
+        arguments = read_constructor_arguments(folder)
+        with contextlib.ExitStack() as stack:
+            if set(kwargs) <= {"dtype"}:  # or those may be what is wrong
+                stack.enter_context(errors_naming(folder / CONFIG_FILE))
+            if not load_weights:
+                return self.backbone_class(**{**arguments, **kwargs})
+            load.check_number_of_layers(arguments, folder)
+            with deferred_initialization():
+                backbone = self.backbone_class(**{**arguments, **kwargs})
         load.load_weights(backbone, folder)
         initialize_the_rest(backbone.variables)  # the seeds of dropout
         return backbone
@@ -71,7 +85,8 @@ class CheckpointLoader(PresetLoader):
     @property
     def backbone_class(self) -> type:
         """The class of the model: a pure one, or a hybrid."""
-        return keras.saving.get_registered_object(architecture_of(self.files.config).backbone)
+        name = backbone_name(constructor_arguments(self.files.config))
+        return keras.saving.get_registered_object(name)
 
     def config_dtype(self) -> str | None:
         """What the configuration says of the weights' dtype; that of state-spaces says nothing."""
@@ -122,7 +137,45 @@ def open_preset(
     files = Preset(preset)
     if files.is_checkpoint:
         return CheckpointLoader(files), files.name
-    return None, files.keras_folder(weights, tokenizer)
+    folder = pathlib.Path(files.keras_folder(weights, tokenizer))
+    for file in (CONFIG_FILE, TASK_FILE):
+        if (folder / file).is_file():
+            with errors_naming(folder / file):
+                _check_backbone(read_json(folder / file))
+    if weights:
+        check_number_of_blocks(folder, files.config["config"])
+    return None, str(folder)
+
+
+def _check_backbone(serialized: Mapping[str, Any]) -> None:
+    """Raises for values that no backbone has, in its configuration or in that of its task."""
+    config = serialized["config"]
+    if serialized["registered_name"] not in BACKBONE_NAMES:
+        config = (config.get("backbone") or {}).get("config") or {}
+    check_arguments(config)
+
+
+def load_preset(load: Callable, preset: str, load_weights: bool, arguments: dict):
+    """What KerasHub makes of a preset in its own format.
+
+    No weight is drawn that the files replace.
+
+    Args:
+        load: function that loads, with `load_weights` and keywords.
+        preset: as `open_preset` gives it.
+        load_weights: bool.
+        arguments: keywords for `from_preset`.
+    """
+    arguments = keras_arguments(preset, arguments)
+    with contextlib.ExitStack() as stack:
+        if set(arguments) <= {"dtype"}:  # or those may be what is wrong
+            stack.enter_context(errors_naming(pathlib.Path(preset) / CONFIG_FILE))
+        if not load_weights or "backbone" in arguments:
+            return load(load_weights=load_weights, **arguments)
+        with loading() as variables:
+            model = load(load_weights=True, **arguments)
+        initialize_the_rest(variables)
+    return model
 
 
 def keras_arguments(preset: str, arguments: dict) -> dict:
@@ -136,13 +189,17 @@ def keras_arguments(preset: str, arguments: dict) -> dict:
     if dtype != AUTO and (dtype is not None or is_foreign(preset)):
         return arguments
     policy = load_json(preset, CONFIG_FILE)["config"].get("dtype") or {}
-    name = str(policy.get("config", {}).get("name"))
+    if isinstance(policy, str):
+        policy = {"class_name": "DTypePolicy", "config": {"name": policy}}
+    name = str((policy.get("config") or {}).get("name"))
+    if policy and policy.get("class_name") != "DTypePolicy":
+        # A quantized model keeps its policies. KerasHub's backbone would be one of floats, which
+        # takes the integers for its weights.
+        return {**arguments, "dtype": policy}
     if dtype is None:
         mixed = name.startswith("mixed_")
         return {**arguments, "dtype": keras.config.dtype_policy()} if mixed else arguments
-    # A quantized model keeps its policies if none is given.
-    plain = policy.get("class_name") == "DTypePolicy"
-    return {**arguments, "dtype": name if plain else None}
+    return {**arguments, "dtype": name if policy else None}
 
 
 def register() -> None:

@@ -5,7 +5,6 @@ arrays are memory-mapped when asked for.
 """
 
 import collections
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -18,10 +17,16 @@ from keras_mamba2.conversion.stored_tensor import StoredTensor
 from keras_mamba2.conversion.stored_tensor import check_not_pointer
 from keras_mamba2.preset_files import CHECKPOINT_WEIGHTS
 from keras_mamba2.preset_files import read_json
+from keras_mamba2.untrusted import is_file
+from keras_mamba2.untrusted import parse_json
+from keras_mamba2.untrusted import shortened
+from keras_mamba2.untrusted import some
 
 # Not `safe_open` of the safetensors library: its `get_tensor` copies a tensor into memory, where a
 # memory map costs none, and its errors say neither which file is damaged nor what is missing.
-LONGEST_HEADER = 100_000_000  # the limit of the safetensors library
+LONGEST_HEADER = (
+    25_000_000  # enough for 100,000 tensors, and what JSON makes of it fits into memory
+)
 SAFETENSORS_DTYPES = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
@@ -51,7 +56,7 @@ def read_tensors(folder) -> dict[str, StoredTensor]:
             truncated, damaged, foreign or unsafe.
     """
     folder = pathlib.Path(folder)
-    found = [folder / name for name in CHECKPOINT_WEIGHTS if (folder / name).is_file()]
+    found = [folder / name for name in CHECKPOINT_WEIGHTS if is_file(folder / name)]
     if not found:
         raise ValueError(
             f"{folder} holds no weights. Expected one of: {', '.join(CHECKPOINT_WEIGHTS)}"
@@ -76,17 +81,27 @@ def _read_shards(index: pathlib.Path) -> dict[str, StoredTensor]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:
         raise ValueError(f"{index} has no `weight_map`.")
-    tensors = {}
-    for name in sorted(set(weight_map.values())):
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str):
+            raise ValueError(
+                f"{index} must name a file for {shortened(tensor)!r}. Received: {shortened(name)}"
+            )
         if pathlib.Path(name).name != name:
-            raise ValueError(f"{index} names a shard outside its folder: {name!r}")
+            raise ValueError(f"{index} names a shard outside its folder: {shortened(name)!r}")
+    tensors: dict[str, StoredTensor] = {}
+    for name in sorted(set(weight_map.values())):
         shard = index.with_name(name)
-        if not shard.is_file():
-            raise ValueError(f"{shard} is missing, a shard that {index.name} names.")
-        tensors.update(read_file(shard))
+        if not is_file(shard):
+            raise ValueError(
+                f"{shortened(str(shard))} is missing, a shard that {index.name} names."
+            )
+        in_shard = read_file(shard)
+        if twice := sorted(set(tensors) & set(in_shard)):
+            raise ValueError(f"{shard} holds tensors that another shard holds: {some(twice)}")
+        tensors.update(in_shard)
     missing = sorted(set(weight_map) - set(tensors))
     if missing:
-        raise ValueError(f"{index} names tensors that no shard holds: {', '.join(missing)}")
+        raise ValueError(f"{index} names tensors that no shard holds: {some(missing)}")
     return tensors
 
 
@@ -101,11 +116,21 @@ def read_safetensors(file: pathlib.Path) -> dict[str, StoredTensor]:
     header, start = _read_header(file)
     tensors = {name: _entry(file, name, header[name], start) for name in header}
     size = file.stat().st_size
-    end = max((tensor.end for tensor in tensors.values()), default=start)
+    end = start
+    # As the format wants it: no byte belongs to two tensors, or to none.
+    for name, tensor in sorted(tensors.items(), key=_span):
+        if tensor.offset != end:
+            what = "overlaps with the one before" if tensor.offset < end else "follows a hole"
+            raise ValueError(f"{file} is damaged: the data of {shortened(name)!r} {what}.")
+        end = tensor.end
     if end != size:
         state = "truncated" if size < end else "damaged"
         raise ValueError(f"{file} is {state}: its header tells {end} bytes, it has {size}.")
     return tensors
+
+
+def _span(item: tuple[str, StoredTensor]) -> _Span:
+    return _Span(item[1].offset, item[1].end)
 
 
 def _read_header(file: pathlib.Path) -> tuple[dict, int]:
@@ -113,32 +138,37 @@ def _read_header(file: pathlib.Path) -> tuple[dict, int]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > LONGEST_HEADER or stream.read(1) not in (b"{", b""):
+        if size < 8 or stream.read(1) not in (b"{", b""):
             raise ValueError(f"{file} is not a safetensors file.")
+        if length > LONGEST_HEADER:
+            raise ValueError(f"{file} is not a safetensors file: its header has {length} bytes.")
         if 8 + length > size:
             raise ValueError(f"{file} is truncated: the header alone is {length} bytes.")
         stream.seek(8)
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise ValueError(f"{file} is damaged: its header is not JSON: {error}") from error
+        header = parse_json(stream.read(length), f"{file} is damaged: its header is not JSON")
+    if not isinstance(header, dict):
+        raise ValueError(f"{file} is damaged: its header is not a JSON object.")
     return {name: entry for name, entry in header.items() if name != "__metadata__"}, 8 + length
 
 
 def _entry(file: pathlib.Path, name: str, entry: Mapping, start: int) -> StoredTensor:
     try:
         dtype, shape, span = entry["dtype"], tuple(entry["shape"]), _Span(*entry["data_offsets"])
-        sound = all(isinstance(i, int) and i >= 0 for i in (*shape, *span))
+        sound = isinstance(dtype, str) and all(type(i) is int and i >= 0 for i in (*shape, *span))
     except (KeyError, TypeError):
         sound = False
     if not sound:
-        raise ValueError(f"{file} is damaged: its header says of {name!r}: {entry}")
+        raise ValueError(
+            f"{file} is damaged: its header says of {shortened(name)!r}: {shortened(entry)}"
+        )
     if dtype not in SAFETENSORS_DTYPES:
-        raise ValueError(f"{file} holds {name!r} in a dtype that is not supported: {dtype}")
+        raise ValueError(
+            f"{file} holds {shortened(name)!r} in a dtype that is not supported: {shortened(dtype)}"
+        )
     tensor = StoredTensor.contiguous(file, SAFETENSORS_DTYPES[dtype], shape, start + span.start)
     if tensor.end != start + span.end:
         raise ValueError(
-            f"{file} is damaged: {name!r} of shape {shape} and dtype {dtype} cannot have "
-            f"{span.end - span.start} bytes."
+            f"{file} is damaged: {shortened(name)!r} of shape {shortened(shape)} and dtype {dtype} "
+            f"cannot have {span.end - span.start} bytes."
         )
     return tensor

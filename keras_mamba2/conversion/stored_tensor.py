@@ -1,10 +1,27 @@
 import pathlib
+import zlib
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 LFS_POINTER = b"version https://git-lfs"
+
+
+class Storage(NamedTuple):
+    """Bytes of a file, and the checksum that the file has of them."""
+
+    file: pathlib.Path
+    offset: int
+    nbytes: int
+    crc: int
+
+    def is_sound(self) -> bool:
+        """Whether the bytes are those that were written. Other threads can run meanwhile."""
+        if self.nbytes == 0 or self.offset + self.nbytes > self.file.stat().st_size:
+            return self.nbytes == self.crc == 0
+        data = np.memmap(self.file, np.uint8, "r", offset=self.offset, shape=(self.nbytes,))
+        return zlib.crc32(data) == self.crc
 
 
 class StoredTensor(NamedTuple):
@@ -16,6 +33,7 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     offset: int
+    storage: Storage | None = None  # what it is a part of, in a file with checksums
 
     @classmethod
     def contiguous(cls, file, dtype, shape, offset) -> "StoredTensor":

@@ -1,7 +1,9 @@
 """Keras layers: the mixer and its parts. Notation and shapes: `ops/ssd.py`."""
 
+from keras_mamba2.layers.adapter import Adapter as Adapter
 from keras_mamba2.layers.attention import Attention as Attention
 from keras_mamba2.layers.attention import AttentionState as AttentionState
+from keras_mamba2.layers.fed_block import FedBlock as FedBlock
 from keras_mamba2.layers.gated_rms_normalization import (
     GatedRMSNormalization as GatedRMSNormalization,
 )
@@ -15,5 +17,6 @@ from keras_mamba2.layers.parallel import Parallel as Parallel
 from keras_mamba2.layers.projection import Projection as Projection
 from keras_mamba2.layers.residual_block import ResidualBlock as ResidualBlock
 from keras_mamba2.layers.reversible_embedding import ReversibleEmbedding as ReversibleEmbedding
+from keras_mamba2.layers.shared_transformer import SharedTransformer as SharedTransformer
 from keras_mamba2.layers.sublayer import StateTensor as StateTensor
 from keras_mamba2.layers.sublayer import Sublayer as Sublayer

@@ -5,9 +5,12 @@ import keras
 import keras_hub
 from keras import ops
 
+from keras_mamba2.layers.adapter import Adapter
 from keras_mamba2.layers.projection import Projection
 from keras_mamba2.layers.sublayer import StateTensor
 from keras_mamba2.layers.sublayer import Sublayer
+from keras_mamba2.ops import causal_conv1d
+from keras_mamba2.ops import causal_conv1d_step
 from keras_mamba2.ops.checks import float32_at_least
 from keras_mamba2.ops.segments import documents_of
 
@@ -18,6 +21,7 @@ class AttentionState(NamedTuple):
     keys: keras.KerasTensor  # (b g c p), compute dtype, rotated
     values: keras.KerasTensor  # (b g c p), compute dtype
     length: keras.KerasTensor  # (b) int32, how many of the c places are filled
+    conv: keras.KerasTensor | tuple = ()  # (b k-1 (h+2g)p), compute dtype; () without convolution
 
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
@@ -29,7 +33,7 @@ class Attention(Sublayer):
     otherwise.
 
     Args:
-        hidden_dim: int, d, the size of inputs and outputs.
+        hidden_dim: int, d, the size of outputs.
         num_query_heads: int, h.
         num_key_value_heads: int, g; divides h.
         head_dim: int, p, the size of a head.
@@ -39,10 +43,17 @@ class Attention(Sublayer):
         scale: float, scores are multiplied by it. `None` for the inverse square root of p.
         key_multiplier: float, keys are multiplied by it.
         use_bias: bool, whether the projections have a bias.
+        input_dim: int, the size of inputs. `None` for d.
+        conv_kernel_size: int, k, queries, keys and values pass a causal convolution of so many
+            taps, with a bias. 0 for none.
+        adapter_rank: int, something of this rank is added to the projections of queries, keys and
+            values. `None` for nothing.
+        shared: another `Attention`, whose projections are used. Not saved by `get_config`: who
+            shares them says so. `None` for own projections.
         **kwargs: see `keras.layers.Layer`.
 
     Call arguments:
-        x: tensor `(b t d)`.
+        x: tensor `(b t d)`, or of the size `input_dim`.
         mask: optional boolean tensor `(b t)`, true at real tokens, which are contiguous in
             each row.
         segment_ids: optional integer tensor `(b t)`. Documents do not see each other.
@@ -54,7 +65,7 @@ class Attention(Sublayer):
 
     layouts: ClassVar = {
         "(query|key|value)/kernel": ("weights", "model"),
-        "attention/output/kernel": ("model", "weights"),
+        "output/kernel": ("model", "weights"),
     }
 
     def __init__(
@@ -68,6 +79,10 @@ class Attention(Sublayer):
         scale: float | None = None,
         key_multiplier: float = 1.0,
         use_bias: bool = False,
+        input_dim: int | None = None,
+        conv_kernel_size: int = 0,
+        adapter_rank: int | None = None,
+        shared: "Attention | None" = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -81,15 +96,33 @@ class Attention(Sublayer):
         self.scale = scale
         self.key_multiplier = key_multiplier
         self.use_bias = use_bias
+        self.input_dim = hidden_dim if input_dim is None else input_dim
+        self.conv_kernel_size = conv_kernel_size
+        self.adapter_rank = adapter_rank
         self._check_config()
+        self.query_dim = num_query_heads * head_dim
+        self.key_dim = num_key_value_heads * head_dim
+        self.conv_dim = self.query_dim + 2 * self.key_dim
 
         def projection(name, units):
+            if shared is not None:
+                return shared.named_projections[name]
             return Projection(units, use_bias=use_bias, dtype=self.dtype_policy, name=name)
 
-        self.query = projection("query", num_query_heads * head_dim)
-        self.key = projection("key", num_key_value_heads * head_dim)
-        self.value = projection("value", num_key_value_heads * head_dim)
+        self.query = projection("query", self.query_dim)
+        self.key = projection("key", self.key_dim)
+        self.value = projection("value", self.key_dim)
         self.output_projection = projection("output", hidden_dim)
+        self.adapters = []
+        if adapter_rank is not None:
+            self.adapters = [
+                Adapter(units, adapter_rank, dtype=self.dtype_policy, name=f"{name}_adapter")
+                for name, units in zip(
+                    ("query", "key", "value"),
+                    (self.query_dim, self.key_dim, self.key_dim),
+                    strict=True,
+                )
+            ]
         # In float32: a position in bfloat16 would be one of its neighbours.
         self.rotary = keras_hub.layers.RotaryEmbedding(
             max_wavelength=rope_max_wavelength,
@@ -98,7 +131,8 @@ class Attention(Sublayer):
         )
 
     def _check_config(self):
-        for name in ("hidden_dim", "num_query_heads", "num_key_value_heads", "head_dim"):
+        sizes = ("hidden_dim", "num_query_heads", "num_key_value_heads", "head_dim", "input_dim")
+        for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be positive. Received: {getattr(self, name)}")
         if self.num_query_heads % self.num_key_value_heads:
@@ -114,18 +148,31 @@ class Attention(Sublayer):
             )
 
     def build(self, x_shape, mask_shape=None, segment_ids_shape=None):
-        if x_shape[-1] != self.hidden_dim:
+        if x_shape[-1] != self.input_dim:
             raise ValueError(
-                f"The input's last axis must be hidden_dim={self.hidden_dim}. "
-                f"Received: shape={tuple(x_shape)}"
+                f"The input's last axis must be {self.input_dim}. Received: shape={tuple(x_shape)}"
             )
-        for layer in (self.query, self.key, self.value):
-            layer.build((None, self.hidden_dim))
-        self.output_projection.build((None, self.num_query_heads * self.head_dim))
+        for layer in (self.query, self.key, self.value, *self.adapters):
+            if not layer.built:  # as those are that another layer shares
+                layer.build((None, self.input_dim))
+        if not self.output_projection.built:
+            self.output_projection.build((None, self.query_dim))
+        self.conv_kernel = self.conv_bias = None
+        if self.conv_kernel_size:
+            bound = self.conv_kernel_size**-0.5
+            initializer = keras.initializers.RandomUniform(-bound, bound)
+            shape = (self.conv_kernel_size, self.conv_dim)
+            self.conv_kernel = self.add_weight(
+                name="conv_kernel", shape=shape, initializer=initializer
+            )
+            self.conv_bias = self.add_weight(
+                name="conv_bias", shape=shape[1:], initializer=initializer
+            )
 
     def call(self, x, mask=None, segment_ids=None):
         t = ops.shape(x)[1]
-        q, k, v = self._project(x, documents_of(x, mask, segment_ids).positions)  # (b t . p)
+        qkv, _ = self._project(x, None, mask, segment_ids)
+        q, k, v = self._heads(qkv, documents_of(x, mask, segment_ids).positions)  # (b t . p)
         if keras.config.backend() != "jax":
             repeats = self.num_query_heads // self.num_key_value_heads
             k, v = (ops.repeat(a, repeats, axis=2) for a in (k, v))
@@ -141,14 +188,15 @@ class Attention(Sublayer):
         b, t = ops.shape(x)[:2]
         state = self.initial_state(b, t) if state is None else state
         documents = documents_of(x, mask, segment_ids, state.length)
-        q, k, v = self._project(x, documents.positions)
+        qkv, conv_state = self._project(x, state.conv, mask, segment_ids)
+        q, k, v = self._heads(qkv, documents.positions)
         q = ops.reshape(q, (b, t, self.num_key_value_heads, -1, self.head_dim))
         k, v = ops.transpose(k, (0, 2, 1, 3)), ops.transpose(v, (0, 2, 1, 3))  # (b g t p)
-        filled = ops.arange(state.keys.shape[2]) < state.length[:, None]  # (b c)
+        c = state.keys.shape[2]
+        filled = ops.arange(c) < state.length[:, None]  # (b c)
         before = filled[:, None] & documents.continues[..., None]  # (b t c)
         seen = ops.broadcast_to(_sees(mask, segment_ids, t) | ops.eye(t, dtype="bool"), (b, t, t))
         scores = [ops.einsum("btgrp,bgcp->bgrtc", q, keys) for keys in (state.keys, k)]
-        c = state.keys.shape[2]
         weights = self._softmax(
             ops.concatenate(scores, axis=-1),
             ops.concatenate([before, seen], axis=-1)[:, None, None],
@@ -156,57 +204,98 @@ class Attention(Sublayer):
         y = ops.einsum("bgrtc,bgcp->btgrp", weights[..., :c], state.values)
         y = y + ops.einsum("bgrtc,bgcp->btgrp", weights[..., c:], v)
         keys, values = _append(state.keys, k, documents), _append(state.values, v, documents)
-        state = AttentionState(keys, values, documents.after + documents.new)
+        state = AttentionState(keys, values, documents.after + documents.new, conv_state)
         return self.output_projection(_nan_without_room(self._joined(y), state)), state
 
     def step(self, x, state: AttentionState, mask=None):
         b = ops.shape(x)[0]
-        q, k, v = self._project(x[:, None], state.length[:, None])
+        going = ops.ones((b,), "bool") if mask is None else ops.cast(mask, "bool")
+        qkv, conv_state = self._project_one(x, state.conv, going)
+        qkv = [part[:, None] for part in qkv]
+        q, k, v = self._heads(qkv, state.length[:, None])
         q = ops.reshape(q, (b, self.num_key_value_heads, -1, self.head_dim))  # (b g r p)
-        # A row that does not go on writes where nothing counts: behind what is filled.
-        keys, values = (
-            _put(state.keys, k[:, 0], state.length),
-            _put(state.values, v[:, 0], state.length),
-        )
+        keys = _put(state.keys, k[:, 0], state.length, going)
+        values = _put(state.values, v[:, 0], state.length, going)
         filled = ops.arange(state.keys.shape[2]) <= state.length[:, None]
         scores = ops.einsum("bgrp,bgcp->bgrc", q, keys)
         weights = self._softmax(scores, filled[:, None, None])
         y = ops.reshape(ops.einsum("bgrc,bgcp->bgrp", weights, values), (b, -1))
-        length = state.length + (1 if mask is None else ops.cast(mask, "int32"))
-        state = AttentionState(keys, values, length)
+        state = AttentionState(keys, values, state.length + ops.cast(going, "int32"), conv_state)
         return self.output_projection(_nan_without_room(y, state)), state
 
     def state_spec(self, max_length: int | None = None) -> AttentionState:
         shape = (self.num_key_value_heads, max_length, self.head_dim)
         tensor = StateTensor(shape, self.compute_dtype, room_axis=1)
-        return AttentionState(tensor, tensor, StateTensor((), "int32"))
+        conv = ()
+        if self.conv_kernel_size:
+            conv = StateTensor((self.conv_kernel_size - 1, self.conv_dim), self.compute_dtype)
+        return AttentionState(tensor, tensor, StateTensor((), "int32"), conv)
+
+    @property
+    def named_projections(self) -> dict[str, Projection]:
+        """The projections but those of adapters, by their names."""
+        layers = self.query, self.key, self.value, self.output_projection
+        return {layer.name: layer for layer in layers}
 
     @property
     def projections(self) -> tuple[Projection, ...]:
-        return self.query, self.key, self.value, self.output_projection
+        adapters = [layer for adapter in self.adapters for layer in adapter.projections]
+        return (*self.named_projections.values(), *adapters)
 
     @property
     def weight_axes(self) -> dict[str, dict[str, int]]:
-        queries = self.num_query_heads * self.head_dim
-        keys = self.num_key_value_heads * self.head_dim
+        inputs = {"input_dim": self.input_dim}
+        queries = {"num_query_heads * head_dim": self.query_dim}
+        keys = {"num_key_value_heads * head_dim": self.key_dim}
         return {
-            "query/kernel": {"hidden_dim": self.hidden_dim, "num_query_heads * head_dim": queries},
-            "key/kernel": {"hidden_dim": self.hidden_dim, "num_key_value_heads * head_dim": keys},
-            "value/kernel": {"hidden_dim": self.hidden_dim, "num_key_value_heads * head_dim": keys},
-            "output/kernel": {"num_query_heads * head_dim": queries, "hidden_dim": self.hidden_dim},
+            "query/kernel": {**inputs, **queries},
+            "key/kernel": {**inputs, **keys},
+            "value/kernel": {**inputs, **keys},
+            "output/kernel": {**queries, "hidden_dim": self.hidden_dim},
         }
 
     @property
     def _scale(self) -> float:
         return self.head_dim**-0.5 if self.scale is None else self.scale
 
-    def _project(self, x, positions):
-        """Queries `(b t h p)`, keys and values `(b t g p)` for `x` `(b t d)`."""
-        b, t = ops.shape(x)[:2]
-        q, k, v = (
-            ops.reshape(layer(x), (b, t, -1, self.head_dim))
-            for layer in (self.query, self.key, self.value)
+    def _project(self, x, conv_state, mask, segment_ids):
+        """Queries, keys and values, `(b t .)`, and the state of the convolution."""
+        qkv = self._projected(x)
+        if not self.conv_kernel_size:
+            return qkv, ()
+        y, conv_state = causal_conv1d(
+            ops.concatenate(qkv, axis=-1),
+            self.conv_kernel,
+            self.conv_bias,
+            conv_state=conv_state,
+            mask=mask,
+            segment_ids=segment_ids,
         )
+        return self._split(y), conv_state
+
+    def _project_one(self, x, conv_state, going):
+        """As `_project`, for one token `(b d)`."""
+        qkv = self._projected(x)
+        if not self.conv_kernel_size:
+            return qkv, ()
+        y, new = causal_conv1d_step(
+            ops.concatenate(qkv, axis=-1), self.conv_kernel, self.conv_bias, conv_state=conv_state
+        )
+        return self._split(y), ops.where(going[:, None, None], new, conv_state)
+
+    def _projected(self, x):
+        qkv = [layer(x) for layer in (self.query, self.key, self.value)]
+        if not self.adapters:
+            return qkv
+        return [y + adapter(x) for y, adapter in zip(qkv, self.adapters, strict=True)]
+
+    def _split(self, qkv):
+        return ops.split(qkv, [self.query_dim, self.query_dim + self.key_dim], axis=-1)
+
+    def _heads(self, qkv, positions):
+        """Queries `(b t h p)`, keys and values `(b t g p)`, rotated."""
+        b, t = ops.shape(qkv[0])[:2]
+        q, k, v = (ops.reshape(part, (b, t, -1, self.head_dim)) for part in qkv)
         k = k if self.key_multiplier == 1 else k * self.key_multiplier
         return self._rotate(q, positions), self._rotate(k, positions), v
 
@@ -224,10 +313,10 @@ class Attention(Sublayer):
 
     def _joined(self, y):
         """The heads side by side."""
-        return ops.reshape(y, (*ops.shape(y)[:2], self.num_query_heads * self.head_dim))
+        return ops.reshape(y, (*ops.shape(y)[:2], self.query_dim))
 
     def compute_output_spec(self, x, mask=None, segment_ids=None):
-        return keras.KerasTensor(x.shape, dtype=self.compute_dtype)
+        return keras.KerasTensor((*x.shape[:-1], self.hidden_dim), dtype=self.compute_dtype)
 
     def get_config(self):
         config = super().get_config()
@@ -242,6 +331,9 @@ class Attention(Sublayer):
                 "scale": self.scale,
                 "key_multiplier": self.key_multiplier,
                 "use_bias": self.use_bias,
+                "input_dim": self.input_dim,
+                "conv_kernel_size": self.conv_kernel_size,
+                "adapter_rank": self.adapter_rank,
             }
         )
         return config
@@ -258,14 +350,16 @@ def _sees(mask, segment_ids, t: int):
     return seen
 
 
-def _put(cache, new, length):
-    """`cache` `(b g c p)` with `new` `(b g p)` at place `length` `(b)` of each row."""
-    b, g = cache.shape[:2]
-    b = ops.shape(new)[0] if b is None else b
+def _put(cache, new, length, going):
+    """`cache` `(b g c p)` with `new` `(b g p)` at place `length` `(b)` of the rows that go on."""
+    b, g = ops.shape(new)[:2]
     rows = ops.broadcast_to(ops.arange(b, dtype="int32")[:, None], (b, g))
     heads = ops.broadcast_to(ops.arange(g, dtype="int32")[None], (b, g))
-    places = ops.broadcast_to(ops.minimum(length, cache.shape[2] - 1)[:, None], (b, g))
+    place = ops.minimum(length, cache.shape[2] - 1)  # without room: outputs are NaN
+    places = ops.broadcast_to(place[:, None], (b, g))
     indices = ops.reshape(ops.stack([rows, heads, places], axis=-1), (-1, 3))
+    old = ops.take_along_axis(cache, place[:, None, None, None], axis=2)[:, :, 0]  # (b g p)
+    new = ops.where((going & (length == place))[:, None, None], new, old)
     return ops.scatter_update(cache, indices, ops.reshape(new, (-1, cache.shape[3])))
 
 

@@ -15,6 +15,8 @@ class GatedRMSNormalization(keras.layers.Layer):
     Args:
         num_groups: int, the last axis is normalised in so many equal parts, each on its own.
         epsilon: float, added to the mean square.
+        norm_before_gate: bool, whether the input is normalized and then gated,
+            `norm(x) * scale * silu(gate)`.
         **kwargs: see `keras.layers.Layer`.
 
     Call arguments:
@@ -34,6 +36,7 @@ class GatedRMSNormalization(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(autocast=False, **kwargs)
+        self.supports_masking = True
         self.num_groups = num_groups
         self.epsilon = epsilon
         self.norm_before_gate = norm_before_gate

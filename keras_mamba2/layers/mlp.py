@@ -3,6 +3,7 @@ from typing import ClassVar
 import keras
 from keras import ops
 
+from keras_mamba2.layers.adapter import Adapter
 from keras_mamba2.layers.projection import Projection
 from keras_mamba2.layers.sublayer import Sublayer
 
@@ -11,7 +12,11 @@ def squared_relu(x):
     return ops.square(ops.relu(x))
 
 
-ACTIVATIONS = {"silu": ops.silu, "squared_relu": squared_relu}
+def exact_gelu(x):
+    return ops.gelu(x, approximate=False)
+
+
+ACTIVATIONS = {"silu": ops.silu, "squared_relu": squared_relu, "gelu": exact_gelu}
 
 
 def activation_named(name: str):
@@ -45,10 +50,14 @@ class MLP(Stateless):
     Args:
         hidden_dim: int, d, the size of inputs and outputs.
         intermediate_dim: int, f.
-        activation: `"silu"` or `"squared_relu"`.
+        activation: `"silu"`, `"squared_relu"` or `"gelu"`, not approximated.
         gated: bool.
         gate_multiplier: float, the gate's projection is multiplied by it.
         use_bias: bool, whether the projections have a bias.
+        adapter_rank: int, something of this rank is added to the projections `gate` and `up`.
+            `None` for nothing.
+        shared: another `MLP`, whose projections are used. Not saved by `get_config`: who shares
+            them says so. `None` for own projections.
         **kwargs: see `keras.layers.Layer`.
 
     Call arguments:
@@ -74,6 +83,8 @@ class MLP(Stateless):
         gated: bool = True,
         gate_multiplier: float = 1.0,
         use_bias: bool = False,
+        adapter_rank: int | None = None,
+        shared: "MLP | None" = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -87,31 +98,56 @@ class MLP(Stateless):
         self.gated = gated
         self.gate_multiplier = gate_multiplier
         self.use_bias = use_bias
+        self.adapter_rank = adapter_rank
         self._activation = activation_named(activation)
 
         def projection(name, units):
+            if shared is not None:
+                return shared.named_projections[name]
             return Projection(units, use_bias=use_bias, dtype=self.dtype_policy, name=name)
 
         self.gate = projection("gate", intermediate_dim) if gated else None
         self.up = projection("up", intermediate_dim)
         self.down = projection("down", hidden_dim)
+        self.adapter = None
+        if adapter_rank is not None:
+            units = intermediate_dim * (2 if gated else 1)
+            self.adapter = Adapter(units, adapter_rank, dtype=self.dtype_policy, name="adapter")
 
     def build(self, x_shape, mask_shape=None, segment_ids_shape=None):
-        for layer in (self.gate, self.up) if self.gated else (self.up,):
-            layer.build((None, self.hidden_dim))
-        self.down.build((None, self.intermediate_dim))
+        layers = [self.up, self.gate, self.adapter]
+        for layer in layers:
+            if layer is not None and not layer.built:  # built: that of another layer
+                layer.build((None, self.hidden_dim))
+        if not self.down.built:
+            self.down.build((None, self.intermediate_dim))
 
     def call(self, x, mask=None, segment_ids=None):
-        up = self.up(x)
-        if not self.gated:
+        gate, up = self._gate_and_up(x)
+        if gate is None:
             return self.down(self._activation(up))
-        gate = self.gate(x)
         gate = gate if self.gate_multiplier == 1 else gate * self.gate_multiplier
         return self.down(self._activation(gate) * up)
 
+    def _gate_and_up(self, x):
+        gate, up = None if self.gate is None else self.gate(x), self.up(x)
+        if self.adapter is None:
+            return gate, up
+        added = self.adapter(x)
+        if gate is None:
+            return None, up + added
+        return gate + added[..., : self.intermediate_dim], up + added[..., self.intermediate_dim :]
+
+    @property
+    def named_projections(self) -> dict[str, Projection]:
+        """The projections but those of adapters, by their names."""
+        layers = (self.gate, self.up, self.down) if self.gated else (self.up, self.down)
+        return {layer.name: layer for layer in layers}
+
     @property
     def projections(self) -> tuple[Projection, ...]:
-        return (self.gate, self.up, self.down) if self.gated else (self.up, self.down)
+        adapter = () if self.adapter is None else self.adapter.projections
+        return (*self.named_projections.values(), *adapter)
 
     @property
     def weight_axes(self) -> dict[str, dict[str, int]]:
@@ -129,6 +165,7 @@ class MLP(Stateless):
                 "gated": self.gated,
                 "gate_multiplier": self.gate_multiplier,
                 "use_bias": self.use_bias,
+                "adapter_rank": self.adapter_rank,
             }
         )
         return config

@@ -38,7 +38,8 @@ class Parallel(Sublayer):
 
     def build(self, x_shape, mask_shape=None, segment_ids_shape=None):
         for sublayer in self.sublayers:
-            sublayer.build(x_shape)
+            if not sublayer.built:  # built: made from a configuration
+                sublayer.build(x_shape)
 
     def call(self, x, mask=None, segment_ids=None):
         return self._sum(x, lambda i, x: self.sublayers[i](x, mask=mask, segment_ids=segment_ids))

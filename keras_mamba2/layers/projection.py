@@ -83,6 +83,9 @@ class Projection(keras.layers.Dense):
         return self._finish(x)
 
     def _get_kernel_with_merged_lora(self):
+        if self.quantization_mode in ("int8", "int4") and not self.lora_enabled:
+            # Keras asks the policy, which is a map of policies in a model that was loaded.
+            return stored_kernel(self), self.kernel_scale, getattr(self, "kernel_zero", None)
         if self.quantization_mode != "int8" or not self.lora_enabled:
             return super()._get_kernel_with_merged_lora()
         kernel = ops.cast(self.kernel, self.compute_dtype) / self.kernel_scale

@@ -1,9 +1,11 @@
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
 from keras_mamba2.layers.gated_rms_normalization import GatedRMSNormalization
+from keras_mamba2.layers.projection import Projection
 from keras_mamba2.layers.sublayer import Sublayer
 from keras_mamba2.ops.checks import float32_at_least
 from keras_mamba2.ops.segments import document_segments
@@ -30,7 +32,10 @@ class ResidualBlock(keras.layers.Layer):
         padding_mask: optional tensor `(b t)`, non-zero at real tokens.
         segment_ids: optional int tensor `(b t)`, numbers of the documents of a packed row: what
             the sublayer remembers is forgotten where the number changes.
+        embeddings: tensor `(b t d)`, the input of the first block, for blocks that see it too.
     """
+
+    sees_embeddings = False
 
     def __init__(
         self,
@@ -60,51 +65,82 @@ class ResidualBlock(keras.layers.Layer):
     def sublayer(self) -> Sublayer:
         raise NotImplementedError
 
-    def build(self, x_shape, padding_mask_shape=None, segment_ids_shape=None):
+    @property
+    def parts(self) -> tuple[Sublayer, ...]:
+        """All sublayers of the block."""
+        return (self.sublayer,)
+
+    def build(
+        self, x_shape, padding_mask_shape=None, segment_ids_shape=None, embeddings_shape=None
+    ):
         self.norm.build(x_shape)
-        self.sublayer.build(x_shape)
+        if not self.sublayer.built:  # built: made from a configuration
+            self.sublayer.build(x_shape)
 
-    def call(self, x, padding_mask=None, segment_ids=None):
-        def inside(x):
-            mask, segments = _standard(padding_mask, segment_ids)
-            return self.sublayer(self.norm(x), mask=mask, segment_ids=segments)
+    def call(self, x, padding_mask=None, segment_ids=None, embeddings=None):
+        def inside(x, embeddings):
+            return self.branch(x, embeddings, *_standard(padding_mask, segment_ids))
 
-        return self._add(x, self.dropout_layer(self._remat(inside)(x)))
+        return self._add(x, self.dropout_layer(self._remat(inside)(x, embeddings)))
 
     def call_with_state(
-        self, x, state=None, padding_mask=None, segment_ids=None
+        self, x, state=None, padding_mask=None, segment_ids=None, embeddings=None
     ) -> tuple[Any, Any]:
         """Returns the output for `x` `(b t d)` after `state`, and the state after `x`."""
 
-        def inside(x, state):
+        def inside(x, state, embeddings):
             masks = _standard(padding_mask, segment_ids)
-            return self.sublayer.call_with_state(self.norm(x), state, *masks)
+            return self.branch_with_state(x, state, embeddings, *masks)
 
-        y, state = self._remat(inside)(x, state)
+        y, state = self._remat(inside)(x, state, embeddings)
         return self._add(x, self.dropout_layer(y)), state
 
-    def step(self, x, state, mask=None) -> tuple[Any, Any]:
+    def step(self, x, state, mask=None, embeddings=None) -> tuple[Any, Any]:
         """Returns the output for one token `x` `(b d)` after `state`, and the state after it.
 
         Where the boolean `mask` `(b)` is false, the state stays as it was.
         """
-        y, state = self.sublayer.step(self.norm(x), state, mask)
+        y, state = self.branch_step(x, state, embeddings, mask)
         return self._add(x, y), state
+
+    # What is added to the residual stream, in the three ways of a `Sublayer`.
+
+    def branch(self, x, embeddings, mask, segment_ids):
+        return self.sublayer(self.norm(x), mask=mask, segment_ids=segment_ids)
+
+    def branch_with_state(self, x, state, embeddings, mask, segment_ids):
+        return self.sublayer.call_with_state(self.norm(x), state, mask, segment_ids)
+
+    def branch_step(self, x, state, embeddings, mask):
+        return self.sublayer.step(self.norm(x), state, mask)
+
+    def state_spec(self, max_length: int | None = None) -> Any:
+        """See `Sublayer.state_spec`."""
+        return self.sublayer.state_spec(max_length)
+
+    def initial_state(self, batch_size: int, max_length: int | None = None) -> Any:
+        """See `Sublayer.initial_state`."""
+        return self.sublayer.initial_state(batch_size, max_length)
+
+    @property
+    def projections(self) -> Sequence[Projection]:
+        """See `Sublayer.projections`."""
+        return self.sublayer.projections
 
     def _remat(self, inside):
         # Without dropout: a function that may be computed twice must not move a random generator.
         return keras.remat(inside) if self.remat else inside
 
     def _add(self, x, y):
-        x, y = ops.cast(x, self._residual_dtype), ops.cast(y, self._residual_dtype)
+        x, y = ops.cast(x, self.residual_dtype), ops.cast(y, self.residual_dtype)
         return x + (y if self.residual_multiplier == 1 else y * self.residual_multiplier)
 
     @property
-    def _residual_dtype(self):
+    def residual_dtype(self) -> str:
         return float32_at_least(self.compute_dtype) if self.residual_in_fp32 else self.compute_dtype
 
-    def compute_output_spec(self, x, padding_mask=None, segment_ids=None):
-        return keras.KerasTensor(x.shape, dtype=self._residual_dtype)
+    def compute_output_spec(self, x, padding_mask=None, segment_ids=None, embeddings=None):
+        return keras.KerasTensor(x.shape, dtype=self.residual_dtype)
 
     def get_config(self):
         config = super().get_config()

@@ -43,6 +43,13 @@ class ReversibleEmbedding(keras.layers.ReversibleEmbedding):
         if mode == "int4":
             self.inputs_quantizer = None
 
+    def _get_embeddings_with_merged_lora(self):
+        if self.quantization_mode in ("int8", "int4") and not self.lora_enabled:
+            # As in `Projection._get_kernel_with_merged_lora`.
+            zero = getattr(self, "embeddings_zero", None)
+            return stored_embeddings(self), self.embeddings_scale, zero
+        return super()._get_embeddings_with_merged_lora()
+
     def _int8_call(self, inputs, reverse: bool = False):
         if not reverse:
             return super()._int8_call(inputs)

@@ -14,7 +14,8 @@ from keras_mamba2.layers.projection import Projection
 
 
 def projections(backbone) -> list[Projection]:
-    return [layer for block in backbone.blocks for layer in block.sublayer.projections]
+    """All matrices of the blocks, each once: blocks may share some."""
+    return list(dict.fromkeys(layer for block in backbone.blocks for layer in block.projections))
 
 
 def adapted_projections(backbone) -> list[Projection]:

@@ -5,12 +5,15 @@ from typing import Any
 import keras
 
 from keras_mamba2.layers.attention import Attention
+from keras_mamba2.layers.fed_block import FedBlock
 from keras_mamba2.layers.gated_rms_normalization import GatedRMSNormalization
 from keras_mamba2.layers.hybrid_block import HybridBlock
 from keras_mamba2.layers.mamba2_mixer import Mamba2Mixer
 from keras_mamba2.layers.mixture_of_experts import MixtureOfExperts
 from keras_mamba2.layers.mlp import MLP
 from keras_mamba2.layers.parallel import Parallel
+from keras_mamba2.layers.shared_transformer import SharedTransformer
+from keras_mamba2.layers.sublayer import Sublayer
 from keras_mamba2.models.residual_backbone import ResidualBackbone
 from keras_mamba2.models.residual_backbone import check_dtype
 from keras_mamba2.models.residual_backbone import checked_tokens
@@ -23,8 +26,9 @@ KINDS = {
     "attention": Attention,
     "mlp": MLP,
     "mixture_of_experts": MixtureOfExperts,
+    "shared_transformer": SharedTransformer,
 }
-JOINT = "+"
+JOINT, FEEDS = "+", ">"
 OWN_KEYS = ("kind", "input_multiplier", "output_multiplier")
 
 
@@ -39,12 +43,15 @@ class Mamba2HybridBackbone(ResidualBackbone):
         vocabulary_size: int, v, the rows of the embedding.
         hidden_dim: int, d.
         blocks: list of strings, the name of the sublayer of each block, or names joined by `"+"`.
+            `"a>b"` for what `keras_mamba2.layers.FedBlock` makes of `a`, a
+            `keras_mamba2.layers.SharedTransformer`, and `b`.
         sublayers: dict, the arguments of each named sublayer but `hidden_dim`. `"kind"` is
             `"mamba2"` (`keras_mamba2.layers.Mamba2Mixer`), `"attention"`
-            (`keras_mamba2.layers.Attention`), `"mlp"` (`keras_mamba2.layers.MLP`) or
-            `"mixture_of_experts"` (`keras_mamba2.layers.MixtureOfExperts`); without it the name
-            is the kind. `"input_multiplier"` and `"output_multiplier"` scale what goes in and
-            comes out.
+            (`keras_mamba2.layers.Attention`), `"mlp"` (`keras_mamba2.layers.MLP`),
+            `"mixture_of_experts"` (`keras_mamba2.layers.MixtureOfExperts`) or
+            `"shared_transformer"` (`keras_mamba2.layers.SharedTransformer`, whose blocks of one
+            name share weights); without it the name is the kind. `"input_multiplier"` and
+            `"output_multiplier"` scale what goes in and comes out.
         layer_norm_epsilon: float, of the norms; of the gated norms too, where they say no other.
         embedding_multiplier: float, embeddings are multiplied by it.
         residual_multiplier: float, what blocks add is multiplied by it.
@@ -112,16 +119,14 @@ class Mamba2HybridBackbone(ResidualBackbone):
         token_embedding, embeddings_dropout = embedding(
             vocabulary_size, hidden_dim, tie_word_embeddings, dropout, dtype
         )
+        make = _Maker(sublayers, hidden_dim, layer_norm_epsilon, dtype)
         block_layers = [
-            HybridBlock(
-                hidden_dim,
-                _parallel(names.split(JOINT), sublayers, hidden_dim, layer_norm_epsilon, dtype),
+            make.block(
+                names,
                 residual_in_fp32=residual_in_fp32,
                 residual_multiplier=residual_multiplier,
                 dropout=dropout,
                 remat=remat,
-                layer_norm_epsilon=layer_norm_epsilon,
-                dtype=dtype,
                 name=f"block_{i}",
             )
             for i, names in enumerate(blocks)
@@ -175,38 +180,82 @@ class Mamba2HybridBackbone(ResidualBackbone):
         return config
 
 
+def _names_in(block: str) -> list[str]:
+    """The names of all sublayers of a block."""
+    return block.replace(FEEDS, JOINT).split(JOINT)
+
+
 def _check_blocks(blocks: Sequence[str], sublayers: Mapping[str, Mapping[str, Any]]) -> None:
     if not blocks:
         raise ValueError("`blocks` is empty: a model needs at least one block.")
-    for i, names in enumerate(blocks):
-        for name in names.split(JOINT):
-            if name not in sublayers:
-                raise ValueError(
-                    f"Block {i} has a sublayer {name!r}, which `sublayers` does not describe. "
-                    f"Described: {', '.join(map(repr, sublayers)) or 'none'}"
-                )
     for name, arguments in sublayers.items():
         if arguments.get("kind", name) not in KINDS:
             raise ValueError(
                 f"There is no sublayer of kind {arguments.get('kind', name)!r}. Known: "
                 f"{', '.join(map(repr, KINDS))}. Received: sublayers[{name!r}]={dict(arguments)}"
             )
+    for i, block in enumerate(blocks):
+        for name in _names_in(block):
+            if name not in sublayers:
+                raise ValueError(
+                    f"Block {i} has a sublayer {name!r}, which `sublayers` does not describe. "
+                    f"Described: {', '.join(map(repr, sublayers)) or 'none'}"
+                )
+        *feeders, fed = block.split(FEEDS)
+        kinds = [sublayers[name].get("kind", name) for name in _names_in(fed)]
+        feeder_kinds = [sublayers.get(name, {}).get("kind", name) for name in feeders]
+        if "shared_transformer" in kinds or feeder_kinds not in ([], ["shared_transformer"]):
+            raise ValueError(
+                f"A 'shared_transformer', and nothing else, stands before one {FEEDS!r}. "
+                f"Received: blocks[{i}]={block!r}"
+            )
 
 
-def _parallel(names, sublayers, hidden_dim: int, layer_norm_epsilon: float, dtype) -> Parallel:
-    """What stands in one block."""
-    return Parallel(
-        [_sublayer(name, sublayers[name], hidden_dim, layer_norm_epsilon, dtype) for name in names],
-        [sublayers[name].get("input_multiplier", 1.0) for name in names],
-        [sublayers[name].get("output_multiplier", 1.0) for name in names],
-        dtype=dtype,
-        name="sublayers",
-    )
+class _Maker:
+    """Makes the layers of blocks. What is shared is made by the first that needs it."""
 
+    def __init__(self, sublayers, hidden_dim: int, layer_norm_epsilon: float, dtype):
+        self.sublayers = sublayers
+        self.hidden_dim = hidden_dim
+        self.common = {"layer_norm_epsilon": layer_norm_epsilon, "dtype": dtype}
+        self.dtype = dtype
+        self.shared: dict[str, SharedTransformer] = {}
 
-def _sublayer(name: str, arguments: Mapping[str, Any], hidden_dim, layer_norm_epsilon, dtype):
-    kind = KINDS[arguments.get("kind", name)]
-    arguments = {key: value for key, value in arguments.items() if key not in OWN_KEYS}
-    if kind is Mamba2Mixer:
-        arguments.setdefault("layer_norm_epsilon", layer_norm_epsilon)
-    return kind(hidden_dim, **arguments, dtype=dtype, name=name)
+    def block(self, names: str, **kwargs) -> HybridBlock:
+        *feeder, fed = names.split(FEEDS)
+        parallel = self.parallel(fed.split(JOINT))
+        if not feeder:
+            return HybridBlock(self.hidden_dim, parallel, **self.common, **kwargs)
+        feeder = self.shared_transformer(feeder[0])
+        return FedBlock(self.hidden_dim, parallel, feeder, **self.common, **kwargs)
+
+    def parallel(self, names: Sequence[str]) -> Parallel:
+        return Parallel(
+            [self.sublayer(name) for name in names],
+            [self.sublayers[name].get("input_multiplier", 1.0) for name in names],
+            [self.sublayers[name].get("output_multiplier", 1.0) for name in names],
+            dtype=self.dtype,
+            name="sublayers",
+        )
+
+    def sublayer(self, name: str) -> Sublayer:
+        kind, arguments = self._arguments(name)
+        if kind is Mamba2Mixer:
+            arguments = {"layer_norm_epsilon": self.common["layer_norm_epsilon"], **arguments}
+        return kind(self.hidden_dim, **arguments, dtype=self.dtype, name=name)
+
+    def shared_transformer(self, name: str) -> SharedTransformer:
+        _, arguments = self._arguments(name)
+        layer = SharedTransformer(
+            self.hidden_dim,
+            **{**self.common, **arguments},
+            shared=self.shared.get(name),
+            name="shared_transformer",
+        )
+        self.shared.setdefault(name, layer)
+        return layer
+
+    def _arguments(self, name: str):
+        arguments = self.sublayers[name]
+        own = {key: value for key, value in arguments.items() if key not in OWN_KEYS}
+        return KINDS[arguments.get("kind", name)], own

@@ -1,3 +1,4 @@
+import functools
 from collections.abc import Sequence
 from typing import Any
 from typing import ClassVar
@@ -6,7 +7,9 @@ import keras
 import keras_hub
 from keras import ops
 
-from keras_mamba2.conversion import keras_arguments
+from keras_mamba2.conversion import WholeWeights
+from keras_mamba2.conversion import building
+from keras_mamba2.conversion import load_preset
 from keras_mamba2.conversion import open_preset
 from keras_mamba2.layers.gated_rms_normalization import GatedRMSNormalization
 from keras_mamba2.layers.residual_block import ResidualBlock
@@ -25,7 +28,7 @@ from keras_mamba2.state import Mamba2State
 from keras_mamba2.state.digest import digest_after
 
 
-class ResidualBackbone(AtomicPreset, AtomicSave, keras_hub.models.Backbone):
+class ResidualBackbone(AtomicPreset, AtomicSave, WholeWeights, keras_hub.models.Backbone):
     """An embedding, residual blocks, and a norm. It knows no kind of layer.
 
     A subclass makes the layers from its configuration. All that a backbone does with them goes
@@ -71,16 +74,18 @@ class ResidualBackbone(AtomicPreset, AtomicSave, keras_hub.models.Backbone):
         padding_mask_input = keras.Input(shape=(None,), dtype="int32", name="padding_mask")
         # Without `segment_ids`: KerasHub's tools expect the inputs that preprocessors make.
         inputs = {"token_ids": token_id_input, "padding_mask": padding_mask_input}
-        super().__init__(inputs=inputs, outputs=self._hidden_states(**inputs), **kwargs)
+        with building():
+            super().__init__(inputs=inputs, outputs=self._hidden_states(**inputs), **kwargs)
         self.input_spec = None  # Keras' own knows no other names; `standard_names` checks them
 
     def call(self, inputs, training=None):
         return self._hidden_states(**standard_names(inputs))  # Keras passes `training` on
 
     def _hidden_states(self, token_ids, padding_mask, segment_ids=None):
-        x = self.embeddings_dropout(self._embed(token_ids))
+        x = embeddings = self.embeddings_dropout(self._embed(token_ids))
         for block in self.blocks:
-            x = block(x, padding_mask=padding_mask, segment_ids=segment_ids)
+            seen = _seen_by(block, embeddings)
+            x = block(x, padding_mask=padding_mask, segment_ids=segment_ids, **seen)
         return self.norm(x)
 
     def _embed(self, token_ids):
@@ -109,9 +114,11 @@ class ResidualBackbone(AtomicPreset, AtomicSave, keras_hub.models.Backbone):
         length = ops.zeros((b,), "int32") if state is None else state.length
         digest = ops.zeros((b,), "int32") if state is None else state.digest
         layers = [None] * len(self.blocks) if state is None else state.layers
-        x, states = self.embeddings_dropout(self._embed(token_ids)), []
+        x = embeddings = self.embeddings_dropout(self._embed(token_ids))
+        states = []
         for block, layer in zip(self.blocks, layers, strict=True):
-            x, layer = block.call_with_state(x, layer, padding_mask, segment_ids)
+            seen = _seen_by(block, embeddings)
+            x, layer = block.call_with_state(x, layer, padding_mask, segment_ids, **seen)
             states.append(layer)
         seen = t if padding_mask is None else ops.count_nonzero(padding_mask, axis=1)
         length = length + ops.cast(seen, "int32")
@@ -127,9 +134,10 @@ class ResidualBackbone(AtomicPreset, AtomicSave, keras_hub.models.Backbone):
         Returns:
             Tuple `(hidden_states, state)`: `(b d)`, and the `Mamba2State` after the token.
         """
-        x, states = self._embed(token_ids), []
+        x = embeddings = self._embed(token_ids)
+        states = []
         for block, layer in zip(self.blocks, state.layers, strict=True):
-            x, layer = block.step(x, layer, mask)
+            x, layer = block.step(x, layer, mask, **_seen_by(block, embeddings))
             states.append(layer)
         seen = 1 if mask is None else ops.cast(mask, "int32")
         digest = digest_after(
@@ -139,12 +147,12 @@ class ResidualBackbone(AtomicPreset, AtomicSave, keras_hub.models.Backbone):
 
     def state_spec(self, max_length: int | None = None) -> tuple[Any, ...]:
         """What a state holds for one row: for each block the spec of its `Sublayer`."""
-        return tuple(block.sublayer.state_spec(max_length) for block in self.blocks)
+        return tuple(block.state_spec(max_length) for block in self.blocks)
 
     def initial_state(self, batch_size: int, max_length: int | None = None) -> Mamba2State:
         """The state before the first token of `batch_size` rows, of up to `max_length` tokens."""
         return Mamba2State(
-            [block.sublayer.initial_state(batch_size, max_length) for block in self.blocks],
+            [block.initial_state(batch_size, max_length) for block in self.blocks],
             token=ops.full((batch_size,), NO_TOKEN, "int32"),
             length=ops.zeros((batch_size,), "int32"),
             digest=ops.zeros((batch_size,), "int32"),
@@ -164,9 +172,8 @@ class ResidualBackbone(AtomicPreset, AtomicSave, keras_hub.models.Backbone):
                     "`from_preset` of that class."
                 )
             return loader.load_backbone(cls, load_weights, **kwargs)
-        return super().from_preset(
-            preset, load_weights=load_weights, **keras_arguments(preset, kwargs)
-        )
+        load = functools.partial(super().from_preset, preset)
+        return load_preset(load, preset, load_weights, kwargs)
 
     @classmethod
     def get_layout_map(
@@ -277,9 +284,15 @@ def _check_cuts(token_embedding: ReversibleEmbedding, blocks: Sequence[ResidualB
     }
     cuts = {"token_embedding/embeddings": axes}
     for block in blocks:
-        for path, axes in block.sublayer.weight_axes.items():
-            cuts[f"{block.name}/{block.sublayer.name}/{path}"] = axes
+        for part in block.parts:
+            for path, axes in part.weight_axes.items():
+                cuts[f"{block.name}/{part.name}/{path}"] = axes
     check_layout(cuts)
+
+
+def _seen_by(block: ResidualBlock, embeddings) -> dict[str, Any]:
+    """What a block sees beside the residual stream."""
+    return {"embeddings": embeddings} if block.sees_embeddings else {}
 
 
 def embedding(

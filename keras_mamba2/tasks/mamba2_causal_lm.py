@@ -1,10 +1,13 @@
+import functools
+
 import keras
 import keras_hub
 from keras import ops
 
 from keras_mamba2._compat.keras_hub_presets import load_task
+from keras_mamba2.conversion import WholeWeights
 from keras_mamba2.conversion import export_to_transformers
-from keras_mamba2.conversion import keras_arguments
+from keras_mamba2.conversion import load_preset
 from keras_mamba2.conversion import open_preset
 from keras_mamba2.generation import sampler_of
 from keras_mamba2.generation import use_compilation_cache
@@ -35,6 +38,7 @@ class Mamba2CausalLM(
     PushToHub,
     AtomicPreset,
     AtomicSave,
+    WholeWeights,
     keras_hub.models.CausalLM,
 ):
     """A Mamba-2 language model: text in, text out, and trainable with `fit`.
@@ -114,9 +118,8 @@ class Mamba2CausalLM(
         loader, preset = open_preset(preset, weights=load_weights, tokenizer=tokenizer)
         if loader is not None:
             return loader.load_task(cls, load_weights, **kwargs)
-        return load_task(
-            cls, ResidualBackbone, preset, load_weights, **keras_arguments(preset, kwargs)
-        )
+        load = functools.partial(load_task, cls, ResidualBackbone, preset)
+        return load_preset(load, preset, load_weights, kwargs)
 
     def export_to_transformers(self, path, dtype: str | None = None) -> None:
         """Writes a folder for `AutoModelForCausalLM` and `AutoTokenizer` of transformers.

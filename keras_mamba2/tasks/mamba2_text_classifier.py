@@ -1,9 +1,12 @@
+import functools
+
 import keras
 import keras_hub
 from keras import ops
 
 from keras_mamba2._compat.keras_hub_presets import load_task
-from keras_mamba2.conversion import keras_arguments
+from keras_mamba2.conversion import WholeWeights
+from keras_mamba2.conversion import load_preset
 from keras_mamba2.conversion import open_preset
 from keras_mamba2.models import Mamba2Backbone
 from keras_mamba2.models.inputs import standard_names
@@ -21,7 +24,9 @@ from keras_mamba2.tasks.push_to_hub import PushToHub
 
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
-class Mamba2TextClassifier(AtomicPreset, AtomicSave, keras_hub.models.TextClassifier, PushToHub):
+class Mamba2TextClassifier(
+    AtomicPreset, AtomicSave, WholeWeights, keras_hub.models.TextClassifier, PushToHub
+):
     """Classifies texts by the hidden state of a Mamba-2 backbone at the last token of each.
 
     `fit`, `evaluate` and `predict` refuse rows without a token, and labels out of range: in arrays
@@ -121,9 +126,8 @@ class Mamba2TextClassifier(AtomicPreset, AtomicSave, keras_hub.models.TextClassi
         tokenizer = kwargs.get("preprocessor", "from the preset") == "from the preset"
         loader, preset = open_preset(preset, weights=load_weights, tokenizer=tokenizer)
         if loader is None:
-            return load_task(
-                cls, ResidualBackbone, preset, load_weights, **keras_arguments(preset, kwargs)
-            )
+            load = functools.partial(load_task, cls, ResidualBackbone, preset)
+            return load_preset(load, preset, load_weights, kwargs)
         if "num_classes" not in kwargs:
             raise ValueError(f"{preset} has no head of a classifier. Pass `num_classes`.")
         return loader.load_task(cls, load_weights, **kwargs)

@@ -44,6 +44,14 @@ GRANITE = {
     "mamba_n_heads": 8,
     "shared_intermediate_size": 40,
 }
+ZAMBA = {
+    "model_type": "zamba2",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "layers_block_type": ["mamba", "hybrid"],
+    "n_mamba_heads": 8,
+}
 BAMBA = {
     "model_type": "bamba",
     "vocab_size": 64,
@@ -117,9 +125,13 @@ def test_back_to_transformers_and_again(expansion):
         ({"model_type": "mamba", "hidden_size": 8}, "is a Mamba-1 model.*model_type='mamba'"),
         ({**ORIGINAL, "ssm_cfg": {}}, "is a Mamba-1 model"),
         ({**ORIGINAL, "ssm_cfg": {"layer": "Mamba1"}}, "is a Mamba-1 model"),
-        ({**ORIGINAL, "attn_layer_idx": [27, 9, 18]}, "hybrid.*Attention layers: 9, 18, 27"),
+        ({**ORIGINAL, "attn_layer_idx": [99]}, "`attn_layer_idx` has 99, but n_layer="),
+        ({**ORIGINAL, "attn_layer_idx": [1]}, "has no `num_heads`"),
         ({"model_type": "bamba", "attn_layer_indices": [9]}, "has no `hidden_size`"),
-        ({"model_type": "zamba2"}, "Unknown `model_type`.*'granitemoehybrid'.*'zamba2'"),
+        ({"model_type": "zamba3"}, "Unknown `model_type`.*'granitemoehybrid'.*'zamba3'"),
+        ({**ZAMBA, "layers_block_type": ["mamba", "lstm"]}, "Unknown kind of layer 'lstm'"),
+        ({**ZAMBA, "n_mamba_heads": 7}, "n_mamba_heads must divide"),
+        ({**ZAMBA, "use_long_context": True}, "`use_long_context` must be False"),
         ({**NEMOTRON, "hybrid_override_pattern": "M-M?"}, "has '\\?', which is none of 'M'"),
         (
             {**NEMOTRON, "layers_block_type": ["lstm"]},

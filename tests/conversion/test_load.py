@@ -127,13 +127,41 @@ def test_a_vocabulary_with_more_rows_is_explained(folder, backbone):
         conversion.load_weights(backbone, folder)
 
 
-def test_nan_are_counted(folder, backbone):
+def test_what_is_not_finite_is_counted_and_nothing_changes(folder, backbone):
     def change(tensors):
         tensors["backbone.norm_f.weight"][:3] = torch.nan
-        tensors["backbone.layers.0.mixer.D"][1] = torch.nan
+        tensors["backbone.layers.0.mixer.D"][1] = torch.inf
+        tensors["backbone.embeddings.weight"] *= 2
+
+    before = checkpoints.weights_of(backbone)
+    rewrite(folder, change)
+    message = r"mixer.D \(1 infinite of 4 in float32\), backbone.norm_f.weight \(3 NaN of 16 in"
+    with pytest.raises(ValueError, match=message):
+        conversion.load_weights(backbone, folder)
+    after = checkpoints.weights_of(backbone)
+    assert all(np.array_equal(before[path], after[path]) for path in before)
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "value"),
+    [(torch.float64, "float32", 1e39), (torch.float32, "float16", 7e4)],
+)
+def test_a_number_too_large_for_the_variables_is_refused(folder, stored, dtype, value):
+    def change(tensors):
+        name = "backbone.embeddings.weight"
+        tensors[name] = tensors[name].to(stored)
+        tensors[name][2, 3] = value
 
     rewrite(folder, change)
-    with pytest.warns(UserWarning, match=r"4 NaN in 2 variables: .*mixer/D \(1\), .*norm/scale"):
+    with pytest.raises(ValueError, match=f"embeddings.weight .1 infinite of 768 in {dtype}"):
+        load(folder, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.bool])
+def test_integers_are_no_weights(folder, backbone, dtype):
+    name = "backbone.norm_f.weight"
+    rewrite(folder, lambda t: t.update({name: t[name].to(dtype)}))
+    with pytest.raises(ValueError, match=rf"not floating point numbers: {name} \("):
         conversion.load_weights(backbone, folder)
 
 

@@ -11,6 +11,7 @@ from keras import ops
 
 from keras_mamba2 import Mamba2Backbone
 from keras_mamba2 import Mamba2CausalLM
+from keras_mamba2 import Mamba2HybridBackbone
 from keras_mamba2.ops.segments import document_segments
 from tests import reference
 
@@ -19,10 +20,16 @@ T = sum(LENGTHS)
 EPS = np.finfo("float32").eps
 
 
-@pytest.fixture(scope="module")
-def lm():
+@pytest.fixture(scope="module", params=["mamba2", "hybrid"])
+def lm(request):
     arguments = {"state_dim": 4, "head_dim": 4, "num_groups": 2, "chunk_size": 4}
-    lm = Mamba2CausalLM(Mamba2Backbone(20, 2, 8, **arguments))
+    if request.param == "mamba2":
+        backbone = Mamba2Backbone(20, 2, 8, **arguments)
+    else:
+        attention = {"num_query_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "rotary_dim": 4}
+        sublayers = {"mamba2": arguments, "attention": attention}
+        backbone = Mamba2HybridBackbone(20, 8, ["mamba2", "attention"], sublayers)
+    lm = Mamba2CausalLM(backbone)
     reference.randomize(lm)
     return lm
 

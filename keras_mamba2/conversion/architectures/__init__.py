@@ -13,9 +13,11 @@ from keras_mamba2.conversion.architectures.granite import GRANITE
 from keras_mamba2.conversion.architectures.mamba2 import MAMBA2
 from keras_mamba2.conversion.architectures.nemotron_h import NEMOTRON_H
 from keras_mamba2.conversion.architectures.state_spaces import STATE_SPACES
+from keras_mamba2.conversion.architectures.zamba2 import ZAMBA2
+from keras_mamba2.conversion.names import Names
 
 # In this order they are tried for a model that is exported.
-OF_TRANSFORMERS = (MAMBA2, GRANITE, NEMOTRON_H, FALCON_H1, BAMBA)
+OF_TRANSFORMERS = (MAMBA2, GRANITE, NEMOTRON_H, FALCON_H1, BAMBA, ZAMBA2)
 MAMBA_1 = ("mamba", "falcon_mamba", "Mamba1")
 
 
@@ -63,13 +65,17 @@ def exported_as(backbone_config: Mapping[str, Any]) -> tuple[Architecture, dict[
     )
 
 
-def with_names_in(architecture: Architecture, tensors: Iterable[str]) -> Architecture:
-    """`architecture`, or the one whose names the tensors have: pure Mamba-2 has two spellings."""
+def names_in(
+    architecture: Architecture, backbone_config: Mapping[str, Any], tensors: Iterable[str]
+) -> Names:
+    """The names that the tensors of a checkpoint have: pure Mamba-2 has two spellings."""
     tensors = set(tensors)
-    for other in (MAMBA2, STATE_SPACES):
-        if architecture in (MAMBA2, STATE_SPACES) and other.names.embedding in tensors:
-            return other
-    return architecture
+    spellings = (MAMBA2, STATE_SPACES) if architecture in (MAMBA2, STATE_SPACES) else ()
+    for spelling in spellings:
+        names = spelling.names_for(backbone_config)
+        if names.embedding in tensors:
+            return names
+    return architecture.names_for(backbone_config)
 
 
 def _same(arguments: Mapping[str, Any], backbone_config: Mapping[str, Any]) -> bool:

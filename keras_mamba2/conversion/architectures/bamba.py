@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from keras_mamba2.conversion import names
-from keras_mamba2.conversion.architectures.architecture import HYBRID
 from keras_mamba2.conversion.architectures.architecture import Architecture
 from keras_mamba2.conversion.architectures.values import UNPADDED_KEY
 from keras_mamba2.conversion.architectures.values import limits
@@ -119,7 +118,6 @@ def config(backbone_config: Mapping[str, Any]) -> dict[str, Any] | None:
 BAMBA = Architecture(
     name="Bamba",
     model_type="bamba",
-    backbone=HYBRID,
     arguments=arguments,
     names=names.Names(
         names.outside("model.embed_tokens.weight", "model.final_layernorm.weight"),

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from keras_mamba2.conversion import names
-from keras_mamba2.conversion.architectures.architecture import HYBRID
 from keras_mamba2.conversion.architectures.architecture import Architecture
 from keras_mamba2.conversion.architectures.values import UNPADDED_KEY
 from keras_mamba2.conversion.architectures.values import limits
@@ -148,7 +147,6 @@ def config(backbone_config: Mapping[str, Any]) -> dict[str, Any] | None:
 FALCON_H1 = Architecture(
     name="Falcon-H1",
     model_type="falcon_h1",
-    backbone=HYBRID,
     arguments=arguments,
     names=names.Names(
         names.outside("model.embed_tokens.weight", "model.final_layernorm.weight"),

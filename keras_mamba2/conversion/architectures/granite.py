@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from keras_mamba2.conversion import names
-from keras_mamba2.conversion.architectures.architecture import HYBRID
 from keras_mamba2.conversion.architectures.architecture import Architecture
 from keras_mamba2.conversion.architectures.values import ATTENTION_LAYERS
 from keras_mamba2.conversion.architectures.values import MAMBA_LAYERS
@@ -160,7 +159,7 @@ def _feed_forward() -> dict[str, names.Weight]:
         "norm/scale": names.Weight("post_attention_layernorm.weight"),
         **{
             f"mlp/{ours}/kernel": names.Weight(
-                f"{shared}.input_linear.weight", names.LINEAR, part, 2
+                f"{shared}.input_linear.weight", names.LINEAR, part, (1, 1)
             )
             for ours, part in rows.items()
         },
@@ -168,7 +167,7 @@ def _feed_forward() -> dict[str, names.Weight]:
         "experts/router": names.Weight(f"{experts}.router.layer.weight", names.LINEAR),
         **{
             f"experts/experts_{ours}": names.Weight(
-                f"{experts}.input_linear.weight", names.LINEAR, part, 2
+                f"{experts}.input_linear.weight", names.LINEAR, part, (1, 1)
             )
             for ours, part in rows.items()
         },
@@ -179,7 +178,6 @@ def _feed_forward() -> dict[str, names.Weight]:
 GRANITE = Architecture(
     name="Granite 4.0 H",
     model_type="granitemoehybrid",
-    backbone=HYBRID,
     arguments=arguments,
     names=names.Names(
         names.outside("model.embed_tokens.weight", "model.norm.weight"),

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from keras_mamba2.conversion import names
-from keras_mamba2.conversion.architectures.architecture import PURE
 from keras_mamba2.conversion.architectures.architecture import Architecture
 from keras_mamba2.conversion.architectures.values import UNPADDED_KEY
 from keras_mamba2.conversion.architectures.values import limits
@@ -97,7 +96,6 @@ BLOCK = {"norm/scale": names.Weight("norm.weight"), **names.mixer("mixer", "mixe
 MAMBA2 = Architecture(
     name="transformers",
     model_type="mamba2",
-    backbone=PURE,
     arguments=arguments,
     names=names.Names(
         names.outside("backbone.embeddings.weight", "backbone.norm_f.weight"),

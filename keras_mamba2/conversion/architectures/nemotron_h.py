@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from keras_mamba2.conversion import names
-from keras_mamba2.conversion.architectures.architecture import HYBRID
 from keras_mamba2.conversion.architectures.architecture import Architecture
 from keras_mamba2.conversion.architectures.values import ATTENTION_LAYERS
 from keras_mamba2.conversion.architectures.values import MAMBA_LAYERS
@@ -196,7 +195,6 @@ def config(backbone_config: Mapping[str, Any]) -> dict[str, Any] | None:
 NEMOTRON_H = Architecture(
     name="Nemotron-H",
     model_type="nemotron_h",
-    backbone=HYBRID,
     arguments=arguments,
     names=names.Names(
         names.outside("backbone.embeddings.weight", "backbone.norm_f.weight"),

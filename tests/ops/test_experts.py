@@ -1,0 +1,89 @@
+"""The four ways to give each token the matrix of its experts."""
+
+import jax
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_mamba2.ops import experts as module
+from keras_mamba2.ops.experts import grouped_matmul
+
+N, D, F, E, K = 10, 4, 6, 5, 2
+EPS = np.finfo("float32").eps
+
+
+@pytest.fixture(scope="module")
+def case():
+    rng = np.random.default_rng(0)
+    x, up, down = (rng.normal(size=size) for size in ((N, D), (E, D, F), (E, F, D)))
+    weights = rng.uniform(size=(N, K))
+    # Of the last expert no token wants anything.
+    experts = np.stack([rng.choice(E - 1, K, replace=False) for _ in range(N)])
+    y = np.zeros((N, D))
+    for i, j in np.ndindex(N, K):
+        y[i] += weights[i, j] * np.tanh(x[i] @ up[experts[i, j]]) @ down[experts[i, j]]
+    return *(a.astype("float32") for a in (x, weights, up, down)), experts.astype("int32"), y
+
+
+def compute_with(up, down):
+    return lambda x, matmul: matmul(ops.tanh(matmul(x, up)), down)
+
+
+def close(actual, truth):
+    np.testing.assert_allclose(actual, truth, rtol=0, atol=32 * EPS * np.abs(truth).max())
+
+
+WAYS = {
+    "sliced": lambda x, w, e, compute: ops.concatenate(
+        [module._sliced(x[i : i + 1], w[i : i + 1], e[i : i + 1], compute) for i in range(len(x))]
+    ),
+    "gathered": lambda x, w, e, compute: module._gathered(x, w, e, compute),
+    "sorted": lambda x, w, e, compute: module._sorted(x, w, e, E, compute),
+    "all": lambda x, w, e, compute: module._all_experts(x, w, e, E, compute),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_way_is_token_by_token(case, way):
+    x, weights, up, down, experts, truth = case
+    run = jax.jit(lambda x, w, e: WAYS[way](x, w, e, compute_with(up, down)))
+    close(run(x, weights, experts), truth)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_way_has_the_same_gradients(case, way):
+    x, weights, up, down, experts, _ = case
+
+    def loss(way, *arguments):
+        x, weights, up, down = arguments
+        return (WAYS[way](x, weights, experts, compute_with(up, down)) ** 2).sum()
+
+    gradients = [
+        jax.grad(lambda *a, w=w: loss(w, *a), argnums=(0, 1, 2, 3))(x, weights, up, down)
+        for w in (way, "all")
+    ]
+    for ours, theirs in zip(*gradients, strict=True):
+        assert np.abs(theirs).max() > 0
+        close(ours, np.asarray(theirs, "float64"))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, N])
+def test_any_number_of_tokens(case, tokens):
+    x, weights, up, down, experts, truth = case
+    few = slice(0, tokens)
+    y = grouped_matmul(x[few], weights[few], experts[few], E, compute_with(up, down))
+    close(y, truth[few])
+
+
+def test_one_token_reads_the_experts_that_it_chooses(case):
+    """No array of more than one expert is made on the way."""
+    x, weights, up, down, experts, _ = case
+    program = jax.jit(lambda x, w, e, up, down: grouped_matmul(x, w, e, E, compute_with(up, down)))
+    text = program.lower(x[:1], weights[:1], experts[:1], up, down).as_text()
+    made = [
+        line
+        for line in text.splitlines()
+        if f"-> tensor<{K}x" in line or f"-> tensor<{E}x{D}" in line
+    ]
+    assert text.count("stablehlo.dynamic_slice") == 2 * K
+    assert not made
