@@ -555,6 +555,64 @@ def test_preset_loader():
     assert asked == [(keras_hub.models.Backbone, True, {"dtype": "bfloat16"})]
 
 
+class Family(keras_hub.models.Backbone):
+    """Backbones of two classes, of which a task names one."""
+
+    def __init__(self, **kwargs):
+        x, dense = keras.Input((3,)), keras.layers.Dense(2)
+        super().__init__(inputs=x, outputs=dense(x), **kwargs)
+
+
+@keras.saving.register_keras_serializable(package="test_compat")
+class One(Family):
+    pass
+
+
+@keras.saving.register_keras_serializable(package="test_compat")
+class Other(Family):
+    pass
+
+
+@pytest.fixture
+def other(tmp_path):
+    backbone = Other()
+    backbone.save_to_preset(str(tmp_path / "other"))
+    return backbone, str(tmp_path / "other")
+
+
+def test_load_task(other):
+    class Task:
+        backbone_cls, preprocessor_cls = One, None
+
+        def __init__(self, backbone, num_classes):
+            self.made_of = backbone, num_classes
+
+    backbone, preset = other
+    load_task = part("keras_hub_presets").load_task
+    loaded, num_classes = load_task(Task, Family, preset, True, num_classes=4).made_of
+    assert (type(loaded), num_classes) == (Other, 4)
+    assert all(map(np.array_equal, loaded.get_weights(), backbone.get_weights()))
+    with pytest.raises(ValueError, match="Task has no place for the backbone of .*, a Other"):
+        load_task(Task, One, preset, True)
+
+
+def test_load_preprocessor(other):
+    class Preprocessor:
+        def __init__(self, **kwargs):
+            self.made_of = kwargs
+
+        @classmethod
+        def _add_missing_kwargs(cls, loader, kwargs):
+            return {"tokenizer": loader.preset, **kwargs}
+
+    _, preset = other
+    load_preprocessor = part("keras_hub_presets").load_preprocessor
+    loaded = load_preprocessor(Preprocessor, Family, preset, sequence_length=7)
+    assert loaded.made_of == {"tokenizer": preset, "sequence_length": 7}
+    with pytest.raises(ValueError, match="Preprocessor has no place for the backbone of"):
+        load_preprocessor(Preprocessor, One, preset)
+
+
 # Overridden methods
 
 OVERRIDDEN = part("overridden").OVERRIDDEN

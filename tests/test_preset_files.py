@@ -9,6 +9,7 @@ import pytest
 import keras_mamba2
 from keras_mamba2.preset_files import Preset
 from keras_mamba2.preset_files import named_presets
+from keras_mamba2.preset_files import read_sources
 
 
 @pytest.fixture
@@ -108,12 +109,12 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 def sources_with(folder, **changes):
     handles = {"weights": "hf://user/weights", "tokenizer": "hf://user/tokenizer"}
     (folder / "sources.json").write_text(json.dumps({**handles, **changes}))
-    return Preset(folder).sources
+    return read_sources(folder / "sources.json")
 
 
-def test_sources_are_pinned_to_commits(copy):
-    assert sources_with(copy)["weights"] == "hf://user/weights"
-    sources = sources_with(copy, revision={"weights": COMMIT})
+def test_sources_are_pinned_to_commits(tmp_path):
+    assert sources_with(tmp_path)["weights"] == "hf://user/weights"
+    sources = sources_with(tmp_path, revision={"weights": COMMIT})
     assert sources == {
         "weights": f"hf://user/weights@{COMMIT}",
         "tokenizer": "hf://user/tokenizer",
@@ -134,6 +135,6 @@ def test_sources_are_pinned_to_commits(copy):
         ),
     ],
 )
-def test_a_wrong_pin_is_named(copy, changes, message):
+def test_a_wrong_pin_is_named(tmp_path, changes, message):
     with pytest.raises(ValueError, match=f"sources.json: .*{message}"):
-        sources_with(copy, **changes)
+        sources_with(tmp_path, **changes)

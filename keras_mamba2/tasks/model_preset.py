@@ -1,5 +1,7 @@
 import json
 import pathlib
+from collections.abc import Callable
+from typing import Any
 from typing import Self
 
 import keras
@@ -12,6 +14,9 @@ from keras_mamba2.preset_files import read_json
 
 class ModelPreset:
     """A model that is a preset by itself: its configuration and its weights, and no backbone."""
+
+    from_config: Callable[..., Any]
+    save_weights: Callable[..., Any]
 
     def save_to_preset(self, preset_dir) -> None:
         config = keras.saving.serialize_keras_object(self)
@@ -36,11 +41,10 @@ class ModelPreset:
         name = keras.saving.get_registered_name(cls)
         files = Preset(preset)
         folder = pathlib.Path(files.keras_folder(load_weights, tokenizer=False, names=[name]))
-        saved = read_json(folder / CONFIG_FILE)
+        saved = read_json(folder / CONFIG_FILE)["config"]
         if kwargs.get("dtype") == "auto":
-            kwargs["dtype"] = saved["config"]["dtype"]
-        config = {**saved["config"], "dtype": None, **kwargs}
-        model = keras.saving.deserialize_keras_object({**saved, "config": config})
+            kwargs["dtype"] = saved["dtype"]
+        model = cls.from_config({**saved, "dtype": None, **kwargs})
         if load_weights:
             model.load_weights(folder / KERAS_WEIGHTS[0])
         return model
