@@ -6,6 +6,16 @@ import keras
 import keras_hub
 from keras import ops
 
+from keras_mamba2.arguments import BOOLEAN
+from keras_mamba2.arguments import OF_KERAS
+from keras_mamba2.arguments import RATE
+from keras_mamba2.arguments import SIZE
+from keras_mamba2.arguments import STRING
+from keras_mamba2.arguments import check_keywords
+from keras_mamba2.arguments import number
+from keras_mamba2.arguments import optional
+from keras_mamba2.arguments import several
+from keras_mamba2.arguments import shown
 from keras_mamba2.conversion import keras_arguments
 from keras_mamba2.conversion import open_preset
 from keras_mamba2.layers.gated_rms_normalization import GatedRMSNormalization
@@ -58,6 +68,9 @@ class ResidualBackbone(AtomicPreset, AtomicSave, keras_hub.models.Backbone):
         norm: GatedRMSNormalization,
         **kwargs,
     ):
+        check_keywords(type(self), kwargs)
+        for name in ("embedding_multiplier", "logits_multiplier"):
+            number()(name, getattr(self, name))
         _check_cuts(token_embedding, blocks)
 
         # === Layers ===
@@ -225,8 +238,8 @@ class ResidualBackbone(AtomicPreset, AtomicSave, keras_hub.models.Backbone):
             ValueError: for another name, if LoRA is enabled already, and for weights quantized
                 to anything but int8 and int4.
         """
-        if rank < 1:
-            raise ValueError(f"`rank` must be positive. Received: rank={rank}")
+        rank = SIZE("rank", rank)
+        optional(several(STRING))("target_layer_names", target_layer_names)
         names = (
             self.default_lora_layer_names() if target_layer_names is None else target_layer_names
         )
@@ -285,9 +298,11 @@ def _check_cuts(token_embedding: ReversibleEmbedding, blocks: Sequence[ResidualB
 def embedding(
     vocabulary_size: int, hidden_dim: int, tie_word_embeddings: bool, dropout: float, dtype
 ) -> tuple[ReversibleEmbedding, keras.layers.Dropout]:
-    """The first layers of a backbone."""
+    """The first layers of a backbone, of arguments that are looked at here."""
+    hidden_dim, dropout = SIZE("hidden_dim", hidden_dim), RATE("dropout", dropout)
+    tie_word_embeddings = BOOLEAN("tie_word_embeddings", tie_word_embeddings)
     token_embedding = ReversibleEmbedding(
-        input_dim=vocabulary_size,
+        input_dim=int(vocabulary_size),
         output_dim=hidden_dim,
         tie_weights=tie_word_embeddings,
         embeddings_initializer=keras.initializers.RandomNormal(stddev=0.02),
@@ -303,24 +318,21 @@ def checked_tokens(vocabulary_size: int, unpadded_vocabulary_size: int | None) -
     Raises:
         ValueError: if there are none, or more than rows.
     """
-    if vocabulary_size < 1:
-        raise ValueError(
-            f"`vocabulary_size` must be positive. Received: vocabulary_size={vocabulary_size}"
-        )
-    if unpadded_vocabulary_size is None:
+    vocabulary_size = SIZE("vocabulary_size", vocabulary_size)
+    num_tokens = optional(SIZE)("unpadded_vocabulary_size", unpadded_vocabulary_size)
+    if num_tokens is None:
         return vocabulary_size
-    if not 0 < unpadded_vocabulary_size <= vocabulary_size:
+    if num_tokens > vocabulary_size:
         raise ValueError(
             "`unpadded_vocabulary_size` must lie between 1 and `vocabulary_size`. Received: "
-            f"unpadded_vocabulary_size={unpadded_vocabulary_size}, "
-            f"vocabulary_size={vocabulary_size}"
+            f"unpadded_vocabulary_size={num_tokens}, vocabulary_size={vocabulary_size}"
         )
-    return unpadded_vocabulary_size
+    return num_tokens
 
 
 def check_dtype(dtype) -> None:
     """Raises unless a model can be made with `dtype`."""
-    policy = keras.dtype_policies.get(dtype)
+    policy = keras.dtype_policies.get(OF_KERAS["dtype"]("dtype", dtype))
     if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
         policy = policy.default_policy
     if policy.quantization_mode is not None:
@@ -329,4 +341,6 @@ def check_dtype(dtype) -> None:
             f"point dtype, then call `quantize({policy.quantization_mode!r})`. Received: {dtype}"
         )
     if "float" not in str(policy.compute_dtype):
-        raise ValueError(f"`dtype` must be a floating point dtype or policy. Received: {dtype}")
+        raise ValueError(
+            f"`dtype` must be a floating point dtype or policy. Received: dtype={shown(dtype)}"
+        )

@@ -11,6 +11,9 @@ import numpy as np
 from keras import ops
 
 from keras_mamba2._compat.keras_hub_preprocessing import in_tf_function
+from keras_mamba2.arguments import are_ids
+from keras_mamba2.arguments import check_elements
+from keras_mamba2.arguments import check_numeric
 
 
 def real_positions(padding_mask):
@@ -39,13 +42,12 @@ def check_batch(check: Callable[..., None], *arrays) -> None:
 
 def check_mask(padding_mask: np.ndarray) -> None:
     """Refuses anything but 0 and 1, and padding between real tokens."""
-    wrong = np.argwhere(~np.isin(padding_mask, (0, 1)))
-    if len(wrong):
-        raise ValueError(
-            "A `padding_mask` is 1 at real tokens and 0 elsewhere; numbers of documents that share "
-            f"a row are `segment_ids`. Received: {padding_mask[tuple(wrong[0])]} in row "
-            f"{wrong[0][0]}"
-        )
+    check_elements(
+        padding_mask,
+        np.isin(padding_mask, (0, 1)),
+        "A `padding_mask` is 1 at real tokens and 0 elsewhere; numbers of documents that share a "
+        "row are `segment_ids`.",
+    )
     begins = np.diff(padding_mask.astype("int8"), axis=-1, prepend=0) > 0
     holes = np.flatnonzero(begins.sum(axis=-1) > 1)
     if len(holes):
@@ -80,17 +82,16 @@ def check_labels(
     name: str = "num_classes",
     weights: np.ndarray | None = None,
 ) -> None:
-    """Refuses labels that are no class, where they have a weight; one-hot labels may be anything.
+    """Refuses labels that are no class, where they have a weight.
 
-    `name` is what the user calls the number of classes.
+    For other losses, as of one-hot labels, any finite numbers are labels. `name` is what the user
+    calls the number of classes.
     """
     if not _takes_class_numbers(loss):
+        check_numeric("Labels", labels)
+        check_elements(labels, np.isfinite(labels), "Labels must be finite.")
         return
-    if labels.dtype.kind not in "biuf":
-        raise ValueError(
-            f"Labels must be class numbers, below {name}={num_classes}. "
-            f"Received: labels of dtype {labels.dtype}"
-        )
+    check_numeric("Labels", labels)
     if weights is not None:
         labels = np.where(weights != 0, labels, 0)
     _check_range(labels, num_classes, "Labels", name, getattr(loss, "ignore_class", None))
@@ -104,12 +105,12 @@ def _takes_class_numbers(loss) -> bool:
 
 def check_weights(weights: np.ndarray) -> None:
     """Refuses negative numbers, infinity and NaN."""
-    wrong = np.argwhere(~((weights >= 0) & (weights < np.inf)))
-    if len(wrong):
-        raise ValueError(
-            "`sample_weight` must be finite and not negative. "
-            f"Received: {weights[tuple(wrong[0])]} in row {wrong[0][0]}"
-        )
+    check_numeric("sample_weight", weights)
+    check_elements(
+        weights,
+        (weights >= 0) & (weights < np.inf),
+        "`sample_weight` must be finite and not negative.",
+    )
 
 
 def check_if_known(check: Callable[..., None], array, *args) -> None:
@@ -122,11 +123,9 @@ def check_if_known(check: Callable[..., None], array, *args) -> None:
 
 
 def _check_range(values: np.ndarray, size: int, what: str, name: str, allowed=None) -> None:
-    # In this form since comparisons with NaN are false.
-    is_valid = (values >= 0) & (values < size) & (values == np.floor(values))
-    wrong = np.argwhere(~(is_valid | (values == allowed)))
-    if len(wrong):
-        raise ValueError(
-            f"{what} must be whole numbers between 0 and {size - 1}, since {name}={size}. "
-            f"Received: {values[tuple(wrong[0])]} in row {wrong[0][0]}"
-        )
+    check_numeric(what, values)
+    check_elements(
+        values,
+        are_ids(values, size) | (values == allowed),
+        f"{what} must be whole numbers between 0 and {size - 1}, since {name}={size}.",
+    )

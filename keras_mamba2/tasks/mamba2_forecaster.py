@@ -4,6 +4,11 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_mamba2.arguments import SIZE
+from keras_mamba2.arguments import check_keywords
+from keras_mamba2.arguments import integer
+from keras_mamba2.arguments import several
+from keras_mamba2.arguments import shown
 from keras_mamba2.layers import GatedRMSNormalization
 from keras_mamba2.layers import Mamba2Block
 from keras_mamba2.ops.checks import float32_at_least
@@ -78,21 +83,15 @@ class Mamba2Forecaster(AtomicSave, keras.Model):
         dropout: float = 0.0,
         **kwargs,
     ):
+        check_keywords(type(self), kwargs)
         # Not cast at the door: a value of 1003 is 1000 in bfloat16.
         super().__init__(autocast=False, **kwargs)
-        for name, value in (
-            ("horizon", horizon),
-            ("num_features", num_features),
-            ("num_layers", num_layers),
-        ):
-            if value < 1:
-                raise ValueError(f"`{name}` must be positive. Received: {name}={value}")
-        self.horizon = horizon
-        self.num_features = num_features
-        self.output_features = _indices(output_features, num_features)
-        self.num_layers = num_layers
+        self.horizon = SIZE("horizon", horizon)
+        self.num_features = SIZE("num_features", num_features)
+        self.output_features = _indices(output_features, self.num_features)
+        self.num_layers = SIZE("num_layers", num_layers)
         self.block_arguments = {
-            "hidden_dim": hidden_dim,
+            "hidden_dim": SIZE("hidden_dim", hidden_dim),
             "state_dim": state_dim,
             "head_dim": head_dim,
             "num_groups": num_groups,
@@ -102,19 +101,20 @@ class Mamba2Forecaster(AtomicSave, keras.Model):
             "dropout": dropout,
         }
 
+        hidden_dim = self.block_arguments["hidden_dim"]
         self.embedding = keras.layers.Dense(hidden_dim, dtype=self.dtype_policy, name="embedding")
         self.blocks = [
             Mamba2Block(
                 **self.block_arguments,
-                num_residual_layers=num_layers,
+                num_residual_layers=self.num_layers,
                 dtype=self.dtype_policy,
                 name=f"block_{i}",
             )
-            for i in range(num_layers)
+            for i in range(self.num_layers)
         ]
         self.norm = GatedRMSNormalization(dtype=self.dtype_policy, name="final_norm")
         self.head = keras.layers.Dense(
-            horizon * len(self.output_features), dtype=self._scaling_dtype, name="head"
+            self.horizon * len(self.output_features), dtype=self._scaling_dtype, name="head"
         )
         self.build()
 
@@ -237,15 +237,18 @@ class Mamba2Forecaster(AtomicSave, keras.Model):
 def _indices(output_features, num_features: int) -> tuple[int, ...]:
     if output_features is None:
         output_features = num_features
-    if isinstance(output_features, int):
-        indices = tuple(range(output_features))
-    else:
-        indices = tuple(int(i) for i in output_features)
-    if not indices or not 0 <= min(indices) <= max(indices) < num_features:
+    try:
+        if isinstance(output_features, (Sequence, np.ndarray)):
+            indices = several(integer(0, num_features - 1)).standard(output_features)
+        else:
+            indices = tuple(range(integer(1, num_features).standard(output_features)))
+        if len(set(indices)) != len(indices) or not indices:
+            raise ValueError
+    except (TypeError, ValueError):
         raise ValueError(
             "`output_features` must be a number of features, or their indices, from the "
-            f"num_features={num_features} of the inputs. Received: {output_features}"
-        )
+            f"num_features={num_features} of the inputs. Received: {shown(output_features)}"
+        ) from None
     return indices
 
 

@@ -1,8 +1,17 @@
+from collections.abc import Callable
+
 import keras
 import keras_hub
 from keras import ops
 
 from keras_mamba2._compat.keras_hub_presets import load_task
+from keras_mamba2.arguments import RATE
+from keras_mamba2.arguments import SIZE
+from keras_mamba2.arguments import Kind
+from keras_mamba2.arguments import check_keywords
+from keras_mamba2.arguments import check_names
+from keras_mamba2.arguments import instance
+from keras_mamba2.arguments import optional
 from keras_mamba2.conversion import keras_arguments
 from keras_mamba2.conversion import open_preset
 from keras_mamba2.models import Mamba2Backbone
@@ -18,6 +27,14 @@ from keras_mamba2.tasks.compile_config import compile_from_config
 from keras_mamba2.tasks.compile_config import with_optimizer_built
 from keras_mamba2.tasks.mamba2_text_classifier_preprocessor import Mamba2TextClassifierPreprocessor
 from keras_mamba2.tasks.push_to_hub import PushToHub
+
+BACKBONE = instance(ResidualBackbone, "a `Mamba2Backbone` or a `Mamba2HybridBackbone`")
+PREPROCESSOR = optional(
+    instance(Callable, "a `Mamba2TextClassifierPreprocessor`, or a function of texts")
+)
+ACTIVATION = Kind(
+    "a function, the name of one in `keras.activations`, or None", keras.activations.get
+)
 
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
@@ -71,9 +88,13 @@ class Mamba2TextClassifier(AtomicPreset, AtomicSave, keras_hub.models.TextClassi
         dropout: float = 0.0,
         **kwargs,
     ):
-        for name, value in (("num_classes", num_classes), ("hidden_dim", hidden_dim)):
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be positive. Received: {name}={value}")
+        check_keywords(type(self), kwargs)
+        BACKBONE("backbone", backbone)
+        PREPROCESSOR("preprocessor", preprocessor)
+        num_classes = SIZE("num_classes", num_classes)
+        hidden_dim = optional(SIZE)("hidden_dim", hidden_dim)
+        dropout = RATE("dropout", dropout)
+        activation = ACTIVATION("activation", activation)
 
         # === Layers ===
         self.backbone = backbone
@@ -105,7 +126,7 @@ class Mamba2TextClassifier(AtomicPreset, AtomicSave, keras_hub.models.TextClassi
 
         # === Config ===
         self.num_classes = num_classes
-        self.activation = keras.activations.get(activation)
+        self.activation = activation
         self.hidden_dim = hidden_dim
         self.dropout = dropout
 
@@ -118,6 +139,7 @@ class Mamba2TextClassifier(AtomicPreset, AtomicSave, keras_hub.models.TextClassi
         The preset may be a classifier's, or of any other task: with `num_classes`, the head is
         new.
         """
+        check_names(cls, kwargs, "dtype")
         tokenizer = kwargs.get("preprocessor", "from the preset") == "from the preset"
         loader, preset = open_preset(preset, weights=load_weights, tokenizer=tokenizer)
         if loader is None:
