@@ -19,6 +19,7 @@ from keras_mamba2._compat.keras_hub_preprocessing import uses_tensorflow
 from keras_mamba2.arguments import STRING
 from keras_mamba2.arguments import Kind
 from keras_mamba2.arguments import check_keywords
+from keras_mamba2.arguments import check_names
 from keras_mamba2.arguments import instance
 from keras_mamba2.arguments import integer
 from keras_mamba2.arguments import optional
@@ -119,6 +120,8 @@ class Mamba2Tokenizer(AtomicPreset, keras_hub.tokenizers.Tokenizer):
     @classmethod
     def from_preset(cls, preset: str, **kwargs) -> "Mamba2Tokenizer":
         """Loads a tokenizer by name or folder. See `keras_hub.tokenizers.Tokenizer`."""
+        check_names(cls, kwargs, "config_file")
+        INTEGER_DTYPE("dtype", kwargs.get("dtype", "int32"))
         loader, preset = open_preset(preset, weights=False)
         if loader is not None:
             return loader.load_tokenizer(cls, **kwargs)

@@ -31,6 +31,7 @@ from keras_mamba2.saving import BACKBONE_FILES
 from keras_mamba2.saving import AtomicPreset
 from keras_mamba2.saving import AtomicSave
 from keras_mamba2.state import NO_TOKEN
+from keras_mamba2.state import STATE
 from keras_mamba2.state import Mamba2State
 from keras_mamba2.state.digest import digest_after
 
@@ -117,6 +118,7 @@ class ResidualBackbone(AtomicPreset, AtomicSave, keras_hub.models.Backbone):
             Tuple `(hidden_states, state)`: `(b t d)`, and the `Mamba2State` after each row's
             last real token.
         """
+        optional(STATE)("state", state)
         b, t = ops.shape(token_ids)
         token = ops.full((b,), NO_TOKEN, "int32") if state is None else state.token
         length = ops.zeros((b,), "int32") if state is None else state.length
@@ -140,6 +142,7 @@ class ResidualBackbone(AtomicPreset, AtomicSave, keras_hub.models.Backbone):
         Returns:
             Tuple `(hidden_states, state)`: `(b d)`, and the `Mamba2State` after the token.
         """
+        STATE("state", state)
         x, states = self._embed(token_ids), []
         for block, layer in zip(self.blocks, state.layers, strict=True):
             x, layer = block.step(x, layer, mask)
@@ -156,6 +159,8 @@ class ResidualBackbone(AtomicPreset, AtomicSave, keras_hub.models.Backbone):
 
     def initial_state(self, batch_size: int, max_length: int | None = None) -> Mamba2State:
         """The state before the first token of `batch_size` rows, of up to `max_length` tokens."""
+        SIZE("batch_size", batch_size)
+        optional(SIZE)("max_length", max_length)
         return Mamba2State(
             [block.sublayer.initial_state(batch_size, max_length) for block in self.blocks],
             token=ops.full((batch_size,), NO_TOKEN, "int32"),
@@ -169,6 +174,7 @@ class ResidualBackbone(AtomicPreset, AtomicSave, keras_hub.models.Backbone):
 
         `dtype="auto"` takes the dtype that the weights in the files have.
         """
+        BOOLEAN("load_weights", load_weights)
         loader, preset = open_preset(preset, weights=load_weights, tokenizer=False)
         if loader is not None:
             if not issubclass(loader.backbone_class, cls):

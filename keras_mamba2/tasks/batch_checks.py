@@ -5,6 +5,7 @@ end, and a label that is no class costs nothing.
 """
 
 from collections.abc import Callable
+from collections.abc import Mapping
 
 import keras
 import numpy as np
@@ -14,6 +15,7 @@ from keras_mamba2._compat.keras_hub_preprocessing import in_tf_function
 from keras_mamba2.arguments import are_ids
 from keras_mamba2.arguments import check_elements
 from keras_mamba2.arguments import check_numeric
+from keras_mamba2.arguments import shown
 
 
 def real_positions(padding_mask):
@@ -57,8 +59,18 @@ def check_mask(padding_mask: np.ndarray) -> None:
         )
 
 
-def check_rows(padding_mask: np.ndarray) -> None:
+def check_inputs(token_ids: np.ndarray, padding_mask: np.ndarray, vocabulary_size: int) -> None:
+    """Refuses arrays of other shapes than `(b t)`, ids that are no tokens, and wrong masks."""
+    if token_ids.ndim != 2 or token_ids.shape != padding_mask.shape:
+        raise ValueError(
+            "Token ids and mask must have one shape, (b t). Received: "
+            f"token_ids.shape={token_ids.shape}, padding_mask.shape={padding_mask.shape}"
+        )
     check_mask(padding_mask)
+    check_token_ids(token_ids, vocabulary_size)
+
+
+def check_rows(padding_mask: np.ndarray) -> None:
     empty = np.flatnonzero(~(padding_mask != 0).any(axis=-1))
     if len(empty):
         raise ValueError(
@@ -111,6 +123,16 @@ def check_weights(weights: np.ndarray) -> None:
         (weights >= 0) & (weights < np.inf),
         "`sample_weight` must be finite and not negative.",
     )
+
+
+def check_samples(x) -> None:
+    """Refuses what is no list or array of samples, or has none."""
+    parts = tuple(x.values()) if isinstance(x, Mapping) else x if isinstance(x, tuple) else (x,)
+    for part in parts or (x,):
+        if not hasattr(part, "__len__") or isinstance(part, (str, bytes)) or not np.shape(part):
+            raise ValueError(f"Samples must be a list or an array. Received: x={shown(x)}")
+        if not len(part):
+            raise ValueError(f"There is no sample in the data. Received: x={shown(x)}")
 
 
 def check_if_known(check: Callable[..., None], array, *args) -> None:

@@ -7,13 +7,11 @@ from typing import NamedTuple
 
 from keras_mamba2.arguments import SIZE
 from keras_mamba2.arguments import STRING
-from keras_mamba2.arguments import instance
 from keras_mamba2.arguments import integer
 from keras_mamba2.arguments import optional
 from keras_mamba2.arguments import several
+from keras_mamba2.state import STATE
 from keras_mamba2.state import Mamba2State
-
-STATE = optional(instance(Mamba2State, "a `Mamba2State`, which `prefill` returns"))
 
 
 class GenerationOptions(NamedTuple):
@@ -52,7 +50,7 @@ class GenerationOptions(NamedTuple):
             stop_token_ids=_stop_token_ids(stop_token_ids, model),
             stop_strings=_stop_strings(stop_strings, model.preprocessor),
             num_return_sequences=SIZE("num_return_sequences", num_return_sequences),
-            state=STATE("state", state),
+            state=optional(STATE)("state", state),
             seed=optional(integer())("seed", seed),
             parameters=parameters,
         )

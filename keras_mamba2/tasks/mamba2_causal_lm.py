@@ -114,6 +114,7 @@ class Mamba2CausalLM(
             ValueError: for an unknown preset, damaged files, an unknown keyword, and options of
                 the preprocessor together with `preprocessor`.
         """
+        BOOLEAN("load_weights", load_weights)
         check_names(cls, kwargs, "dtype", *PREPROCESSING)
         options = {
             name: kind(name, kwargs.pop(name))

@@ -6,6 +6,7 @@ from keras import ops
 
 from keras_mamba2.arguments import SIZE
 from keras_mamba2.arguments import check_keywords
+from keras_mamba2.arguments import check_numeric
 from keras_mamba2.arguments import integer
 from keras_mamba2.arguments import several
 from keras_mamba2.arguments import shown
@@ -13,6 +14,9 @@ from keras_mamba2.layers import GatedRMSNormalization
 from keras_mamba2.layers import Mamba2Block
 from keras_mamba2.ops.checks import float32_at_least
 from keras_mamba2.saving import AtomicSave
+from keras_mamba2.tasks.batch_checks import check_samples
+from keras_mamba2.tasks.batch_checks import check_weights
+from keras_mamba2.tasks.packing import is_dataset
 
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
@@ -177,23 +181,35 @@ class Mamba2Forecaster(AtomicSave, keras.Model):
             )
         return values, mask
 
-    def fit(self, x=None, *args, **kwargs):
+    def fit(self, x=None, y=None, *args, **kwargs):
         self._check_arrays(x)
-        return super().fit(x, *args, **kwargs)
+        self._check_targets(x, y, kwargs.get("sample_weight"))
+        return super().fit(x, y, *args, **kwargs)
 
-    def evaluate(self, x=None, *args, **kwargs):
+    def evaluate(self, x=None, y=None, *args, **kwargs):
         self._check_arrays(x)
-        return super().evaluate(x, *args, **kwargs)
+        self._check_targets(x, y, kwargs.get("sample_weight"))
+        return super().evaluate(x, y, *args, **kwargs)
 
     def predict(self, x=None, *args, **kwargs):
         self._check_arrays(x)
         return super().predict(x, *args, **kwargs)
 
+    @staticmethod
+    def _check_targets(x, y, sample_weight) -> None:
+        if y is None and isinstance(x, (np.ndarray, dict)):
+            raise ValueError("Targets are missing. Received: y=None")
+        if sample_weight is not None:
+            check_weights(ops.convert_to_numpy(sample_weight))
+
     def _check_arrays(self, x) -> None:
         """Raises for a row that lacks all values of a feature to forecast. Looks at arrays only."""
+        if not is_dataset(x):
+            check_samples(x)
         if not all(isinstance(a, np.ndarray) for a in (x.values() if isinstance(x, dict) else [x])):
             return
         values, mask = self._values_and_mask(x)
+        check_numeric("x", values)
         observed = np.isfinite(values) & (True if mask is None else mask.astype(bool))
         missing = np.argwhere(~observed[:, :, self.output_features].any(axis=1))
         if len(missing):

@@ -2,6 +2,7 @@ import keras_hub
 
 from keras_mamba2._compat.keras_hub_presets import load_preprocessor
 from keras_mamba2.arguments import SIZE
+from keras_mamba2.arguments import check_keywords
 from keras_mamba2.arguments import instance
 from keras_mamba2.conversion import open_preset
 from keras_mamba2.models import Mamba2Backbone
@@ -23,6 +24,7 @@ class Mamba2Preprocessor(AtomicPreset):
     @classmethod
     def from_preset(cls, preset: str, **kwargs) -> "Mamba2Preprocessor":
         """Loads a preprocessor by name or folder. See `keras_hub.models.Preprocessor`."""
+        check_keywords(cls, kwargs, "config_file")
         loader, preset = open_preset(preset, weights=False)
         if loader is not None:
             return loader.load_preprocessor(cls, **kwargs)
