@@ -155,21 +155,23 @@ def check_names(cls: type, keywords: Iterable[str], *more: str) -> None:
     for keyword in keywords:
         if keyword not in known:
             hint = did_you_mean(keyword, known)
+            own = ", ".join(dict.fromkeys((*_keywords_of(cls.__init__), *OF_KERAS, *more)))
             raise ValueError(
-                f"`{cls.__name__}` has no argument `{keyword}`.{hint} "
-                f"It takes {', '.join(dict.fromkeys(known))}."
+                f"`{cls.__name__}` has no argument `{keyword}`.{hint} Its arguments are {own}."
             )
 
 
 @functools.cache
 def _keywords(cls: type) -> tuple[str, ...]:
-    own = [base.__init__ for base in cls.__mro__ if "__init__" in vars(base) and base is not object]
-    return tuple(
-        parameter.name
-        for init in own
-        for parameter in list(inspect.signature(init).parameters.values())[1:]
-        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-    )
+    """What `__init__` of a class and its bases have names for."""
+    bases = [base for base in cls.__mro__ if "__init__" in vars(base) and base is not object]
+    return tuple(name for base in bases for name in _keywords_of(base.__init__))
+
+
+def _keywords_of(init: Callable) -> list[str]:
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = list(inspect.signature(init).parameters.values())[1:]  # without `self`
+    return [parameter.name for parameter in parameters if parameter.kind in named]
 
 
 def check_elements(values: np.ndarray, is_valid: np.ndarray, must: str) -> None:
@@ -179,9 +181,10 @@ def check_elements(values: np.ndarray, is_valid: np.ndarray, must: str) -> None:
         raise ValueError(f"{must} Received: {values[tuple(wrong[0])]} in row {wrong[0][0]}")
 
 
-def check_numeric(name: str, values: np.ndarray) -> None:
+def check_numeric(what: str, values: np.ndarray) -> None:
+    """Raises for an array of strings, objects or complex numbers."""
     if values.dtype.kind not in "biuf":
-        raise ValueError(f"`{name}` must be numbers. Received: dtype={values.dtype}")
+        raise ValueError(f"{what} must be numbers. Received: dtype={values.dtype}")
 
 
 def are_ids(values: np.ndarray, size: int) -> np.ndarray:
@@ -199,7 +202,10 @@ def did_you_mean(value: Any, names: Iterable[str]) -> str:
 
 def shown(value: Any) -> str:
     """`repr(value)`, cut where it is long."""
-    text = repr(value[:LONGEST_REPR] if isinstance(value, (str, bytes)) else value)
+    try:
+        text = repr(value[:LONGEST_REPR] if isinstance(value, (str, bytes)) else value)
+    except Exception:  # as of an integer with more digits than Python writes
+        text = f"a value of type {type(value).__name__}"
     return text if len(text) <= LONGEST_REPR else text[:LONGEST_REPR] + " ..."
 
 

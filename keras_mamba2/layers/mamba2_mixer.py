@@ -32,7 +32,8 @@ from keras_mamba2.ops.chunk_size import default_chunk_size
 
 def _limits(limit):
     """`(low, high)` with None for infinity, which JSON has no word for."""
-    low, high = (0.0, None) if limit is None else limit
+    two = several(Kind("a value", lambda value: value), 2)
+    low, high = (0.0, None) if limit is None else two.standard(limit)
     low = float(number(at_least=0).standard(low))
     if high is None or high == math.inf:
         return low, None

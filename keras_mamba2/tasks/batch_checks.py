@@ -117,7 +117,7 @@ def _takes_class_numbers(loss) -> bool:
 
 def check_weights(weights: np.ndarray) -> None:
     """Refuses negative numbers, infinity and NaN."""
-    check_numeric("sample_weight", weights)
+    check_numeric("`sample_weight`", weights)
     check_elements(
         weights,
         (weights >= 0) & (weights < np.inf),

@@ -209,7 +209,7 @@ class Mamba2Forecaster(AtomicSave, keras.Model):
         if not all(isinstance(a, np.ndarray) for a in (x.values() if isinstance(x, dict) else [x])):
             return
         values, mask = self._values_and_mask(x)
-        check_numeric("x", values)
+        check_numeric("Values", values)
         observed = np.isfinite(values) & (True if mask is None else mask.astype(bool))
         missing = np.argwhere(~observed[:, :, self.output_features].any(axis=1))
         if len(missing):

@@ -67,7 +67,7 @@ def _checked_ids(token_ids) -> np.ndarray:
         token_ids = np.asarray(token_ids)
     except ValueError:  # rows of different lengths
         token_ids = np.asarray(token_ids, object)
-    check_numeric("token_ids", token_ids)
+    check_numeric("`token_ids`", token_ids)
     check_elements(
         token_ids,
         are_ids(token_ids, np.iinfo("int32").max),
