@@ -310,7 +310,7 @@ def gpt_neox_engine(
         engine = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, rules))
     except TypeError:
         raise ValueError(
-            "`vocabulary` must have strings, and ids that are integers >= 0. "
+            "`vocabulary` must be from strings to ids, integers >= 0. "
             f"Received: vocabulary={shown(vocabulary)}"
         ) from None
     engine.normalizer = tokenizers.normalizers.NFC()
