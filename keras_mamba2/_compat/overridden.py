@@ -21,6 +21,13 @@ OVERRIDDEN = (
     Overridden("keras.layers.Dense", "_get_kernel_with_merged_lora", "(self)"),
     # layers/reversible_embedding.py
     Overridden("keras.layers.ReversibleEmbedding", "_int8_call", "(self, inputs, reverse=False)"),
+    # training/kept_weights.py
+    Overridden(
+        "keras.src.backend.jax.trainer.JAXTrainer",
+        "_get_jax_state",
+        "(self, trainable_variables=False, non_trainable_variables=False, "
+        "optimizer_variables=False, metrics_variables=False, purge_model_variables=False)",
+    ),
     # training/backup.py
     Overridden("keras.callbacks.BackupAndRestore", "_save_model", "(self)"),
     # tasks/mamba2_causal_lm_preprocessor.py

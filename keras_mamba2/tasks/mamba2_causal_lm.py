@@ -29,6 +29,7 @@ from keras_mamba2.tasks.push_to_hub import PushToHub
 from keras_mamba2.tasks.scoring import Scoring
 from keras_mamba2.tasks.text_generation import TextGeneration
 from keras_mamba2.tasks.training_data import TrainingData
+from keras_mamba2.training.kept_weights import KeptWeights
 
 # Options of the preprocessor that `from_preset` takes, and what they may be.
 PREPROCESSING = {"sequence_length": SIZE, "packing": BOOLEAN}
@@ -45,6 +46,7 @@ class Mamba2CausalLM(
     PushToHub,
     AtomicPreset,
     AtomicSave,
+    KeptWeights,
     keras_hub.models.CausalLM,
 ):
     """A Mamba-2 language model: text in, text out, and trainable with `fit`.
@@ -252,8 +254,9 @@ class Mamba2CausalLM(
         Raises:
             ValueError: for an unknown sampler.
         """
+        optional(PATH)("compilation_cache", compilation_cache)
         sampler = sampler_of(sampler)
-        if optional(PATH)("compilation_cache", compilation_cache) is not None:
+        if compilation_cache is not None:
             use_compilation_cache(compilation_cache)
         super().compile(*args, sampler=sampler, **kwargs)
 

@@ -17,10 +17,11 @@ from keras_mamba2.saving import AtomicSave
 from keras_mamba2.tasks.batch_checks import check_samples
 from keras_mamba2.tasks.batch_checks import check_weights
 from keras_mamba2.tasks.packing import is_dataset
+from keras_mamba2.training.kept_weights import KeptWeights
 
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
-class Mamba2Forecaster(AtomicSave, keras.Model):
+class Mamba2Forecaster(AtomicSave, KeptWeights, keras.Model):
     """Forecasts time series: the values of some features, many steps on, at once.
 
     Each feature of each row is scaled by the mean and the deviation of its own observed values,

@@ -34,6 +34,7 @@ from keras_mamba2.tasks.mamba2_text_classifier_preprocessor import Mamba2TextCla
 from keras_mamba2.tasks.packing import is_dataset
 from keras_mamba2.tasks.prompts import texts_of
 from keras_mamba2.tasks.push_to_hub import PushToHub
+from keras_mamba2.training.kept_weights import KeptWeights
 
 BACKBONE = instance(ResidualBackbone, "a `Mamba2Backbone` or a `Mamba2HybridBackbone`")
 PREPROCESSOR = optional(
@@ -45,7 +46,9 @@ ACTIVATION = Kind(
 
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
-class Mamba2TextClassifier(AtomicPreset, AtomicSave, keras_hub.models.TextClassifier, PushToHub):
+class Mamba2TextClassifier(
+    AtomicPreset, AtomicSave, KeptWeights, keras_hub.models.TextClassifier, PushToHub
+):
     """Classifies texts by what a Mamba-2 backbone knows at the last token of each.
 
     `fit`, `evaluate` and `predict` refuse rows without a token, and labels that are no class:

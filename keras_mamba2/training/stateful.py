@@ -11,6 +11,7 @@ from keras_mamba2.arguments import check_elements
 from keras_mamba2.arguments import check_keywords
 from keras_mamba2.arguments import check_numeric
 from keras_mamba2.arguments import shown
+from keras_mamba2.training.kept_weights import KeptWeights
 
 
 class ConsecutiveWindows(keras.utils.PyDataset):
@@ -76,7 +77,7 @@ def _checked_ids(token_ids) -> np.ndarray:
     return token_ids.astype("int32")
 
 
-class StatefulTraining(keras.Model):
+class StatefulTraining(KeptWeights, keras.Model):
     """Trains a language model on a stream of windows, each after the state of the one before.
 
     Gradients stop at the beginning of a window, its context does not. The model is trained in
