@@ -14,10 +14,10 @@ from keras_mamba2.arguments import integer
 from keras_mamba2.arguments import number
 from keras_mamba2.arguments import optional
 from keras_mamba2.arguments import several
-from tests.hostile import NO_BOOLEAN
-from tests.hostile import NO_INTEGER
-from tests.hostile import NO_NUMBER
-from tests.hostile import NO_PAIR
+from tests.bad_values import NO_BOOLEAN
+from tests.bad_values import NO_INTEGER
+from tests.bad_values import NO_NUMBER
+from tests.bad_values import NO_PAIR
 from tests.laws import examples
 
 NUMPY_INTEGERS = [np.int8, np.int32, np.int64, np.uint8, np.uint64]

@@ -4,17 +4,17 @@ import numpy as np
 import pytest
 
 from keras_mamba2 import layers
-from tests import hostile
-from tests.hostile import NAN
-from tests.hostile import NO_BOOLEAN
-from tests.hostile import NO_DTYPE
-from tests.hostile import NO_NUMBER
-from tests.hostile import NO_OPTIONAL_SIZE
-from tests.hostile import NO_PAIR
-from tests.hostile import NO_POSITIVE
-from tests.hostile import NO_RATE
-from tests.hostile import NO_SIZE
-from tests.hostile import named
+from tests import bad_values
+from tests.bad_values import NAN
+from tests.bad_values import NO_BOOLEAN
+from tests.bad_values import NO_DTYPE
+from tests.bad_values import NO_NUMBER
+from tests.bad_values import NO_OPTIONAL_SIZE
+from tests.bad_values import NO_PAIR
+from tests.bad_values import NO_POSITIVE
+from tests.bad_values import NO_RATE
+from tests.bad_values import NO_SIZE
+from tests.bad_values import named
 
 OF_ALL = {"dtype": NO_DTYPE, "name": [3, b"a"], "trainable": ["x", 1, None]}
 MIXER = {
@@ -52,7 +52,7 @@ ATTENTION = {
     "num_query_heads": [*NO_SIZE, 3],
     "num_key_value_heads": [*NO_SIZE, 3],
     "head_dim": NO_SIZE,
-    "rotary_dim": [*hostile.NO_INTEGER, None, -2, 3, 10],
+    "rotary_dim": [*bad_values.NO_INTEGER, None, -2, 3, 10],
     "rope_max_wavelength": NO_POSITIVE,
     "scale": [value for value in NO_NUMBER if value is not None],
     "key_multiplier": NO_NUMBER,
@@ -102,7 +102,7 @@ SMALL = {
 
 
 def refused(cls, name, value):
-    hostile.assert_argument_refused(cls, name, **SMALL[cls] | {name: value})
+    bad_values.assert_argument_refused(cls, name, **SMALL[cls] | {name: value})
 
 
 @named(MIXER | OF_ALL)
@@ -144,22 +144,24 @@ def test_of_experts(name, value):
 )
 def test_of_parallel_sublayers(name, value):
     arguments = {"sublayers": [layers.MLP(8, 16, name="mlp")], name: value}
-    hostile.assert_argument_refused(layers.Parallel, name, **arguments)
+    bad_values.assert_argument_refused(layers.Parallel, name, **arguments)
 
 
 def test_a_block_takes_a_sublayer():
-    hostile.assert_argument_refused(layers.HybridBlock, "sublayer", hidden_dim=8, sublayer="mlp")
+    bad_values.assert_argument_refused(layers.HybridBlock, "sublayer", hidden_dim=8, sublayer="mlp")
 
 
 @pytest.mark.parametrize("units", NO_SIZE, ids=repr)
 def test_a_projection_has_a_size(units):
-    hostile.assert_argument_refused(layers.Projection, "units", units=units)
+    bad_values.assert_argument_refused(layers.Projection, "units", units=units)
 
 
 @pytest.mark.parametrize("cls", SMALL)
 @pytest.mark.parametrize("keyword", ["hiden_dim", "use_bais", "whatever", "input_shape"])
 def test_unknown_keywords(cls, keyword):
-    hostile.assert_refused(cls, **SMALL[cls] | {keyword: 1}, match=f"has no argument `{keyword}`")
+    bad_values.assert_refused(
+        cls, **SMALL[cls] | {keyword: 1}, match=f"has no argument `{keyword}`"
+    )
 
 
 @pytest.mark.parametrize("cls", [cls for cls in SMALL if SMALL[cls]])

@@ -7,18 +7,18 @@ from keras_mamba2 import Mamba2Backbone
 from keras_mamba2 import Mamba2HybridBackbone
 from keras_mamba2 import Mamba2Tokenizer
 from keras_mamba2.models.mamba2_tokenizer import byte_vocabulary
-from tests import hostile
-from tests.hostile import NAN
-from tests.hostile import NO_BOOLEAN
-from tests.hostile import NO_DTYPE
-from tests.hostile import NO_NUMBER
-from tests.hostile import NO_OPTIONAL_SIZE
-from tests.hostile import NO_PAIR
-from tests.hostile import NO_POSITIVE
-from tests.hostile import NO_RATE
-from tests.hostile import NO_SIZE
-from tests.hostile import NO_STRING
-from tests.hostile import named
+from tests import bad_values
+from tests.bad_values import NAN
+from tests.bad_values import NO_BOOLEAN
+from tests.bad_values import NO_DTYPE
+from tests.bad_values import NO_NUMBER
+from tests.bad_values import NO_OPTIONAL_SIZE
+from tests.bad_values import NO_PAIR
+from tests.bad_values import NO_POSITIVE
+from tests.bad_values import NO_RATE
+from tests.bad_values import NO_SIZE
+from tests.bad_values import NO_STRING
+from tests.bad_values import named
 
 OF_BOTH = {
     "vocabulary_size": NO_SIZE,
@@ -78,32 +78,34 @@ UNKNOWN = ["hiden_dim", "num_heads", "vocab_size", "inputs", "sequence_length", 
 
 @named(OF_BOTH | OF_PURE)
 def test_of_a_backbone(name, value):
-    hostile.assert_argument_refused(Mamba2Backbone, name, **PURE | {name: value})
+    bad_values.assert_argument_refused(Mamba2Backbone, name, **PURE | {name: value})
 
 
 @named(OF_BOTH | {key: OF_HYBRID[key] for key in ("embedding_multiplier", "logits_multiplier")})
 def test_of_a_hybrid(name, value):
-    hostile.assert_argument_refused(Mamba2HybridBackbone, name, **HYBRID | {name: value})
+    bad_values.assert_argument_refused(Mamba2HybridBackbone, name, **HYBRID | {name: value})
 
 
 @named({key: OF_HYBRID[key] for key in ("blocks", "sublayers", "residual_multiplier")})
 def test_of_the_blocks_of_a_hybrid(name, value):
     # Or of an argument of a sublayer.
     match = "`blocks`|`sublayers|sublayer|multiplier|state_dim"
-    hostile.assert_refused(Mamba2HybridBackbone, **HYBRID | {name: value}, match=match)
+    bad_values.assert_refused(Mamba2HybridBackbone, **HYBRID | {name: value}, match=match)
 
 
 @pytest.mark.parametrize("keyword", UNKNOWN)
 def test_unknown_keywords(keyword):
     for cls, arguments in ((Mamba2Backbone, PURE), (Mamba2HybridBackbone, HYBRID)):
         match = f"`{cls.__name__}` has no argument `{keyword}`"
-        hostile.assert_refused(cls, **arguments, **{keyword: 1}, match=match)
+        bad_values.assert_refused(cls, **arguments, **{keyword: 1}, match=match)
 
 
 def test_unknown_keywords_of_sublayers():
     sublayers = {"mamba2": {"stat_dim": 4}}
     match = "`Mamba2Mixer` has no argument `stat_dim`. Did you mean 'state_dim'"
-    hostile.assert_refused(Mamba2HybridBackbone, **HYBRID | {"sublayers": sublayers}, match=match)
+    bad_values.assert_refused(
+        Mamba2HybridBackbone, **HYBRID | {"sublayers": sublayers}, match=match
+    )
 
 
 def test_numbers_of_numpy_are_numbers(tmp_path):
@@ -127,27 +129,29 @@ def backbone():
 )
 def test_of_lora(backbone, name, value):
     match = f"Received: ({name}=)?"
-    hostile.assert_refused(backbone.enable_lora, **{"rank": 2, name: value}, match=match)
+    bad_values.assert_refused(backbone.enable_lora, **{"rank": 2, name: value}, match=match)
 
 
 @named({"batch_size": NO_SIZE, "max_length": NO_OPTIONAL_SIZE})
 def test_of_a_first_state(backbone, name, value):
     arguments = {"batch_size": 1, name: value}
-    hostile.assert_argument_refused(backbone.initial_state, name, **arguments)
+    bad_values.assert_argument_refused(backbone.initial_state, name, **arguments)
 
 
 @pytest.mark.parametrize("state", ["x", 3, [], (), np.zeros(3)], ids=repr)
 def test_of_a_state(backbone, state):
     token_ids = np.ones((1, 2), "int32")
     match = "`state` must be a `Mamba2State`.*Received: state="
-    hostile.assert_refused(backbone.call_with_state, token_ids, state, match=match)
-    hostile.assert_refused(backbone.step, token_ids[0], state, match=match)
-    hostile.assert_refused(type(backbone.initial_state(1)).concatenate, [state], match="`states`")
+    bad_values.assert_refused(backbone.call_with_state, token_ids, state, match=match)
+    bad_values.assert_refused(backbone.step, token_ids[0], state, match=match)
+    bad_values.assert_refused(
+        type(backbone.initial_state(1)).concatenate, [state], match="`states`"
+    )
 
 
 @pytest.mark.parametrize("n", NO_SIZE, ids=repr)
 def test_how_often_a_state_is_repeated(backbone, n):
-    hostile.assert_argument_refused(backbone.initial_state(1).repeat, "n", n=n)
+    bad_values.assert_argument_refused(backbone.initial_state(1).repeat, "n", n=n)
 
 
 @pytest.mark.parametrize("config", [3, {}, []], ids=repr)
@@ -174,13 +178,13 @@ def test_of_a_tokenizer(name, value):
     data = {} if name == "tokenizer" else {"vocabulary": VOCABULARY, "merges": []}
     # Of a merge rule, and of a file of the library, in their own words.
     match = f"`{name}` must be.*Received: .*{name}=|merge rule|nowhere"
-    hostile.assert_refused(Mamba2Tokenizer, **data | {name: value}, match=match)
+    bad_values.assert_refused(Mamba2Tokenizer, **data | {name: value}, match=match)
 
 
 @pytest.mark.parametrize("keyword", ["vocab", "start_tokens", "add_prefix_space"])
 def test_unknown_keywords_of_a_tokenizer(keyword):
     match = f"`Mamba2Tokenizer` has no argument `{keyword}`"
-    hostile.assert_refused(Mamba2Tokenizer, **{keyword: 1}, match=match)
+    bad_values.assert_refused(Mamba2Tokenizer, **{keyword: 1}, match=match)
     with pytest.raises(ValueError, match=match):
         Mamba2Tokenizer.from_preset("mamba2_tiny_shakespeare", **{keyword: 1})
 
@@ -217,9 +221,9 @@ def test_ids_that_are_none(byte_tokenizer, ids):
 
 @pytest.mark.parametrize("id", [1.5, "a", None, True, -1, 257, 2**40], ids=repr)
 def test_an_id_that_is_none(byte_tokenizer, id):
-    hostile.assert_argument_refused(byte_tokenizer.id_to_token, "id", id=id)
+    bad_values.assert_argument_refused(byte_tokenizer.id_to_token, "id", id=id)
 
 
 @pytest.mark.parametrize("token", [3, None, b"a", ["a"], "no such token"], ids=repr)
 def test_a_token_that_is_none(byte_tokenizer, token):
-    hostile.assert_argument_refused(byte_tokenizer.token_to_id, "token", token=token)
+    bad_values.assert_argument_refused(byte_tokenizer.token_to_id, "token", token=token)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from keras_mamba2 import ops
-from tests import hostile
-from tests.hostile import NO_SIZE
+from tests import bad_values
+from tests.bad_values import NO_SIZE
 
 B, T, H, P, G, N, K, E = 2, 5, 4, 3, 2, 6, 3, 7
 
@@ -82,25 +82,25 @@ def wrong_inputs():
 @pytest.mark.parametrize(("op", "change", "name"), list(wrong_inputs()))
 def test_inputs_are_named(op, change, name):
     match = rf"`{name}`|number of groups|{name}\.shape"  # where two differ, either may be named
-    hostile.assert_refused(op, **OPS[op] | change, match=match)
+    bad_values.assert_refused(op, **OPS[op] | change, match=match)
 
 
 @pytest.mark.parametrize("value", NO_SIZE, ids=repr)
 def test_chunk_sizes(value):
-    hostile.assert_argument_refused(ops.ssd, "chunk_size", **SSD, chunk_size=value)
+    bad_values.assert_argument_refused(ops.ssd, "chunk_size", **SSD, chunk_size=value)
 
 
 @pytest.mark.parametrize("op", [ops.ssd, ops.ssd_step])
 def test_no_groups(op):
     none = {name: OPS[op][name][..., :0, :] for name in ("B", "C")}
-    hostile.assert_refused(op, **OPS[op] | none, match="`B`.*where g is at least one")
+    bad_values.assert_refused(op, **OPS[op] | none, match="`B`.*where g is at least one")
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_no_rows(op):
     per_head = ("A", "D", "kernel", "bias")
     empty = {name: a if name in per_head else a[:0] for name, a in OPS[op].items()}
-    hostile.assert_refused(op, **empty, match="`x`.*where b is at least one.*Received: x.shape")
+    bad_values.assert_refused(op, **empty, match="`x`.*where b is at least one.*Received: x.shape")
 
 
 def test_a_kernel_of_one_tap_remembers_nothing():

@@ -13,16 +13,16 @@ from keras_mamba2 import Mamba2Forecaster
 from keras_mamba2 import Mamba2TextClassifier
 from keras_mamba2 import Mamba2TextClassifierPreprocessor
 from keras_mamba2 import Mamba2Tokenizer
-from tests import hostile
-from tests.hostile import INF
-from tests.hostile import NAN
-from tests.hostile import NO_BOOLEAN
-from tests.hostile import NO_DTYPE
-from tests.hostile import NO_OPTIONAL_SIZE
-from tests.hostile import NO_POSITIVE
-from tests.hostile import NO_RATE
-from tests.hostile import NO_SIZE
-from tests.hostile import named
+from tests import bad_values
+from tests.bad_values import INF
+from tests.bad_values import NAN
+from tests.bad_values import NO_BOOLEAN
+from tests.bad_values import NO_DTYPE
+from tests.bad_values import NO_OPTIONAL_SIZE
+from tests.bad_values import NO_POSITIVE
+from tests.bad_values import NO_RATE
+from tests.bad_values import NO_SIZE
+from tests.bad_values import named
 
 PREPROCESSOR = {
     "tokenizer": [None, "x", 3, {}],
@@ -38,13 +38,13 @@ TINY = "mamba2_tiny_shakespeare"
 @named(PREPROCESSOR | {"packing": NO_BOOLEAN})
 def test_of_a_causal_lm_preprocessor(byte_tokenizer, name, value):
     arguments = {"tokenizer": byte_tokenizer, name: value}
-    hostile.assert_argument_refused(Mamba2CausalLMPreprocessor, name, **arguments)
+    bad_values.assert_argument_refused(Mamba2CausalLMPreprocessor, name, **arguments)
 
 
 @named(PREPROCESSOR | {"truncate": ["robin", None, 3, ["waterfall"]]})
 def test_of_a_classifier_preprocessor(byte_tokenizer, name, value):
     arguments = {"tokenizer": byte_tokenizer, name: value}
-    hostile.assert_argument_refused(Mamba2TextClassifierPreprocessor, name, **arguments)
+    bad_values.assert_argument_refused(Mamba2TextClassifierPreprocessor, name, **arguments)
 
 
 @pytest.mark.parametrize("value", NO_OPTIONAL_SIZE, ids=repr)
@@ -78,7 +78,7 @@ def backbone():
 )
 def test_of_a_classifier(backbone, name, value):
     arguments = {"backbone": backbone, "num_classes": 2, name: value}
-    hostile.assert_argument_refused(Mamba2TextClassifier, name, **arguments)
+    bad_values.assert_argument_refused(Mamba2TextClassifier, name, **arguments)
 
 
 @named(
@@ -89,7 +89,7 @@ def test_of_a_classifier(backbone, name, value):
     }
 )
 def test_of_a_causal_lm(backbone, name, value):
-    hostile.assert_argument_refused(Mamba2CausalLM, name, **{"backbone": backbone, name: value})
+    bad_values.assert_argument_refused(Mamba2CausalLM, name, **{"backbone": backbone, name: value})
 
 
 @named(
@@ -112,7 +112,7 @@ def test_of_a_causal_lm(backbone, name, value):
 def test_of_a_forecaster(name, value):
     small = {"horizon": 2, "num_features": 2, "hidden_dim": 8, "state_dim": 4, "head_dim": 4}
     match = f"`{name}` must .*(?s:.*)Received: (.*{name}=)?"
-    hostile.assert_refused(Mamba2Forecaster, **small | {name: value}, match=match)
+    bad_values.assert_refused(Mamba2Forecaster, **small | {name: value}, match=match)
 
 
 @pytest.mark.parametrize("keyword", ["num_class", "preprocesor", "dropout_rate", "vocabulary_size"])
@@ -125,7 +125,7 @@ def test_unknown_keywords(backbone, byte_tokenizer, keyword):
         (Mamba2TextClassifierPreprocessor, {"tokenizer": byte_tokenizer}),
     ):
         match = f"`{cls.__name__}` has no argument `{keyword}`"
-        hostile.assert_refused(cls, **arguments, **{keyword: 1}, match=match)
+        bad_values.assert_refused(cls, **arguments, **{keyword: 1}, match=match)
 
 
 @named(
@@ -196,7 +196,7 @@ SAMPLERS = keras_hub.samplers
 def test_samplers_of_keras_hub_are_looked_at_when_compiled(lm, cls, name, value):
     sampler = cls(**{name: value})
     before = lm.sampler
-    hostile.assert_argument_refused(lm.compile, name, sampler=sampler)
+    bad_values.assert_argument_refused(lm.compile, name, sampler=sampler)
     assert lm.sampler is before
 
 
@@ -209,7 +209,7 @@ def lm(backbone, byte_tokenizer):
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 1.5, NAN, "1", True], ids=repr)
 def test_seeds_that_no_generator_takes(seed):
-    hostile.assert_argument_refused(keras_mamba2.FilterSampler, "seed", seed=seed)
+    bad_values.assert_argument_refused(keras_mamba2.FilterSampler, "seed", seed=seed)
 
 
 @named({"strip_prompt": NO_BOOLEAN, "return_logprobs": NO_BOOLEAN})
@@ -234,7 +234,7 @@ def test_of_an_export(lm, tmp_path, name, value):
 
 def test_a_compilation_cache_is_a_path(lm):
     for value in (3, ["a"], True):
-        hostile.assert_argument_refused(lm.compile, "compilation_cache", compilation_cache=value)
+        bad_values.assert_argument_refused(lm.compile, "compilation_cache", compilation_cache=value)
 
 
 TEXTS, LABELS = ["ab", "cd", "ef"], [0, 1, 0]
@@ -286,9 +286,9 @@ def test_data_that_a_classifier_cannot_learn_from(classifier, change):
     data = {"x": TEXTS, "y": LABELS, **change}
     pattern = "[Ss]ample|prompt must be|UTF-8|Labels|sample_weight|There is no|missing"
     for call in (classifier.fit, classifier.evaluate):
-        hostile.assert_refused(call, **data, verbose=0, match=pattern)
+        bad_values.assert_refused(call, **data, verbose=0, match=pattern)
     if set(change) == {"x"}:
-        hostile.assert_refused(classifier.predict, data["x"], verbose=0, match=pattern)
+        bad_values.assert_refused(classifier.predict, data["x"], verbose=0, match=pattern)
     for old, new in zip(before, classifier.get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)
 
@@ -323,8 +323,8 @@ def test_rows_that_a_classifier_cannot_learn_from(backbone, change):
     rows = {"token_ids": IDS, "padding_mask": MASK, **change}
     pattern = "Token ids|mask|Row"
     for call in (classifier.fit, classifier.evaluate):
-        hostile.assert_refused(call, rows, [0, 1], verbose=0, match=pattern)
-    hostile.assert_refused(classifier.predict, rows, verbose=0, match=pattern)
+        bad_values.assert_refused(call, rows, [0, 1], verbose=0, match=pattern)
+    bad_values.assert_refused(classifier.predict, rows, verbose=0, match=pattern)
 
 
 def test_one_hot_labels_are_finite(backbone):
@@ -333,7 +333,7 @@ def test_one_hot_labels_are_finite(backbone):
     rows = {"token_ids": IDS, "padding_mask": MASK}
     labels = np.array([[1, 0], [NAN, 1]])
     match = "Labels must be finite. Received: nan in row 1"
-    hostile.assert_refused(classifier.fit, rows, labels, verbose=0, match=match)
+    bad_values.assert_refused(classifier.fit, rows, labels, verbose=0, match=match)
 
 
 @pytest.mark.parametrize("x", [None, 3, [], "", (), {}, np.zeros((0,), object)], ids=repr)
@@ -378,10 +378,10 @@ def test_data_that_a_forecaster_cannot_learn_from(forecaster, change):
     data = {"x": VALUES, "y": TARGETS, **change}
     pattern = "[Ss]ample|shape|observed|Values|Targets|mask|sample_weight"
     for call in (forecaster.fit, forecaster.evaluate):
-        hostile.assert_refused(call, **data, verbose=0, match=pattern)
+        bad_values.assert_refused(call, **data, verbose=0, match=pattern)
 
 
 @pytest.mark.parametrize("n", NO_SIZE, ids=repr)
 def test_how_often_a_session_is_forked(lm, n):
     session = keras_mamba2.Mamba2Session(lm, "a", lm.backbone.initial_state(1))
-    hostile.assert_argument_refused(session.fork, "n", n=n)
+    bad_values.assert_argument_refused(session.fork, "n", n=n)

@@ -8,15 +8,15 @@ from keras_mamba2.training import ConsecutiveWindows
 from keras_mamba2.training import SeedByEpoch
 from keras_mamba2.training import StatefulTraining
 from keras_mamba2.training import adamw_recipe
-from tests import hostile
-from tests.hostile import INF
-from tests.hostile import NAN
-from tests.hostile import NO_BOOLEAN
-from tests.hostile import NO_INTEGER
-from tests.hostile import NO_NUMBER
-from tests.hostile import NO_RATE
-from tests.hostile import NO_SIZE
-from tests.hostile import named
+from tests import bad_values
+from tests.bad_values import INF
+from tests.bad_values import NAN
+from tests.bad_values import NO_BOOLEAN
+from tests.bad_values import NO_INTEGER
+from tests.bad_values import NO_NUMBER
+from tests.bad_values import NO_RATE
+from tests.bad_values import NO_SIZE
+from tests.bad_values import named
 
 IDS = np.arange(100) % 50
 
@@ -37,12 +37,12 @@ IDS = np.arange(100) % 50
 )
 def test_of_a_recipe(name, value):
     arguments = {"learning_rate": 1e-3, "steps": 10, name: value}
-    hostile.assert_argument_refused(adamw_recipe, name, **arguments)
+    bad_values.assert_argument_refused(adamw_recipe, name, **arguments)
 
 
 def test_unknown_keywords_of_a_recipe():
     match = "`AdamW` has no argument `beta_3`. Did you mean 'beta_1'|'beta_2'"
-    hostile.assert_refused(adamw_recipe, 1e-3, 10, beta_3=0.9, match=match)
+    bad_values.assert_refused(adamw_recipe, 1e-3, 10, beta_3=0.9, match=match)
 
 
 @named(
@@ -67,7 +67,9 @@ def test_unknown_keywords_of_a_recipe():
 )
 def test_of_windows(name, value):
     arguments = {"token_ids": IDS, "batch_size": 2, "window": 8, name: value}
-    hostile.assert_refused(ConsecutiveWindows, **arguments, match="`token_ids` must be|`window`|`b")
+    bad_values.assert_refused(
+        ConsecutiveWindows, **arguments, match="`token_ids` must be|`window`|`b"
+    )
 
 
 def test_whole_numbers_are_ids():
@@ -77,9 +79,9 @@ def test_whole_numbers_are_ids():
 
 def test_unknown_keywords(lm):
     match = "`ConsecutiveWindows` has no argument `windw`. Did you mean 'window'"
-    hostile.assert_refused(ConsecutiveWindows, IDS, 2, 8, windw=3, match=match)
+    bad_values.assert_refused(ConsecutiveWindows, IDS, 2, 8, windw=3, match=match)
     match = "`StatefulTraining` has no argument `batchsize`. Did you mean 'batch_size'"
-    hostile.assert_refused(StatefulTraining, lm, 2, batchsize=3, match=match)
+    bad_values.assert_refused(StatefulTraining, lm, 2, batchsize=3, match=match)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +93,7 @@ def lm():
 @named({"lm": [None, "x", 3], "batch_size": NO_SIZE})
 def test_of_stateful_training(lm, name, value):
     arguments = {"lm": lm, "batch_size": 2, name: value}
-    hostile.assert_argument_refused(StatefulTraining, name, **arguments)
+    bad_values.assert_argument_refused(StatefulTraining, name, **arguments)
 
 
 def test_windows_of_another_vocabulary(lm):
@@ -100,9 +102,9 @@ def test_windows_of_another_vocabulary(lm):
     windows = ConsecutiveWindows(IDS + 1, 2, 8)
     for call in (training.fit, training.evaluate):
         match = "`token_ids` must be below num_tokens=50. Received: 50"
-        hostile.assert_refused(call, windows, verbose=0, match=match)
+        bad_values.assert_refused(call, windows, verbose=0, match=match)
 
 
 @pytest.mark.parametrize("seed", [*NO_INTEGER, None, -1], ids=repr)
 def test_of_a_seed(seed):
-    hostile.assert_argument_refused(SeedByEpoch, "seed", seed=seed)
+    bad_values.assert_argument_refused(SeedByEpoch, "seed", seed=seed)
