@@ -11,6 +11,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "keras_mamba2"
 ORDER = ["ops", "layers", "state", "models", "generation", "tasks", "cli"]
 LEAVES = [
     "_compat",
+    "arguments",
     "atomic_files",
     "backend_choice",
     "conversion",

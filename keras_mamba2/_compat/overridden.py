@@ -22,6 +22,13 @@ OVERRIDDEN = (
     # layers/reversible_embedding.py
     Overridden("keras.layers.ReversibleEmbedding", "_int8_call", "(self, inputs, reverse=False)"),
     Overridden("keras.layers.ReversibleEmbedding", "_get_embeddings_with_merged_lora", "(self)"),
+    # training/kept_weights.py
+    Overridden(
+        "keras.src.backend.jax.trainer.JAXTrainer",
+        "_get_jax_state",
+        "(self, trainable_variables=False, non_trainable_variables=False, "
+        "optimizer_variables=False, metrics_variables=False, purge_model_variables=False)",
+    ),
     # training/backup.py
     Overridden("keras.callbacks.BackupAndRestore", "_save_model", "(self)"),
     # tasks/mamba2_causal_lm_preprocessor.py

@@ -1,6 +1,5 @@
 """The next token of each row, by any sampler and with the row's own random numbers."""
 
-import difflib
 import hashlib
 import threading
 from collections import Counter
@@ -12,6 +11,14 @@ import keras_hub
 import numpy as np
 from keras import ops
 
+from keras_mamba2.arguments import POSITIVE
+from keras_mamba2.arguments import SIZE
+from keras_mamba2.arguments import check_attributes
+from keras_mamba2.arguments import choice
+from keras_mamba2.arguments import instance
+from keras_mamba2.arguments import number
+from keras_mamba2.arguments import optional
+from keras_mamba2.arguments import shown
 from keras_mamba2.generation.rows import Rows
 from keras_mamba2.generation.sampler import FilterSampler
 from keras_mamba2.generation.sampling import filtered
@@ -92,24 +99,19 @@ def sampler_of(identifier) -> keras_hub.samplers.Sampler:
     """The sampler for a name, a configuration or an object.
 
     Raises:
-        ValueError: for an unknown name, and an object that is no sampler.
+        ValueError: for an unknown name, an object that is no sampler, and a sampler of KerasHub
+            with parameters out of range, which KerasHub accepts.
     """
-    if isinstance(identifier, str) and identifier not in NAMES:
-        near = difflib.get_close_matches(identifier, NAMES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"There is no sampler {identifier!r}.{hint} Known names: {', '.join(NAMES)}. Or pass a "
-            "`keras_mamba2.FilterSampler`."
-        )
+    if isinstance(identifier, str):
+        choice(*NAMES)("sampler", identifier)
     try:
         sampler = keras_hub.samplers.get(identifier)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"`sampler` is none: {error}. Received: {identifier!r}") from error
-    if not isinstance(sampler, keras_hub.samplers.Sampler):
-        raise ValueError(
-            "`sampler` must be a name or an object of `keras_hub.samplers.Sampler`. "
-            f"Received: {identifier!r}"
-        )
+        raise ValueError(f"`sampler` is none: {error}. Received: {shown(identifier)}") from error
+    SAMPLER("sampler", sampler)
+    for cls, kinds in KINDS.items():
+        if isinstance(sampler, cls):
+            check_attributes(sampler, **kinds)
     return sampler
 
 
@@ -141,6 +143,26 @@ def sampling_of(sampler: keras_hub.samplers.Sampler, batch_size: int, **override
 
 # Of KerasHub's samplers.
 NAMES = ("greedy", "random", "top_k", "top_p", "beam", "contrastive")
+SAMPLER = instance(
+    keras_hub.samplers.Sampler, "a name, or an object of `keras_hub.samplers.Sampler`"
+)
+# What parameters of theirs may be; at a temperature of 0 they divide by it.
+KINDS = {
+    keras_hub.samplers.Sampler: {"temperature": number(at_least=0)},
+    keras_hub.samplers.RandomSampler: {"temperature": POSITIVE},
+    keras_hub.samplers.TopKSampler: {"temperature": POSITIVE, "k": SIZE},
+    keras_hub.samplers.TopPSampler: {
+        "temperature": POSITIVE,
+        "p": number(above=0, at_most=1),
+        "k": optional(SIZE),
+    },
+    keras_hub.samplers.BeamSampler: {"temperature": POSITIVE, "num_beams": SIZE},
+    keras_hub.samplers.ContrastiveSampler: {
+        "temperature": POSITIVE,
+        "k": SIZE,
+        "alpha": number(at_least=0, at_most=1),
+    },
+}
 # What KerasHub calls the parameters of `FilterSampler`.
 PARAMETERS = {
     keras_hub.samplers.GreedySampler: {},

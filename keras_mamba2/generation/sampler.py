@@ -1,14 +1,24 @@
-import math
-import numbers
-from typing import Any
-
 import keras
 import keras_hub
 from keras import ops
 
+from keras_mamba2.arguments import SEED
+from keras_mamba2.arguments import SIZE
+from keras_mamba2.arguments import check_attributes
+from keras_mamba2.arguments import number
+from keras_mamba2.arguments import optional
 from keras_mamba2.generation.sampling import Sampling
 from keras_mamba2.generation.sampling import filtered
 from keras_mamba2.generation.sampling import penalized
+
+# What each parameter may be.
+KINDS = {
+    "temperature": number(at_least=0),
+    "top_k": optional(SIZE),
+    "top_p": optional(number(above=0, at_most=1)),
+    "min_p": optional(number(at_least=0, at_most=1)),
+    "repetition_penalty": number(at_least=1),
+}
 
 
 class FilterSampler(keras_hub.samplers.Sampler):
@@ -47,25 +57,14 @@ class FilterSampler(keras_hub.samplers.Sampler):
         repetition_penalty: float = 1.0,
         seed: int | None = None,
     ):
-        for name, value, is_valid, allowed in (
-            ("temperature", temperature, lambda x: x >= 0, "a finite number >= 0"),
-            ("top_k", top_k, lambda x: x >= 1 and is_integer(x), "an integer >= 1, or None"),
-            ("top_p", top_p, lambda x: 0 < x <= 1, "a number in (0, 1], or None"),
-            ("min_p", min_p, lambda x: 0 <= x <= 1, "a number in [0, 1], or None"),
-            ("repetition_penalty", repetition_penalty, lambda x: x >= 1, "a finite number >= 1"),
-            ("seed", seed, is_integer, "an integer, or None"),
-        ):
-            if value is None and "None" in allowed:
-                continue
-            if not (is_finite_number(value) and is_valid(value)):
-                raise ValueError(f"`{name}` must be {allowed}. Received: {name}={value!r}")
         super().__init__(temperature=temperature)
         self.top_k = top_k
         self.top_p = top_p
         self.min_p = min_p
         self.repetition_penalty = repetition_penalty
         self.seed = seed
-        self.seed_generator = keras.random.SeedGenerator(seed)
+        check_attributes(self, **KINDS, seed=optional(SEED))
+        self.seed_generator = keras.random.SeedGenerator(self.seed)
 
     @property
     def needs_history(self) -> bool:
@@ -98,12 +97,3 @@ class FilterSampler(keras_hub.samplers.Sampler):
         names = ("top_k", "top_p", "min_p", "repetition_penalty", "seed")
         config.update({name: getattr(self, name) for name in names})
         return config
-
-
-def is_finite_number(value: Any) -> bool:
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
-
-
-def is_integer(value: Any) -> bool:
-    return isinstance(value, numbers.Integral)

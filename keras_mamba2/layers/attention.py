@@ -5,6 +5,13 @@ import keras
 import keras_hub
 from keras import ops
 
+from keras_mamba2.arguments import BOOLEAN
+from keras_mamba2.arguments import POSITIVE
+from keras_mamba2.arguments import SIZE
+from keras_mamba2.arguments import check_attributes
+from keras_mamba2.arguments import integer
+from keras_mamba2.arguments import number
+from keras_mamba2.arguments import optional
 from keras_mamba2.layers.adapter import Adapter
 from keras_mamba2.layers.projection import Projection
 from keras_mamba2.layers.sublayer import StateTensor
@@ -131,17 +138,28 @@ class Attention(Sublayer):
         )
 
     def _check_config(self):
-        sizes = ("hidden_dim", "num_query_heads", "num_key_value_heads", "head_dim", "input_dim")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be positive. Received: {getattr(self, name)}")
+        check_attributes(
+            self,
+            hidden_dim=SIZE,
+            num_query_heads=SIZE,
+            num_key_value_heads=SIZE,
+            head_dim=SIZE,
+            rotary_dim=integer(at_least=0),
+            rope_max_wavelength=POSITIVE,
+            scale=optional(number()),
+            key_multiplier=number(),
+            use_bias=BOOLEAN,
+            input_dim=SIZE,
+            conv_kernel_size=integer(at_least=0),
+            adapter_rank=optional(SIZE),
+        )
         if self.num_query_heads % self.num_key_value_heads:
             raise ValueError(
                 "`num_key_value_heads` must divide `num_query_heads`. Received: "
                 f"num_query_heads={self.num_query_heads}, "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
-        if not 0 <= self.rotary_dim <= self.head_dim or self.rotary_dim % 2:
+        if self.rotary_dim > self.head_dim or self.rotary_dim % 2:
             raise ValueError(
                 "`rotary_dim` must be even, and at most `head_dim`. Received: "
                 f"rotary_dim={self.rotary_dim}, head_dim={self.head_dim}"

@@ -1,6 +1,11 @@
 import keras
 from keras import ops
 
+from keras_mamba2.arguments import BOOLEAN
+from keras_mamba2.arguments import POSITIVE
+from keras_mamba2.arguments import SIZE
+from keras_mamba2.arguments import check_attributes
+from keras_mamba2.arguments import check_keywords
 from keras_mamba2.ops.channels import scale_channels
 from keras_mamba2.ops.checks import float32_at_least
 
@@ -35,11 +40,13 @@ class GatedRMSNormalization(keras.layers.Layer):
         norm_before_gate: bool = False,
         **kwargs,
     ):
+        check_keywords(type(self), kwargs)
         super().__init__(autocast=False, **kwargs)
         self.supports_masking = True
         self.num_groups = num_groups
         self.epsilon = epsilon
         self.norm_before_gate = norm_before_gate
+        check_attributes(self, num_groups=SIZE, epsilon=POSITIVE, norm_before_gate=BOOLEAN)
 
     def build(self, x_shape, gate_shape=None):
         if x_shape[-1] % self.num_groups:

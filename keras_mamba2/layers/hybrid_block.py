@@ -1,5 +1,6 @@
 import keras
 
+from keras_mamba2.arguments import instance
 from keras_mamba2.layers.residual_block import ResidualBlock
 from keras_mamba2.layers.sublayer import Sublayer
 
@@ -16,7 +17,7 @@ class HybridBlock(ResidualBlock):
 
     def __init__(self, hidden_dim: int, sublayer: Sublayer, **kwargs):
         super().__init__(hidden_dim, **kwargs)
-        self._sublayer = sublayer
+        self._sublayer = instance(Sublayer)("sublayer", sublayer)
 
     @property
     def sublayer(self) -> Sublayer:

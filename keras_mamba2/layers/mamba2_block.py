@@ -67,4 +67,7 @@ class Mamba2Block(ResidualBlock):
         return self.mixer
 
     def get_config(self):
-        return {**super().get_config(), **self.mixer_arguments}
+        return {
+            **super().get_config(),
+            **{name: getattr(self.mixer, name) for name in self.mixer_arguments},
+        }

@@ -9,6 +9,15 @@ from keras import initializers
 from keras import ops
 from keras import random
 
+from keras_mamba2.arguments import BOOLEAN
+from keras_mamba2.arguments import POSITIVE
+from keras_mamba2.arguments import SIZE
+from keras_mamba2.arguments import Kind
+from keras_mamba2.arguments import check_attributes
+from keras_mamba2.arguments import choice
+from keras_mamba2.arguments import number
+from keras_mamba2.arguments import optional
+from keras_mamba2.arguments import several
 from keras_mamba2.layers.distributed_ssd import distributed_ssd
 from keras_mamba2.layers.gated_rms_normalization import GatedRMSNormalization
 from keras_mamba2.layers.projection import Projection
@@ -20,6 +29,18 @@ from keras_mamba2.ops import ssd_step
 from keras_mamba2.ops.checks import float32_at_least
 from keras_mamba2.ops.chunk_size import default_chunk_size
 
+
+def _limits(limit):
+    """`(low, high)` with None for infinity, which JSON has no word for."""
+    two = several(Kind("a value", lambda value: value), 2)
+    low, high = (0.0, None) if limit is None else two.standard(limit)
+    low = float(number(at_least=0).standard(low))
+    if high is None or high == math.inf:
+        return low, None
+    return low, float(number(above=low).standard(high))
+
+
+LIMITS = Kind("two numbers in order, `(0, None)` for no limits, or None", _limits)
 GATED_NORMS = ("after_gate", "before_gate", "none")
 
 
@@ -122,19 +143,20 @@ class Mamba2Mixer(Sublayer):
         self.use_conv_bias = use_conv_bias
         self.use_output_bias = use_bias if use_output_bias is None else use_output_bias
         self.gated_norm = gated_norm
-        self.projection_multipliers = projection_multipliers and tuple(projection_multipliers)
+        self.projection_multipliers = projection_multipliers
         self.layer_norm_epsilon = layer_norm_epsilon
-        self.time_step_limit = _finite_limits(time_step_limit)
+        self.time_step_limit = time_step_limit
         self.time_step_min = time_step_min
         self.time_step_max = time_step_max
         self.time_step_floor = time_step_floor
-        self.a_initializer_range = tuple(a_initializer_range)
+        self.a_initializer_range = a_initializer_range
         self.num_residual_layers = num_residual_layers
-
-        self.inner_dim = round(expansion * hidden_dim)
         self._check_config()
-        self.num_heads = self.inner_dim // head_dim
-        self.group_dim = num_groups * state_dim
+
+        self.inner_dim = round(self.expansion * self.hidden_dim)
+        self._check_sizes()
+        self.num_heads = self.inner_dim // self.head_dim
+        self.group_dim = self.num_groups * self.state_dim
         self.conv_dim = self.inner_dim + 2 * self.group_dim
 
         self.in_proj = Projection(
@@ -162,23 +184,35 @@ class Mamba2Mixer(Sublayer):
         )
 
     def _check_config(self):
-        for name in ("hidden_dim", "state_dim", "head_dim", "num_groups", "conv_kernel_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be positive. Received: {getattr(self, name)}")
-        if self.gated_norm not in GATED_NORMS:
+        check_attributes(
+            self,
+            hidden_dim=SIZE,
+            state_dim=SIZE,
+            head_dim=SIZE,
+            num_groups=SIZE,
+            expansion=POSITIVE,
+            conv_kernel_size=SIZE,
+            chunk_size=optional(SIZE),
+            use_bias=BOOLEAN,
+            use_conv_bias=BOOLEAN,
+            use_output_bias=BOOLEAN,
+            gated_norm=choice(*GATED_NORMS),
+            projection_multipliers=optional(several(number(), 5)),
+            layer_norm_epsilon=POSITIVE,
+            time_step_limit=LIMITS,
+            time_step_min=POSITIVE,
+            time_step_max=POSITIVE,
+            time_step_floor=number(at_least=0),
+            a_initializer_range=several(POSITIVE, 2, in_order=True),
+            num_residual_layers=SIZE,
+        )
+        if self.time_step_min > self.time_step_max:
             raise ValueError(
-                f"`gated_norm` must be one of {GATED_NORMS}. Received: {self.gated_norm!r}"
+                "`time_step_min` must be at most `time_step_max`. Received: "
+                f"time_step_min={self.time_step_min}, time_step_max={self.time_step_max}"
             )
-        if self.projection_multipliers is not None and len(self.projection_multipliers) != 5:
-            raise ValueError(
-                "`projection_multipliers` must be five numbers, for z, x, B, C and dt. "
-                f"Received: {self.projection_multipliers}"
-            )
-        if self.chunk_size is not None and self.chunk_size < 1:
-            raise ValueError(
-                "`chunk_size` must be at least 1, or None for the platform's default. "
-                f"Received: chunk_size={self.chunk_size}"
-            )
+
+    def _check_sizes(self):
         if self.inner_dim % self.head_dim or not self.inner_dim:
             raise ValueError(
                 "`head_dim` must divide the inner size, expansion * hidden_dim. Received: "
@@ -364,12 +398,6 @@ class Mamba2Mixer(Sublayer):
             }
         )
         return config
-
-
-def _finite_limits(limit):
-    """`(low, high)` with None for infinity, which JSON has no word for."""
-    low, high = limit or (0.0, None)
-    return (float(low), None if high is None or math.isinf(high) else float(high))
 
 
 def _uniform(scale=1.0):

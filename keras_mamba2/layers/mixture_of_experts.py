@@ -3,6 +3,12 @@ from typing import ClassVar
 import keras
 from keras import ops
 
+from keras_mamba2.arguments import BOOLEAN
+from keras_mamba2.arguments import SIZE
+from keras_mamba2.arguments import check_attributes
+from keras_mamba2.arguments import choice
+from keras_mamba2.arguments import number
+from keras_mamba2.arguments import optional
 from keras_mamba2.layers.mlp import Stateless
 from keras_mamba2.layers.mlp import activation_named
 from keras_mamba2.layers.projection import Projection
@@ -98,12 +104,21 @@ class MixtureOfExperts(Stateless):
             )
 
     def _check_config(self):
-        sizes = ("hidden_dim", "intermediate_dim", "num_experts", "num_experts_per_token")
-        for name in (*sizes, "num_expert_groups", "num_groups_per_token"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be positive. Received: {getattr(self, name)}")
-        if self.scoring not in SCORINGS:
-            raise ValueError(f"`scoring` must be one of {SCORINGS}. Received: {self.scoring!r}")
+        check_attributes(
+            self,
+            hidden_dim=SIZE,
+            intermediate_dim=SIZE,
+            num_experts=SIZE,
+            num_experts_per_token=SIZE,
+            gated=BOOLEAN,
+            scoring=choice(*SCORINGS),
+            num_expert_groups=SIZE,
+            num_groups_per_token=SIZE,
+            normalize_weights=BOOLEAN,
+            weights_multiplier=number(),
+            latent_dim=optional(SIZE),
+            use_bias=BOOLEAN,
+        )
         e, groups = self.num_experts, self.num_expert_groups
         if groups > 1 and (e % groups or e // groups < 2 or self.scoring != "sigmoid"):
             raise ValueError(

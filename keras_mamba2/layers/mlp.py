@@ -3,6 +3,12 @@ from typing import ClassVar
 import keras
 from keras import ops
 
+from keras_mamba2.arguments import BOOLEAN
+from keras_mamba2.arguments import SIZE
+from keras_mamba2.arguments import check_attributes
+from keras_mamba2.arguments import choice
+from keras_mamba2.arguments import number
+from keras_mamba2.arguments import optional
 from keras_mamba2.layers.adapter import Adapter
 from keras_mamba2.layers.projection import Projection
 from keras_mamba2.layers.sublayer import Sublayer
@@ -25,9 +31,7 @@ def activation_named(name: str):
     Raises:
         ValueError: for another name.
     """
-    if name not in ACTIVATIONS:
-        raise ValueError(f"`activation` must be one of {tuple(ACTIVATIONS)}. Received: {name!r}")
-    return ACTIVATIONS[name]
+    return ACTIVATIONS[choice(*ACTIVATIONS)("activation", name)]
 
 
 class Stateless(Sublayer):
@@ -89,9 +93,6 @@ class MLP(Stateless):
     ):
         super().__init__(**kwargs)
         self.supports_masking = True
-        for name, value in (("hidden_dim", hidden_dim), ("intermediate_dim", intermediate_dim)):
-            if value < 1:
-                raise ValueError(f"`{name}` must be positive. Received: {value}")
         self.hidden_dim = hidden_dim
         self.intermediate_dim = intermediate_dim
         self.activation = activation
@@ -100,6 +101,15 @@ class MLP(Stateless):
         self.use_bias = use_bias
         self.adapter_rank = adapter_rank
         self._activation = activation_named(activation)
+        check_attributes(
+            self,
+            hidden_dim=SIZE,
+            intermediate_dim=SIZE,
+            gated=BOOLEAN,
+            gate_multiplier=number(),
+            use_bias=BOOLEAN,
+            adapter_rank=optional(SIZE),
+        )
 
         def projection(name, units):
             if shared is not None:

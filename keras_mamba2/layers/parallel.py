@@ -2,8 +2,14 @@ from collections.abc import Sequence
 
 import keras
 
+from keras_mamba2.arguments import check_attributes
+from keras_mamba2.arguments import instance
+from keras_mamba2.arguments import number
+from keras_mamba2.arguments import several
 from keras_mamba2.layers.projection import Projection
 from keras_mamba2.layers.sublayer import Sublayer
+
+SUBLAYERS = several(instance(Sublayer))
 
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
@@ -31,10 +37,12 @@ class Parallel(Sublayer):
     ):
         super().__init__(**kwargs)
         self.supports_masking = True
-        self.sublayers = list(sublayers)
+        self.sublayers = list(SUBLAYERS("sublayers", sublayers))
         ones = (1.0,) * len(self.sublayers)
-        self.input_multipliers = tuple(input_multipliers or ones)
-        self.output_multipliers = tuple(output_multipliers or ones)
+        self.input_multipliers = ones if input_multipliers is None else input_multipliers
+        self.output_multipliers = ones if output_multipliers is None else output_multipliers
+        factors = several(number(), len(self.sublayers))
+        check_attributes(self, input_multipliers=factors, output_multipliers=factors)
 
     def build(self, x_shape, mask_shape=None, segment_ids_shape=None):
         for sublayer in self.sublayers:

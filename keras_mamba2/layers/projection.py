@@ -5,6 +5,7 @@ from keras import quantizers
 from keras_mamba2._compat.keras_layers import stored_kernel
 from keras_mamba2._compat.keras_layers import untrack_variable
 from keras_mamba2._compat.keras_variables import never_autocast
+from keras_mamba2.arguments import SIZE
 from keras_mamba2.ops.matrix import int8_matmul
 from keras_mamba2.ops.matrix import matmul
 
@@ -28,9 +29,13 @@ class Projection(keras.layers.Dense):
       factors zero, and with them both gradients, for ever.
 
     Args:
+        units: int, the size of outputs.
         *args: see `keras.layers.Dense`.
         **kwargs: as there.
     """
+
+    def __init__(self, units: int, *args, **kwargs):
+        super().__init__(SIZE("units", units), *args, **kwargs)
 
     def call(self, inputs, training=None):
         return self._finish(matmul(inputs, self.kernel))

@@ -4,6 +4,13 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_mamba2.arguments import BOOLEAN
+from keras_mamba2.arguments import POSITIVE
+from keras_mamba2.arguments import RATE
+from keras_mamba2.arguments import SIZE
+from keras_mamba2.arguments import check_attributes
+from keras_mamba2.arguments import check_keywords
+from keras_mamba2.arguments import number
 from keras_mamba2.layers.gated_rms_normalization import GatedRMSNormalization
 from keras_mamba2.layers.projection import Projection
 from keras_mamba2.layers.sublayer import Sublayer
@@ -47,6 +54,7 @@ class ResidualBlock(keras.layers.Layer):
         residual_multiplier: float = 1.0,
         **kwargs,
     ):
+        check_keywords(type(self), kwargs)
         # The residual stream may be wider than the compute dtype, so it is not cast.
         super().__init__(autocast=False, **kwargs)
         self.supports_masking = True
@@ -56,6 +64,15 @@ class ResidualBlock(keras.layers.Layer):
         self.remat = remat
         self.layer_norm_epsilon = layer_norm_epsilon
         self.residual_multiplier = residual_multiplier
+        check_attributes(
+            self,
+            hidden_dim=SIZE,
+            residual_in_fp32=BOOLEAN,
+            dropout=RATE,
+            remat=BOOLEAN,
+            layer_norm_epsilon=POSITIVE,
+            residual_multiplier=number(),
+        )
         self.norm = GatedRMSNormalization(
             epsilon=layer_norm_epsilon, dtype=self.dtype_policy, name="norm"
         )

@@ -8,6 +8,7 @@ import keras
 from keras import ops
 from keras import tree
 
+from keras_mamba2.arguments import check_keywords
 from keras_mamba2.layers.projection import Projection
 
 # Tokens. Room is made by doubling, so that there are few compilations.
@@ -47,6 +48,10 @@ class Sublayer(keras.layers.Layer):
     # How tensors are cut over devices: the end of a path -> the axis of each dimension, of
     # "batch", "sequence", "model" (heads) and "weights" (an axis whose devices share weights).
     layouts: ClassVar[Mapping[str, tuple[str | None, ...]]] = {}
+
+    def __init__(self, **kwargs):
+        check_keywords(type(self), kwargs)
+        super().__init__(**kwargs)
 
     def call(self, x, mask=None, segment_ids=None):
         return self.call_with_state(x, mask=mask, segment_ids=segment_ids)[0]

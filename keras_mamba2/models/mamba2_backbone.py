@@ -1,5 +1,6 @@
 import keras
 
+from keras_mamba2.arguments import SIZE
 from keras_mamba2.layers.gated_rms_normalization import GatedRMSNormalization
 from keras_mamba2.layers.mamba2_block import Mamba2Block
 from keras_mamba2.layers.mamba2_mixer import Mamba2Mixer
@@ -95,8 +96,7 @@ class Mamba2Backbone(ResidualBackbone):
         **kwargs,
     ):
         check_dtype(dtype)
-        if num_layers < 1:
-            raise ValueError(f"`num_layers` must be positive. Received: num_layers={num_layers}")
+        num_layers = SIZE("num_layers", num_layers)
         unpadded_vocabulary_size = checked_tokens(vocabulary_size, unpadded_vocabulary_size)
 
         # === Layers ===

@@ -4,6 +4,9 @@ from typing import Any
 
 import keras
 
+from keras_mamba2.arguments import STRING
+from keras_mamba2.arguments import instance
+from keras_mamba2.arguments import several
 from keras_mamba2.layers.attention import Attention
 from keras_mamba2.layers.fed_block import FedBlock
 from keras_mamba2.layers.gated_rms_normalization import GatedRMSNormalization
@@ -186,10 +189,14 @@ def _names_in(block: str) -> list[str]:
 
 
 def _check_blocks(blocks: Sequence[str], sublayers: Mapping[str, Mapping[str, Any]]) -> None:
-    if not blocks:
+    several(STRING)("blocks", blocks)
+    mapping = instance(Mapping, "a dict of the arguments of each sublayer")
+    for name, arguments in mapping("sublayers", sublayers).items():
+        instance(Mapping, "a dict of arguments")(f"sublayers[{name!r}]", arguments)
+    if not len(blocks):
         raise ValueError("`blocks` is empty: a model needs at least one block.")
     for name, arguments in sublayers.items():
-        if arguments.get("kind", name) not in KINDS:
+        if arguments.get("kind", name) not in list(KINDS):
             raise ValueError(
                 f"There is no sublayer of kind {arguments.get('kind', name)!r}. Known: "
                 f"{', '.join(map(repr, KINDS))}. Received: sublayers[{name!r}]={dict(arguments)}"

@@ -16,11 +16,35 @@ from keras_mamba2._compat.keras_hub_preprocessing import preprocessing_function
 from keras_mamba2._compat.keras_hub_preprocessing import restore_outer_shape
 from keras_mamba2._compat.keras_hub_preprocessing import update_special_token_ids
 from keras_mamba2._compat.keras_hub_preprocessing import uses_tensorflow
+from keras_mamba2.arguments import STRING
+from keras_mamba2.arguments import Kind
+from keras_mamba2.arguments import check_keywords
+from keras_mamba2.arguments import check_names
+from keras_mamba2.arguments import instance
+from keras_mamba2.arguments import integer
+from keras_mamba2.arguments import optional
+from keras_mamba2.arguments import several
+from keras_mamba2.arguments import shown
 from keras_mamba2.conversion import open_preset
 from keras_mamba2.saving import TOKENIZER_FILES
 from keras_mamba2.saving import AtomicPreset
 
 TOKENIZER_FILE = "tokenizer.json"
+
+
+def _integer_dtype(dtype):
+    if not keras.backend.is_int_dtype(dtype):
+        raise TypeError
+    return dtype
+
+
+INTEGER_DTYPE = Kind("an integer dtype", _integer_dtype)
+ENGINE = optional(
+    instance(
+        (tokenizers.Tokenizer, str, os.PathLike),
+        "a `tokenizers.Tokenizer` or the path of a `tokenizer.json`",
+    )
+)
 
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
@@ -68,14 +92,14 @@ class Mamba2Tokenizer(AtomicPreset, keras_hub.tokenizers.Tokenizer):
         dtype="int32",
         **kwargs,
     ):
-        if not keras.backend.is_int_dtype(dtype):
-            raise ValueError(f"`dtype` must be an integer dtype. Received: dtype={dtype}")
+        check_keywords(type(self), kwargs, "config_file")
+        INTEGER_DTYPE("dtype", dtype)
         super().__init__(dtype=dtype, **kwargs)
         self.file_assets = [TOKENIZER_FILE]
         pad_token = end_token if pad_token is None else pad_token
         specials = {"start_token": start_token, "end_token": end_token, "pad_token": pad_token}
         for name, token in specials.items():
-            if token is None:
+            if optional(STRING)(name, token) is None:
                 setattr(self, name, None)
                 setattr(self, f"{name}_id", None)
             else:
@@ -87,6 +111,7 @@ class Mamba2Tokenizer(AtomicPreset, keras_hub.tokenizers.Tokenizer):
             )
         if vocabulary is not None and tokenizer is not None:
             raise ValueError("Pass either `vocabulary` and `merges`, or `tokenizer`, not both.")
+        ENGINE("tokenizer", tokenizer)
         if vocabulary is not None:
             self.set_vocabulary_and_merges(vocabulary, merges)
         else:
@@ -95,6 +120,8 @@ class Mamba2Tokenizer(AtomicPreset, keras_hub.tokenizers.Tokenizer):
     @classmethod
     def from_preset(cls, preset: str, **kwargs) -> "Mamba2Tokenizer":
         """Loads a tokenizer by name or folder. See `keras_hub.tokenizers.Tokenizer`."""
+        check_names(cls, kwargs, "config_file")
+        INTEGER_DTYPE("dtype", kwargs.get("dtype", "int32"))
         loader, preset = open_preset(preset, weights=False)
         if loader is not None:
             return loader.load_tokenizer(cls, **kwargs)
@@ -105,9 +132,11 @@ class Mamba2Tokenizer(AtomicPreset, keras_hub.tokenizers.Tokenizer):
     ) -> None:
         """Sets vocabulary and merge rules, given as data or as the paths of two files."""
         if _is_path(vocabulary):
-            vocabulary = json.loads(pathlib.Path(vocabulary).read_text("utf-8"))
+            vocabulary = json.loads(_read("vocabulary", vocabulary))
         if _is_path(merges):
-            merges = pathlib.Path(merges).read_text("utf-8").splitlines()
+            merges = _read("merges", merges).splitlines()
+        instance(Mapping, "a dict from token to id, or a path")("vocabulary", vocabulary)
+        several(STRING)("merges", merges)
         self._set_engine(gpt_neox_engine(vocabulary, merges, self.special_tokens))
 
     def _set_engine(self, engine: tokenizers.Tokenizer | None) -> None:
@@ -148,7 +177,8 @@ class Mamba2Tokenizer(AtomicPreset, keras_hub.tokenizers.Tokenizer):
         return self.engine.get_vocab_size(with_added_tokens=True)
 
     def id_to_token(self, id: int) -> str:
-        token = self.engine.id_to_token(int(id)) if id >= 0 else None
+        id = integer()("id", id)
+        token = self.engine.id_to_token(id) if 0 <= id < self.num_ids else None
         if token is None:
             raise ValueError(
                 f"`id` is out of the vocabulary of {self.vocabulary_size()} tokens. "
@@ -157,7 +187,7 @@ class Mamba2Tokenizer(AtomicPreset, keras_hub.tokenizers.Tokenizer):
         return token
 
     def token_to_id(self, token: str) -> int:
-        id = self.engine.token_to_id(token)
+        id = self.engine.token_to_id(STRING("token", token))
         if id is None:
             raise ValueError(f"`token` is not in the vocabulary. Received: token={token!r}")
         return id
@@ -169,7 +199,13 @@ class Mamba2Tokenizer(AtomicPreset, keras_hub.tokenizers.Tokenizer):
         self.engine  # noqa: B018  raises before a graph is traced
         if uses_tensorflow(self):
             return self._tokenize_tf(inputs)
-        texts, batched, outer_shape = canonicalize_python_string_inputs(inputs)
+        try:
+            texts, batched, outer_shape = canonicalize_python_string_inputs(inputs)
+        except ValueError:  # of UTF-8 too
+            raise ValueError(
+                "A text must be a string, and bytes must be UTF-8. "
+                f"Received: inputs={shown(inputs)}"
+            ) from None
         rows = self._encode(texts)
         if not batched:
             return np.array(rows[0], self.compute_dtype)
@@ -179,15 +215,28 @@ class Mamba2Tokenizer(AtomicPreset, keras_hub.tokenizers.Tokenizer):
         self.engine  # noqa: B018
         if uses_tensorflow(self):
             return self._detokenize_tf(inputs)
-        rows, batched = canonicalize_python_token_inputs(inputs)
+        try:
+            rows, batched = canonicalize_python_token_inputs(inputs)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"Token ids must be integers, in rows or alone. Received: {shown(inputs)}"
+            ) from None
         texts = self._decode(rows)
         return texts if batched else texts[0]
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self.engine.encode_batch_fast(list(texts))]
+        try:
+            return [encoding.ids for encoding in self.engine.encode_batch_fast(list(texts))]
+        except TypeError:  # half of a surrogate pair, which is no character
+            raise ValueError(
+                f"A text must be of characters that UTF-8 has. Received: inputs={shown(texts)}"
+            ) from None
 
     def _decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        return self.engine.decode_batch([list(row) for row in rows], skip_special_tokens=False)
+        try:
+            return self.engine.decode_batch([list(row) for row in rows], skip_special_tokens=False)
+        except (OverflowError, TypeError):
+            raise ValueError(f"Token ids must be integers >= 0. Received: {shown(rows)}") from None
 
     @preprocessing_function
     def _tokenize_tf(self, inputs):
@@ -257,7 +306,13 @@ def gpt_neox_engine(
                 "A merge rule must be two tokens of the vocabulary that make a third. "
                 f"Received: {' '.join(rule)!r}"
             )
-    engine = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, rules))
+    try:
+        engine = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, rules))
+    except TypeError:
+        raise ValueError(
+            "`vocabulary` must be from strings to ids, integers >= 0. "
+            f"Received: vocabulary={shown(vocabulary)}"
+        ) from None
     engine.normalizer = tokenizers.normalizers.NFC()
     engine.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     engine.decoder = tokenizers.decoders.ByteLevel()
@@ -281,6 +336,12 @@ def byte_vocabulary(*special_tokens: str) -> dict[str, int]:
 
 def _is_path(value) -> bool:
     return isinstance(value, (str, os.PathLike))
+
+
+def _read(name: str, path) -> str:
+    if not os.path.isfile(path):
+        raise ValueError(f"`{name}` must be data, or the path of a file. Received: {path}")
+    return pathlib.Path(path).read_text("utf-8")
 
 
 def _load(path) -> tokenizers.Tokenizer:

@@ -5,6 +5,8 @@ from typing import Any
 import keras
 
 from keras_mamba2._compat.keras_layers import flatten_layers
+from keras_mamba2.arguments import instance
+from keras_mamba2.arguments import optional
 from keras_mamba2.layers.projection import CALIBRATED_MODES
 from keras_mamba2.layers.projection import Projection
 from keras_mamba2.layers.reversible_embedding import ReversibleEmbedding
@@ -12,6 +14,11 @@ from keras_mamba2.models.lora import projections
 
 # Keras 3.15 corrects errors in blocks of so many inputs, and starts a new group with each.
 GPTQ_BLOCK_SIZE = 128
+
+
+CONFIG = optional(
+    instance(keras.quantizers.QuantizationConfig, "a configuration of `keras.quantizers`")
+)
 
 
 def is_quantizable(layer) -> bool:
@@ -36,6 +43,7 @@ def check(backbone, config) -> None:
         ValueError: for GPTQ and AWQ without data or tokenizer, and GPTQ with weights that are not
             float32, or groups that Keras cannot count.
     """
+    CONFIG("config", config)
     if config is None or config.mode not in CALIBRATED_MODES:
         return
     if config.dataset is None or config.tokenizer is None:

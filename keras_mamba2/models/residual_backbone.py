@@ -7,6 +7,16 @@ import keras
 import keras_hub
 from keras import ops
 
+from keras_mamba2.arguments import BOOLEAN
+from keras_mamba2.arguments import OF_KERAS
+from keras_mamba2.arguments import RATE
+from keras_mamba2.arguments import SIZE
+from keras_mamba2.arguments import STRING
+from keras_mamba2.arguments import check_keywords
+from keras_mamba2.arguments import number
+from keras_mamba2.arguments import optional
+from keras_mamba2.arguments import several
+from keras_mamba2.arguments import shown
 from keras_mamba2.conversion import WholeWeights
 from keras_mamba2.conversion import building
 from keras_mamba2.conversion import load_preset
@@ -24,6 +34,7 @@ from keras_mamba2.saving import BACKBONE_FILES
 from keras_mamba2.saving import AtomicPreset
 from keras_mamba2.saving import AtomicSave
 from keras_mamba2.state import NO_TOKEN
+from keras_mamba2.state import STATE
 from keras_mamba2.state import Mamba2State
 from keras_mamba2.state.digest import digest_after
 
@@ -61,6 +72,9 @@ class ResidualBackbone(AtomicPreset, AtomicSave, WholeWeights, keras_hub.models.
         norm: GatedRMSNormalization,
         **kwargs,
     ):
+        check_keywords(type(self), kwargs)
+        for name in ("embedding_multiplier", "logits_multiplier"):
+            number()(name, getattr(self, name))
         _check_cuts(token_embedding, blocks)
 
         # === Layers ===
@@ -109,6 +123,7 @@ class ResidualBackbone(AtomicPreset, AtomicSave, WholeWeights, keras_hub.models.
             Tuple `(hidden_states, state)`: `(b t d)`, and the `Mamba2State` after each row's
             last real token.
         """
+        optional(STATE)("state", state)
         b, t = ops.shape(token_ids)
         token = ops.full((b,), NO_TOKEN, "int32") if state is None else state.token
         length = ops.zeros((b,), "int32") if state is None else state.length
@@ -134,6 +149,7 @@ class ResidualBackbone(AtomicPreset, AtomicSave, WholeWeights, keras_hub.models.
         Returns:
             Tuple `(hidden_states, state)`: `(b d)`, and the `Mamba2State` after the token.
         """
+        STATE("state", state)
         x = embeddings = self._embed(token_ids)
         states = []
         for block, layer in zip(self.blocks, state.layers, strict=True):
@@ -151,6 +167,8 @@ class ResidualBackbone(AtomicPreset, AtomicSave, WholeWeights, keras_hub.models.
 
     def initial_state(self, batch_size: int, max_length: int | None = None) -> Mamba2State:
         """The state before the first token of `batch_size` rows, of up to `max_length` tokens."""
+        SIZE("batch_size", batch_size)
+        optional(SIZE)("max_length", max_length)
         return Mamba2State(
             [block.initial_state(batch_size, max_length) for block in self.blocks],
             token=ops.full((batch_size,), NO_TOKEN, "int32"),
@@ -164,6 +182,7 @@ class ResidualBackbone(AtomicPreset, AtomicSave, WholeWeights, keras_hub.models.
 
         `dtype="auto"` takes the dtype that the weights in the files have.
         """
+        BOOLEAN("load_weights", load_weights)
         loader, preset = open_preset(preset, weights=load_weights, tokenizer=False)
         if loader is not None:
             if not issubclass(loader.backbone_class, cls):
@@ -232,8 +251,8 @@ class ResidualBackbone(AtomicPreset, AtomicSave, WholeWeights, keras_hub.models.
             ValueError: for another name, if LoRA is enabled already, and for weights quantized
                 to anything but int8 and int4.
         """
-        if rank < 1:
-            raise ValueError(f"`rank` must be positive. Received: rank={rank}")
+        rank = SIZE("rank", rank)
+        optional(several(STRING))("target_layer_names", target_layer_names)
         names = (
             self.default_lora_layer_names() if target_layer_names is None else target_layer_names
         )
@@ -298,9 +317,11 @@ def _seen_by(block: ResidualBlock, embeddings) -> dict[str, Any]:
 def embedding(
     vocabulary_size: int, hidden_dim: int, tie_word_embeddings: bool, dropout: float, dtype
 ) -> tuple[ReversibleEmbedding, keras.layers.Dropout]:
-    """The first layers of a backbone."""
+    """The first layers of a backbone, of arguments that are looked at here."""
+    hidden_dim, dropout = SIZE("hidden_dim", hidden_dim), RATE("dropout", dropout)
+    tie_word_embeddings = BOOLEAN("tie_word_embeddings", tie_word_embeddings)
     token_embedding = ReversibleEmbedding(
-        input_dim=vocabulary_size,
+        input_dim=int(vocabulary_size),
         output_dim=hidden_dim,
         tie_weights=tie_word_embeddings,
         embeddings_initializer=keras.initializers.RandomNormal(stddev=0.02),
@@ -316,24 +337,21 @@ def checked_tokens(vocabulary_size: int, unpadded_vocabulary_size: int | None) -
     Raises:
         ValueError: if there are none, or more than rows.
     """
-    if vocabulary_size < 1:
-        raise ValueError(
-            f"`vocabulary_size` must be positive. Received: vocabulary_size={vocabulary_size}"
-        )
-    if unpadded_vocabulary_size is None:
+    vocabulary_size = SIZE("vocabulary_size", vocabulary_size)
+    num_tokens = optional(SIZE)("unpadded_vocabulary_size", unpadded_vocabulary_size)
+    if num_tokens is None:
         return vocabulary_size
-    if not 0 < unpadded_vocabulary_size <= vocabulary_size:
+    if num_tokens > vocabulary_size:
         raise ValueError(
             "`unpadded_vocabulary_size` must lie between 1 and `vocabulary_size`. Received: "
-            f"unpadded_vocabulary_size={unpadded_vocabulary_size}, "
-            f"vocabulary_size={vocabulary_size}"
+            f"unpadded_vocabulary_size={num_tokens}, vocabulary_size={vocabulary_size}"
         )
-    return unpadded_vocabulary_size
+    return num_tokens
 
 
 def check_dtype(dtype) -> None:
     """Raises unless a model can be made with `dtype`."""
-    policy = keras.dtype_policies.get(dtype)
+    policy = keras.dtype_policies.get(OF_KERAS["dtype"]("dtype", dtype))
     if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
         policy = policy.default_policy
     if policy.quantization_mode is not None:
@@ -342,4 +360,6 @@ def check_dtype(dtype) -> None:
             f"point dtype, then call `quantize({policy.quantization_mode!r})`. Received: {dtype}"
         )
     if "float" not in str(policy.compute_dtype):
-        raise ValueError(f"`dtype` must be a floating point dtype or policy. Received: {dtype}")
+        raise ValueError(
+            f"`dtype` must be a floating point dtype or policy. Received: dtype={shown(dtype)}"
+        )

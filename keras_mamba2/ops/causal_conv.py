@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_mamba2.ops.channels import scale_channels
+from keras_mamba2.ops.checks import check_dtypes
 from keras_mamba2.ops.checks import check_shapes
 from keras_mamba2.ops.segments import runs
 
@@ -40,6 +41,8 @@ def causal_conv1d(x, kernel, bias=None, conv_state=None, mask=None, segment_ids=
             "segment_ids": (segment_ids, "b t"),
         }
     )
+    check_dtypes("float", x=x, kernel=kernel, bias=bias, conv_state=conv_state)
+    check_dtypes("int", segment_ids=segment_ids)
     _check_conv_state(conv_state, kernel)
     x = ops.convert_to_tensor(x)
     k = kernel.shape[0]
@@ -94,6 +97,7 @@ def causal_conv1d_step(x, kernel, bias=None, *, conv_state):
         {"x": (x, "b e"), "kernel": (kernel, "k e"), "bias": (bias, "e")}
         | {"conv_state": (conv_state, "b k-1 e")}
     )
+    check_dtypes("float", x=x, kernel=kernel, bias=bias, conv_state=conv_state)
     _check_conv_state(conv_state, kernel)
     window = ops.concatenate([ops.cast(conv_state, x.dtype), x[:, None]], axis=1)  # (b k e)
     kernel = ops.cast(kernel, x.dtype)

@@ -9,6 +9,9 @@ from keras import ops
 from keras import tree
 
 from keras_mamba2._compat.trees import register_pytree
+from keras_mamba2.arguments import SIZE
+from keras_mamba2.arguments import instance
+from keras_mamba2.arguments import several
 from keras_mamba2.state import files
 from keras_mamba2.state.room import with_equal_room
 
@@ -65,13 +68,13 @@ class Mamba2State:
 
     def repeat(self, n: int) -> "Mamba2State":
         """Each row `n` times, one after the other: independent continuations of one text."""
-        if n < 1:
-            raise ValueError(f"`n` must be positive. Received: n={n}")
+        n = SIZE("n", n)
         return tree.map_structure(lambda leaf: ops.repeat(leaf, n, axis=0), self)
 
     @staticmethod
     def concatenate(states: Sequence["Mamba2State"]) -> "Mamba2State":
         """The rows of all `states` in one batch."""
+        several(STATE)("states", states)
         if not states:
             raise ValueError("There are no states to concatenate.")
         return tree.map_structure(
@@ -131,3 +134,6 @@ class Mamba2State:
 
 
 register_pytree(Mamba2State)
+
+
+STATE = instance(Mamba2State, "a `Mamba2State`, which `prefill` returns")

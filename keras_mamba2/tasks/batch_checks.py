@@ -5,12 +5,17 @@ end, and a label out of range adds nothing to the loss.
 """
 
 from collections.abc import Callable
+from collections.abc import Mapping
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_mamba2._compat.keras_hub_preprocessing import in_tf_function
+from keras_mamba2.arguments import are_ids
+from keras_mamba2.arguments import check_elements
+from keras_mamba2.arguments import check_numeric
+from keras_mamba2.arguments import shown
 
 
 def real_positions(padding_mask):
@@ -39,13 +44,12 @@ def check_batch(check: Callable[..., None], *arrays) -> None:
 
 def check_mask(padding_mask: np.ndarray) -> None:
     """Refuses anything but 0 and 1, and padding between real tokens."""
-    wrong = np.argwhere(~np.isin(padding_mask, (0, 1)))
-    if len(wrong):
-        raise ValueError(
-            "A `padding_mask` is 1 at real tokens and 0 elsewhere; numbers of documents that share "
-            f"a row are `segment_ids`. Received: {padding_mask[tuple(wrong[0])]} in row "
-            f"{wrong[0][0]}"
-        )
+    check_elements(
+        padding_mask,
+        np.isin(padding_mask, (0, 1)),
+        "A `padding_mask` is 1 at real tokens and 0 elsewhere; numbers of documents that share a "
+        "row are `segment_ids`.",
+    )
     begins = np.diff(padding_mask.astype("int8"), axis=-1, prepend=0) > 0
     holes = np.flatnonzero(begins.sum(axis=-1) > 1)
     if len(holes):
@@ -55,8 +59,18 @@ def check_mask(padding_mask: np.ndarray) -> None:
         )
 
 
-def check_rows(padding_mask: np.ndarray) -> None:
+def check_inputs(token_ids: np.ndarray, padding_mask: np.ndarray, vocabulary_size: int) -> None:
+    """Refuses arrays of other shapes than `(b t)`, ids that are no tokens, and wrong masks."""
+    if token_ids.ndim != 2 or token_ids.shape != padding_mask.shape:
+        raise ValueError(
+            "Token ids and mask must have one shape, (b t). Received: "
+            f"token_ids.shape={token_ids.shape}, padding_mask.shape={padding_mask.shape}"
+        )
     check_mask(padding_mask)
+    check_token_ids(token_ids, vocabulary_size)
+
+
+def check_rows(padding_mask: np.ndarray) -> None:
     empty = np.flatnonzero(~(padding_mask != 0).any(axis=-1))
     if len(empty):
         raise ValueError(
@@ -80,17 +94,16 @@ def check_labels(
     name: str = "num_classes",
     weights: np.ndarray | None = None,
 ) -> None:
-    """Refuses class numbers out of range, where they have a weight. One-hot labels are not checked.
+    """Refuses class numbers out of range, where they have a weight.
 
-    `name` is that of the number of classes, for the message.
+    For other losses, as of one-hot labels, any finite numbers are labels. `name` is that of the
+    number of classes, for the message.
     """
     if not _takes_class_numbers(loss):
+        check_numeric("Labels", labels)
+        check_elements(labels, np.isfinite(labels), "Labels must be finite.")
         return
-    if labels.dtype.kind not in "biuf":
-        raise ValueError(
-            f"Labels must be class numbers, below {name}={num_classes}. "
-            f"Received: labels of dtype {labels.dtype}"
-        )
+    check_numeric("Labels", labels)
     if weights is not None:
         labels = np.where(weights != 0, labels, 0)
     _check_range(labels, num_classes, "Labels", name, getattr(loss, "ignore_class", None))
@@ -104,12 +117,22 @@ def _takes_class_numbers(loss) -> bool:
 
 def check_weights(weights: np.ndarray) -> None:
     """Refuses negative numbers, infinity and NaN."""
-    wrong = np.argwhere(~((weights >= 0) & (weights < np.inf)))
-    if len(wrong):
-        raise ValueError(
-            "`sample_weight` must be finite and not negative. "
-            f"Received: {weights[tuple(wrong[0])]} in row {wrong[0][0]}"
-        )
+    check_numeric("`sample_weight`", weights)
+    check_elements(
+        weights,
+        (weights >= 0) & (weights < np.inf),
+        "`sample_weight` must be finite and not negative.",
+    )
+
+
+def check_samples(x) -> None:
+    """Refuses what is no list or array of samples, or has none."""
+    parts = tuple(x.values()) if isinstance(x, Mapping) else x if isinstance(x, tuple) else (x,)
+    for part in parts or (x,):
+        if not hasattr(part, "__len__") or isinstance(part, (str, bytes)) or not np.shape(part):
+            raise ValueError(f"Samples must be a list or an array. Received: x={shown(x)}")
+        if not len(part):
+            raise ValueError(f"There is no sample in the data. Received: x={shown(x)}")
 
 
 def check_if_known(check: Callable[..., None], array, *args) -> None:
@@ -122,11 +145,9 @@ def check_if_known(check: Callable[..., None], array, *args) -> None:
 
 
 def _check_range(values: np.ndarray, size: int, what: str, name: str, allowed=None) -> None:
-    # Written so that NaN is refused: comparisons with it are false.
-    is_valid = (values >= 0) & (values < size) & (values == np.floor(values))
-    wrong = np.argwhere(~(is_valid | (values == allowed)))
-    if len(wrong):
-        raise ValueError(
-            f"{what} must be whole numbers between 0 and {size - 1}, since {name}={size}. "
-            f"Received: {values[tuple(wrong[0])]} in row {wrong[0][0]}"
-        )
+    check_numeric(what, values)
+    check_elements(
+        values,
+        are_ids(values, size) | (values == allowed),
+        f"{what} must be whole numbers between 0 and {size - 1}, since {name}={size}.",
+    )

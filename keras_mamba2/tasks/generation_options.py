@@ -1,11 +1,16 @@
 """The arguments of `generate` and `stream`, checked before any work is done."""
 
-import operator
 from collections.abc import Iterable
 from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
 
+from keras_mamba2.arguments import SIZE
+from keras_mamba2.arguments import STRING
+from keras_mamba2.arguments import integer
+from keras_mamba2.arguments import optional
+from keras_mamba2.arguments import several
+from keras_mamba2.state import STATE
 from keras_mamba2.state import Mamba2State
 
 
@@ -39,39 +44,16 @@ class GenerationOptions(NamedTuple):
                 "Pass `max_length`, the total length, or `max_new_tokens`, not both. "
                 f"Received: max_length={max_length}, max_new_tokens={max_new_tokens}"
             )
-        if state is not None and not isinstance(state, Mamba2State):
-            raise ValueError(
-                "`state` must be a `Mamba2State`, which `prefill` returns. "
-                f"Received: {type(state).__name__}"
-            )
         return cls(
-            max_length=_positive("max_length", max_length),
-            max_new_tokens=_positive("max_new_tokens", max_new_tokens),
+            max_length=optional(SIZE)("max_length", max_length),
+            max_new_tokens=optional(SIZE)("max_new_tokens", max_new_tokens),
             stop_token_ids=_stop_token_ids(stop_token_ids, model),
             stop_strings=_stop_strings(stop_strings, model.preprocessor),
-            num_return_sequences=_positive("num_return_sequences", num_return_sequences or 0),
-            state=state,
-            seed=integer("seed", seed),
+            num_return_sequences=SIZE("num_return_sequences", num_return_sequences),
+            state=optional(STATE)("state", state),
+            seed=optional(integer())("seed", seed),
             parameters=parameters,
         )
-
-
-def integer(name: str, value: Any) -> int | None:
-    if value is None:
-        return None
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(f"`{name}` must be an integer. Received: {name}={value!r}") from None
-
-
-def _positive(name: str, value: Any) -> int | None:
-    value = integer(name, value)
-    if value is not None and value < 1:
-        raise ValueError(f"`{name}` must be positive. Received: {name}={value}")
-    return value
 
 
 def _stop_strings(stop_strings, preprocessor) -> tuple[str, ...]:
@@ -79,9 +61,7 @@ def _stop_strings(stop_strings, preprocessor) -> tuple[str, ...]:
         return ()
     is_one = isinstance(stop_strings, str) or not isinstance(stop_strings, Iterable)
     stop_strings = (stop_strings,) if is_one else tuple(stop_strings)
-    for stop in stop_strings:
-        if not isinstance(stop, str):
-            raise ValueError(f"`stop_strings` must be strings. Received: {stop!r}")
+    several(STRING)("stop_strings", stop_strings)
     if not all(stop_strings):
         raise ValueError("A stop string is empty. Pass `stop_strings=()` for none.")
     if stop_strings and preprocessor is None:
@@ -99,15 +79,8 @@ def _stop_token_ids(stop_token_ids, model) -> tuple[int, ...]:
             '`stop_token_ids` must be "auto", None or a sequence of token ids. '
             f"Received: {stop_token_ids!r}"
         )
-    ids = tuple(integer("stop_token_ids", id) for id in stop_token_ids)
-    size = model.backbone.vocabulary_size
-    for id in ids:
-        if id is None or not 0 <= id < size:
-            raise ValueError(
-                f"`stop_token_ids` must lie between 0 and {size - 1}, the vocabulary. "
-                f"Received: {id}"
-            )
-    return ids
+    token_id = integer(at_least=0, at_most=model.backbone.vocabulary_size - 1)
+    return several(token_id)("stop_token_ids", tuple(stop_token_ids))
 
 
 def _end_tokens(preprocessor) -> tuple[int, ...]:

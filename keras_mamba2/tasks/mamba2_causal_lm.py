@@ -5,6 +5,13 @@ import keras_hub
 from keras import ops
 
 from keras_mamba2._compat.keras_hub_presets import load_task
+from keras_mamba2.arguments import BOOLEAN
+from keras_mamba2.arguments import PATH
+from keras_mamba2.arguments import SIZE
+from keras_mamba2.arguments import check_keywords
+from keras_mamba2.arguments import check_names
+from keras_mamba2.arguments import instance
+from keras_mamba2.arguments import optional
 from keras_mamba2.conversion import WholeWeights
 from keras_mamba2.conversion import export_to_transformers
 from keras_mamba2.conversion import load_preset
@@ -25,8 +32,12 @@ from keras_mamba2.tasks.push_to_hub import PushToHub
 from keras_mamba2.tasks.scoring import Scoring
 from keras_mamba2.tasks.text_generation import TextGeneration
 from keras_mamba2.tasks.training_data import TrainingData
+from keras_mamba2.training.kept_weights import KeptWeights
 
-PREPROCESSING = ("sequence_length", "packing")
+# Options of the preprocessor that `from_preset` takes, and what they may be.
+PREPROCESSING = {"sequence_length": SIZE, "packing": BOOLEAN}
+BACKBONE = instance(ResidualBackbone, "a `Mamba2Backbone` or a `Mamba2HybridBackbone`")
+PREPROCESSOR = optional(instance(Mamba2CausalLMPreprocessor))
 
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
@@ -39,6 +50,7 @@ class Mamba2CausalLM(
     AtomicPreset,
     AtomicSave,
     WholeWeights,
+    KeptWeights,
     keras_hub.models.CausalLM,
 ):
     """A Mamba-2 language model: text in, text out, and trainable with `fit`.
@@ -79,6 +91,10 @@ class Mamba2CausalLM(
         preprocessor: Mamba2CausalLMPreprocessor | None = None,
         **kwargs,
     ):
+        check_keywords(type(self), kwargs)
+        BACKBONE("backbone", backbone)
+        PREPROCESSOR("preprocessor", preprocessor)
+
         # === Layers ===
         self.backbone = backbone
         self.preprocessor = preprocessor
@@ -101,10 +117,16 @@ class Mamba2CausalLM(
                 preprocessor: see `Mamba2CausalLMPreprocessor`.
 
         Raises:
-            ValueError: for an unknown preset, damaged files, and options of the preprocessor
-                together with `preprocessor`.
+            ValueError: for an unknown preset, damaged files, an unknown keyword, and options of
+                the preprocessor together with `preprocessor`.
         """
-        options = {name: kwargs.pop(name) for name in PREPROCESSING if name in kwargs}
+        BOOLEAN("load_weights", load_weights)
+        check_names(cls, kwargs, "dtype", *PREPROCESSING)
+        options = {
+            name: kind(name, kwargs.pop(name))
+            for name, kind in PREPROCESSING.items()
+            if name in kwargs
+        }
         if options and "preprocessor" in kwargs:
             raise ValueError(f"Set {', '.join(options)} on the `preprocessor` that you pass.")
         lm = cls._from_preset(preset, load_weights, **kwargs)
@@ -133,6 +155,7 @@ class Mamba2CausalLM(
             ValueError: for a folder with files in it, an unknown dtype, and a model with LoRA
                 adapters or quantized weights.
         """
+        PATH("path", path)
         tokenizer = None if self.preprocessor is None else self.preprocessor.tokenizer
         export_to_transformers(self.backbone, tokenizer, path, dtype)
 
@@ -234,6 +257,7 @@ class Mamba2CausalLM(
         Raises:
             ValueError: for an unknown sampler.
         """
+        optional(PATH)("compilation_cache", compilation_cache)
         sampler = sampler_of(sampler)
         if compilation_cache is not None:
             use_compilation_cache(compilation_cache)

@@ -6,9 +6,15 @@ import numpy as np
 from keras import ops
 
 from keras_mamba2._compat.keras_hub_preprocessing import uses_tensorflow
+from keras_mamba2.arguments import BOOLEAN
+from keras_mamba2.arguments import SIZE
+from keras_mamba2.arguments import check_attributes
+from keras_mamba2.arguments import check_keywords
+from keras_mamba2.arguments import optional
 from keras_mamba2.models import Mamba2Tokenizer
 from keras_mamba2.models.inputs import NAMES
 from keras_mamba2.tasks.build_once import build_once
+from keras_mamba2.tasks.mamba2_preprocessor import TOKENIZER
 from keras_mamba2.tasks.mamba2_preprocessor import Mamba2Preprocessor
 from keras_mamba2.tasks.packing import pack
 
@@ -56,18 +62,28 @@ class Mamba2CausalLMPreprocessor(Mamba2Preprocessor, keras_hub.models.CausalLMPr
         packing: bool = False,
         **kwargs,
     ):
+        check_keywords(type(self), kwargs, "config_file")
         super().__init__(
-            tokenizer=tokenizer,
+            tokenizer=TOKENIZER("tokenizer", tokenizer),
             sequence_length=sequence_length,
             add_start_token=add_start_token,
             add_end_token=add_end_token,
             **kwargs,
         )
         self.packing = packing
+        check_attributes(self, add_start_token=BOOLEAN, add_end_token=BOOLEAN, packing=BOOLEAN)
 
     @build_once
     def build(self, input_shape):
         super().build(input_shape)
+
+    def call(self, x, y=None, sample_weight=None, sequence_length=None):
+        sequence_length = optional(SIZE)("sequence_length", sequence_length)
+        return super().call(x, y, sample_weight, sequence_length)
+
+    def generate_preprocess(self, x, sequence_length=None):
+        sequence_length = optional(SIZE)("sequence_length", sequence_length)
+        return super().generate_preprocess(x, sequence_length)
 
     def _call_python(self, x, y=None, sample_weight=None, sequence_length=None):
         if not self.packing:

@@ -4,16 +4,26 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_mamba2.arguments import SIZE
+from keras_mamba2.arguments import check_keywords
+from keras_mamba2.arguments import check_numeric
+from keras_mamba2.arguments import integer
+from keras_mamba2.arguments import several
+from keras_mamba2.arguments import shown
 from keras_mamba2.layers import GatedRMSNormalization
 from keras_mamba2.layers import Mamba2Block
 from keras_mamba2.ops.checks import float32_at_least
 from keras_mamba2.saving import AtomicPreset
 from keras_mamba2.saving import AtomicSave
+from keras_mamba2.tasks.batch_checks import check_samples
+from keras_mamba2.tasks.batch_checks import check_weights
 from keras_mamba2.tasks.model_preset import ModelPreset
+from keras_mamba2.tasks.packing import is_dataset
+from keras_mamba2.training.kept_weights import KeptWeights
 
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
-class Mamba2Forecaster(AtomicPreset, AtomicSave, ModelPreset, keras.Model):
+class Mamba2Forecaster(AtomicPreset, AtomicSave, KeptWeights, ModelPreset, keras.Model):
     """Forecasts time series: the next values of some features, many steps at once.
 
     Each feature of each row is scaled by the mean and the deviation of its own observed values,
@@ -85,21 +95,15 @@ class Mamba2Forecaster(AtomicPreset, AtomicSave, ModelPreset, keras.Model):
         dropout: float = 0.0,
         **kwargs,
     ):
+        check_keywords(type(self), kwargs)
         # Inputs are not cast: 1003 would be 1000 in bfloat16.
         super().__init__(autocast=False, **kwargs)
-        for name, value in (
-            ("horizon", horizon),
-            ("num_features", num_features),
-            ("num_layers", num_layers),
-        ):
-            if value < 1:
-                raise ValueError(f"`{name}` must be positive. Received: {name}={value}")
-        self.horizon = horizon
-        self.num_features = num_features
-        self.output_features = _indices(output_features, num_features)
-        self.num_layers = num_layers
+        self.horizon = SIZE("horizon", horizon)
+        self.num_features = SIZE("num_features", num_features)
+        self.output_features = _indices(output_features, self.num_features)
+        self.num_layers = SIZE("num_layers", num_layers)
         self.block_arguments = {
-            "hidden_dim": hidden_dim,
+            "hidden_dim": SIZE("hidden_dim", hidden_dim),
             "state_dim": state_dim,
             "head_dim": head_dim,
             "num_groups": num_groups,
@@ -109,19 +113,20 @@ class Mamba2Forecaster(AtomicPreset, AtomicSave, ModelPreset, keras.Model):
             "dropout": dropout,
         }
 
+        hidden_dim = self.block_arguments["hidden_dim"]
         self.embedding = keras.layers.Dense(hidden_dim, dtype=self.dtype_policy, name="embedding")
         self.blocks = [
             Mamba2Block(
                 **self.block_arguments,
-                num_residual_layers=num_layers,
+                num_residual_layers=self.num_layers,
                 dtype=self.dtype_policy,
                 name=f"block_{i}",
             )
-            for i in range(num_layers)
+            for i in range(self.num_layers)
         ]
         self.norm = GatedRMSNormalization(dtype=self.dtype_policy, name="final_norm")
         self.head = keras.layers.Dense(
-            horizon * len(self.output_features), dtype=self._scaling_dtype, name="head"
+            self.horizon * len(self.output_features), dtype=self._scaling_dtype, name="head"
         )
         self.build()
 
@@ -184,23 +189,35 @@ class Mamba2Forecaster(AtomicPreset, AtomicSave, ModelPreset, keras.Model):
             )
         return values, mask
 
-    def fit(self, x=None, *args, **kwargs):
+    def fit(self, x=None, y=None, *args, **kwargs):
         self._check_arrays(x)
-        return super().fit(x, *args, **kwargs)
+        self._check_targets(x, y, kwargs.get("sample_weight"))
+        return super().fit(x, y, *args, **kwargs)
 
-    def evaluate(self, x=None, *args, **kwargs):
+    def evaluate(self, x=None, y=None, *args, **kwargs):
         self._check_arrays(x)
-        return super().evaluate(x, *args, **kwargs)
+        self._check_targets(x, y, kwargs.get("sample_weight"))
+        return super().evaluate(x, y, *args, **kwargs)
 
     def predict(self, x=None, *args, **kwargs):
         self._check_arrays(x)
         return super().predict(x, *args, **kwargs)
 
+    @staticmethod
+    def _check_targets(x, y, sample_weight) -> None:
+        if y is None and isinstance(x, (np.ndarray, dict)):
+            raise ValueError("Targets are missing. Received: y=None")
+        if sample_weight is not None:
+            check_weights(ops.convert_to_numpy(sample_weight))
+
     def _check_arrays(self, x) -> None:
         """Raises for a row that lacks all values of a feature to forecast. Looks at arrays only."""
+        if not is_dataset(x):
+            check_samples(x)
         if not all(isinstance(a, np.ndarray) for a in (x.values() if isinstance(x, dict) else [x])):
             return
         values, mask = self._values_and_mask(x)
+        check_numeric("Values", values)
         observed = np.isfinite(values) & (True if mask is None else mask.astype(bool))
         missing = np.argwhere(~observed[:, :, self.output_features].any(axis=1))
         if len(missing):
@@ -244,15 +261,18 @@ class Mamba2Forecaster(AtomicPreset, AtomicSave, ModelPreset, keras.Model):
 def _indices(output_features, num_features: int) -> tuple[int, ...]:
     if output_features is None:
         output_features = num_features
-    if isinstance(output_features, int):
-        indices = tuple(range(output_features))
-    else:
-        indices = tuple(int(i) for i in output_features)
-    if not indices or not 0 <= min(indices) <= max(indices) < num_features:
+    try:
+        if isinstance(output_features, (Sequence, np.ndarray)):
+            indices = several(integer(0, num_features - 1)).standard(output_features)
+        else:
+            indices = tuple(range(integer(1, num_features).standard(output_features)))
+        if len(set(indices)) != len(indices) or not indices:
+            raise ValueError
+    except (TypeError, ValueError):
         raise ValueError(
             "`output_features` must be a number of features, or their indices, from the "
-            f"num_features={num_features} of the inputs. Received: {output_features}"
-        )
+            f"num_features={num_features} of the inputs. Received: {shown(output_features)}"
+        ) from None
     return indices
 
 

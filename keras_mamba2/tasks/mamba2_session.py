@@ -1,5 +1,6 @@
 from collections.abc import Iterator
 
+from keras_mamba2.arguments import SIZE
 from keras_mamba2.state import Mamba2State
 from keras_mamba2.tasks.text_stream import TextStreams
 
@@ -78,8 +79,7 @@ class Mamba2Session:
 
     def fork(self, n: int) -> list["Mamba2Session"]:
         """`n` independent sessions that go on from here. Costs nothing: a state never changes."""
-        if n < 1:
-            raise ValueError(f"`n` must be positive. Received: n={n}")
+        n = SIZE("n", n)
         return [Mamba2Session(self.lm, self.text, self.state) for _ in range(n)]
 
     def save(self, file) -> None:

@@ -1,31 +1,60 @@
 import functools
+from collections.abc import Callable
+from collections.abc import Mapping
 
 import keras
 import keras_hub
 from keras import ops
 
 from keras_mamba2._compat.keras_hub_presets import load_task
+from keras_mamba2.arguments import BOOLEAN
+from keras_mamba2.arguments import RATE
+from keras_mamba2.arguments import SIZE
+from keras_mamba2.arguments import Kind
+from keras_mamba2.arguments import check_keywords
+from keras_mamba2.arguments import check_names
+from keras_mamba2.arguments import instance
+from keras_mamba2.arguments import optional
 from keras_mamba2.conversion import WholeWeights
 from keras_mamba2.conversion import load_preset
 from keras_mamba2.conversion import open_preset
 from keras_mamba2.models import Mamba2Backbone
+from keras_mamba2.models.inputs import NAMES
 from keras_mamba2.models.inputs import standard_names
 from keras_mamba2.models.residual_backbone import ResidualBackbone
 from keras_mamba2.saving import AtomicPreset
 from keras_mamba2.saving import AtomicSave
 from keras_mamba2.tasks.batch_checks import check_batch
+from keras_mamba2.tasks.batch_checks import check_inputs
 from keras_mamba2.tasks.batch_checks import check_labels
 from keras_mamba2.tasks.batch_checks import check_rows
-from keras_mamba2.tasks.batch_checks import check_token_ids
+from keras_mamba2.tasks.batch_checks import check_samples
+from keras_mamba2.tasks.batch_checks import check_weights
 from keras_mamba2.tasks.compile_config import compile_from_config
 from keras_mamba2.tasks.compile_config import with_optimizer_built
 from keras_mamba2.tasks.mamba2_text_classifier_preprocessor import Mamba2TextClassifierPreprocessor
+from keras_mamba2.tasks.packing import is_dataset
+from keras_mamba2.tasks.prompts import texts_of
 from keras_mamba2.tasks.push_to_hub import PushToHub
+from keras_mamba2.training.kept_weights import KeptWeights
+
+BACKBONE = instance(ResidualBackbone, "a `Mamba2Backbone` or a `Mamba2HybridBackbone`")
+PREPROCESSOR = optional(
+    instance(Callable, "a `Mamba2TextClassifierPreprocessor`, or a function of texts")
+)
+ACTIVATION = Kind(
+    "a function, the name of one in `keras.activations`, or None", keras.activations.get
+)
 
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
 class Mamba2TextClassifier(
-    AtomicPreset, AtomicSave, WholeWeights, keras_hub.models.TextClassifier, PushToHub
+    AtomicPreset,
+    AtomicSave,
+    WholeWeights,
+    KeptWeights,
+    keras_hub.models.TextClassifier,
+    PushToHub,
 ):
     """Classifies texts by the hidden state of a Mamba-2 backbone at the last token of each.
 
@@ -76,9 +105,13 @@ class Mamba2TextClassifier(
         dropout: float = 0.0,
         **kwargs,
     ):
-        for name, value in (("num_classes", num_classes), ("hidden_dim", hidden_dim)):
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be positive. Received: {name}={value}")
+        check_keywords(type(self), kwargs)
+        BACKBONE("backbone", backbone)
+        PREPROCESSOR("preprocessor", preprocessor)
+        num_classes = SIZE("num_classes", num_classes)
+        hidden_dim = optional(SIZE)("hidden_dim", hidden_dim)
+        dropout = RATE("dropout", dropout)
+        activation = ACTIVATION("activation", activation)
 
         # === Layers ===
         self.backbone = backbone
@@ -110,7 +143,7 @@ class Mamba2TextClassifier(
 
         # === Config ===
         self.num_classes = num_classes
-        self.activation = keras.activations.get(activation)
+        self.activation = activation
         self.hidden_dim = hidden_dim
         self.dropout = dropout
 
@@ -123,6 +156,8 @@ class Mamba2TextClassifier(
         The preset may be a classifier's, or of any other task: with `num_classes`, the head is
         new.
         """
+        BOOLEAN("load_weights", load_weights)
+        check_names(cls, kwargs, "dtype")
         tokenizer = kwargs.get("preprocessor", "from the preset") == "from the preset"
         loader, preset = open_preset(preset, weights=load_weights, tokenizer=tokenizer)
         if loader is None:
@@ -140,37 +175,50 @@ class Mamba2TextClassifier(
 
     def preprocess_samples(self, x, y=None, sample_weight=None):
         samples = super().preprocess_samples(x, y, sample_weight)
-        x, y, _ = keras.utils.unpack_x_y_sample_weight(samples)
-        check_batch(self._check_batch, x["token_ids"], x["padding_mask"], y)
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(samples)
+        check_batch(self._check_batch, x["token_ids"], x["padding_mask"], y, sample_weight)
         return samples
 
-    def fit(self, x=None, y=None, *args, **kwargs):
-        self._check_arrays(x, y)
+    def fit(self, x=None, y=None, batch_size=None, sample_weight=None, **kwargs):
+        self._check_arrays(x, y, sample_weight, with_labels=True)
         if isinstance(kwargs.get("validation_data"), tuple):
-            self._check_arrays(*kwargs["validation_data"][:2])
-        return super().fit(x, y, *args, **kwargs)
+            self._check_arrays(*kwargs["validation_data"])
+        return super().fit(x, y, batch_size, sample_weight, **kwargs)
 
-    def evaluate(self, x=None, y=None, *args, **kwargs):
-        self._check_arrays(x, y)
-        return super().evaluate(x, y, *args, **kwargs)
+    def evaluate(self, x=None, y=None, batch_size=None, sample_weight=None, **kwargs):
+        self._check_arrays(x, y, sample_weight, with_labels=True)
+        return super().evaluate(x, y, batch_size, sample_weight, **kwargs)
 
     def predict(self, x=None, *args, **kwargs):
         self._check_arrays(x)
         return super().predict(x, *args, **kwargs)
 
-    def _check_arrays(self, x, y=None) -> None:
+    def _check_arrays(self, x, y=None, sample_weight=None, with_labels: bool = False) -> None:
         # All of them at once: KerasHub's pipeline would find the first wrong batch in `tf.data`,
         # whose errors are of another type, and later ones after training steps.
-        if self.preprocessor is None and isinstance(x, dict):
-            self._check_batch(*(ops.convert_to_numpy(x[n]) for n in ("token_ids", "padding_mask")))
+        if is_dataset(x):
+            return
+        check_samples(x)
+        if isinstance(x, Mapping):
+            x = standard_names(x)
+            self._check_batch(*(ops.convert_to_numpy(x[n]) for n in NAMES[:2]))
+        elif self.preprocessor is not None:
+            for segments in x if isinstance(x, tuple) else (x,):
+                texts_of(segments)
+        if with_labels and y is None:
+            raise ValueError("Labels are missing. Received: y=None")
         if y is not None:
             self._check_labels(ops.convert_to_numpy(y))
+        if sample_weight is not None:
+            check_weights(ops.convert_to_numpy(sample_weight))
 
-    def _check_batch(self, token_ids, padding_mask, labels=None) -> None:
-        check_token_ids(token_ids, self.backbone.vocabulary_size)
+    def _check_batch(self, token_ids, padding_mask, labels=None, weights=None) -> None:
+        check_inputs(token_ids, padding_mask, self.backbone.vocabulary_size)
         check_rows(padding_mask)
         if labels is not None:
             self._check_labels(labels)
+        if weights is not None:
+            check_weights(weights)
 
     def _check_labels(self, labels) -> None:
         check_labels(labels, self.loss, self.num_classes)

@@ -4,8 +4,13 @@ import numpy as np
 
 from keras_mamba2._compat.keras_hub_preprocessing import convert_preprocessing_outputs_python
 from keras_mamba2._compat.keras_hub_preprocessing import preprocessing_function
+from keras_mamba2.arguments import BOOLEAN
+from keras_mamba2.arguments import check_attributes
+from keras_mamba2.arguments import check_keywords
+from keras_mamba2.arguments import choice
 from keras_mamba2.models import Mamba2Tokenizer
 from keras_mamba2.tasks.build_once import build_once
+from keras_mamba2.tasks.mamba2_preprocessor import TOKENIZER
 from keras_mamba2.tasks.mamba2_preprocessor import Mamba2Preprocessor
 
 NO_TOKEN = -1
@@ -52,15 +57,16 @@ class Mamba2TextClassifierPreprocessor(
         add_end_token: bool = True,
         **kwargs,
     ):
-        if sequence_length < 1:
-            raise ValueError(
-                f"`sequence_length` must be positive. Received: sequence_length={sequence_length}"
-            )
+        check_keywords(type(self), kwargs, "config_file")
         super().__init__(
-            tokenizer=tokenizer, sequence_length=sequence_length, truncate=truncate, **kwargs
+            tokenizer=TOKENIZER("tokenizer", tokenizer),
+            sequence_length=sequence_length,
+            truncate=choice("round_robin", "waterfall")("truncate", truncate),
+            **kwargs,
         )
         self.add_start_token = add_start_token
         self.add_end_token = add_end_token
+        check_attributes(self, add_start_token=BOOLEAN, add_end_token=BOOLEAN)
 
     @build_once
     def build(self, input_shape):

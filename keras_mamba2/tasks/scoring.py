@@ -4,11 +4,13 @@ from collections.abc import Sequence
 import keras
 from keras import ops
 
+from keras_mamba2.arguments import choice
+from keras_mamba2.arguments import integer
+from keras_mamba2.arguments import optional
 from keras_mamba2.tasks.batch_checks import check_if_known
 from keras_mamba2.tasks.batch_checks import check_mask
 from keras_mamba2.tasks.batch_checks import check_targets
 from keras_mamba2.tasks.batch_checks import check_token_ids
-from keras_mamba2.tasks.generation_options import integer
 from keras_mamba2.tasks.prompts import is_one_text
 from keras_mamba2.tasks.prompts import texts_of
 
@@ -34,8 +36,7 @@ class Scoring:
         """
         if is_one_text(texts):
             return self.perplexity([texts], stride)[0]
-        if stride is not None and integer("stride", stride) < 2:
-            raise ValueError(f"`stride` must be at least 2. Received: stride={stride}")
+        stride = optional(integer(at_least=2))("stride", stride)
         if self.preprocessor is None:
             raise ValueError("`perplexity` reads text, which needs a `preprocessor`.")
         loss = self.make_generate_function().loss
@@ -77,10 +78,7 @@ class Scoring:
             ValueError: for an unknown mode, and for token ids and targets out of range. In a
                 traced program these are not checked.
         """
-        if scoring_mode not in ("logits", "loss"):
-            raise ValueError(
-                f"`scoring_mode` must be 'logits' or 'loss'. Received: {scoring_mode!r}"
-            )
+        choice("logits", "loss")("scoring_mode", scoring_mode)
         if scoring_mode == "loss" and target_ids is None:
             raise ValueError("`scoring_mode='loss'` needs `target_ids`.")
         check_if_known(check_token_ids, token_ids, self.backbone.vocabulary_size)

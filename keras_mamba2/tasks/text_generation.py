@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from keras_mamba2.arguments import BOOLEAN
+from keras_mamba2.arguments import optional
 from keras_mamba2.generation import Decoding
 from keras_mamba2.generation import Generator
 from keras_mamba2.generation import padded
@@ -12,6 +14,7 @@ from keras_mamba2.generation import picks_tokens
 from keras_mamba2.generation import prompts_of
 from keras_mamba2.models import Mamba2State
 from keras_mamba2.models.inputs import standard_names
+from keras_mamba2.state import STATE
 from keras_mamba2.state import files as state_files
 from keras_mamba2.tasks.generation_options import GenerationOptions
 from keras_mamba2.tasks.mamba2_session import Mamba2Session
@@ -107,6 +110,8 @@ class TextGeneration:
             min_p=min_p,
             repetition_penalty=repetition_penalty,
         )
+        BOOLEAN("strip_prompt", strip_prompt)
+        BOOLEAN("return_logprobs", return_logprobs)
         results: list[Any] = []
         logprobs: list[dict[str, np.ndarray]] = []
         size = 0
@@ -222,6 +227,7 @@ class TextGeneration:
             `prefill`. Continuing from it gives what one long prompt gives, for the same tokens;
             text that is cut inside a word may be other tokens.
         """
+        optional(STATE)("state", state)
         return self.make_generate_function().prefill(self._prompts(inputs, state), state)
 
     def start(self, text: str) -> Mamba2Session:

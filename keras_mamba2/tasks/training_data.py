@@ -8,9 +8,9 @@ from keras_mamba2._compat.keras_training import evaluates_within_fit
 from keras_mamba2.models.inputs import NAMES
 from keras_mamba2.models.inputs import standard_names
 from keras_mamba2.tasks.batch_checks import check_batch
+from keras_mamba2.tasks.batch_checks import check_inputs
 from keras_mamba2.tasks.batch_checks import check_labels
-from keras_mamba2.tasks.batch_checks import check_mask
-from keras_mamba2.tasks.batch_checks import check_token_ids
+from keras_mamba2.tasks.batch_checks import check_samples
 from keras_mamba2.tasks.batch_checks import check_weights
 from keras_mamba2.tasks.batch_checks import real_positions
 from keras_mamba2.tasks.packing import first_batch
@@ -110,6 +110,7 @@ class TrainingData:
         elif self.preprocessor is None:
             raise ValueError("Without a `preprocessor`, pass a dict of token ids and mask.")
         else:
+            check_samples(x)
             weights = (self.preprocessor(text)[2] for text in x)  # of no more texts than needed
             if not any(np.any(ops.convert_to_numpy(weight)) for weight in weights):
                 raise ValueError(f"No text has two tokens to learn from. Received {len(x)} texts.")
@@ -137,8 +138,7 @@ class TrainingData:
         self._check_batch(token_ids, real, array(y), weights)
 
     def _check_batch(self, token_ids, padding_mask, labels=None, weights=None) -> None:
-        check_mask(padding_mask)
-        check_token_ids(token_ids, self.backbone.vocabulary_size)
+        check_inputs(token_ids, padding_mask, self.backbone.vocabulary_size)
         if weights is not None:
             check_weights(weights)
         if labels is not None:

@@ -2,6 +2,15 @@ from collections.abc import Sequence
 
 import keras
 
+from keras_mamba2.arguments import BOOLEAN
+from keras_mamba2.arguments import POSITIVE
+from keras_mamba2.arguments import RATE
+from keras_mamba2.arguments import SIZE
+from keras_mamba2.arguments import check_names
+from keras_mamba2.arguments import integer
+from keras_mamba2.arguments import number
+from keras_mamba2.arguments import optional
+
 # By name, since the layers of a model do not share a path. The parameters of the recurrence, scales
 # of norms and biases are not matrices: weight decay would change what the layer computes.
 NOT_DECAYED = ("A_log", "^D$", "scale", "bias")
@@ -62,9 +71,21 @@ def adamw_recipe(
     Reference:
         - [Dao and Gu, 2024, appendix D](https://arxiv.org/abs/2405.21060)
     """
+    learning_rate = number(at_least=0)("learning_rate", learning_rate)
+    steps = SIZE("steps", steps)
+    warmup_steps = optional(integer(at_least=0))("warmup_steps", warmup_steps)
+    final_fraction = number(at_least=0)("final_fraction", final_fraction)
+    weight_decay = number(at_least=0)("weight_decay", weight_decay)
+    decay_embeddings = BOOLEAN("decay_embeddings", decay_embeddings)
+    beta_2 = RATE("beta_2", beta_2)
+    global_clipnorm = optional(POSITIVE)("global_clipnorm", global_clipnorm)
+    check_names(keras.optimizers.AdamW, kwargs)
+    for name, value in kwargs.items():
+        if isinstance(value, float):
+            number()(name, value)
     if warmup_steps is None:
         warmup_steps = steps // 20
-    if not 0 <= warmup_steps < steps:
+    if not warmup_steps < steps:
         raise ValueError(
             "`warmup_steps` must be less than `steps`. "
             f"Received: warmup_steps={warmup_steps}, steps={steps}"

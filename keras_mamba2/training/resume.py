@@ -2,6 +2,7 @@ import keras
 import numpy as np
 
 from keras_mamba2._compat.keras_training import batches_trained
+from keras_mamba2.arguments import integer
 
 
 class SeedByEpoch(keras.callbacks.Callback):
@@ -23,7 +24,7 @@ class SeedByEpoch(keras.callbacks.Callback):
 
     def __init__(self, seed: int = 0):
         super().__init__()
-        self.seed = seed
+        self.seed = integer(at_least=0)("seed", seed)
 
     def on_epoch_begin(self, epoch, logs=None):
         seeds = [v for v in self.model.non_trainable_variables if v.name == "seed_generator_state"]

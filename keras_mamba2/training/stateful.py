@@ -5,6 +5,14 @@ import numpy as np
 from keras import ops
 from keras import tree
 
+from keras_mamba2.arguments import SIZE
+from keras_mamba2.arguments import are_ids
+from keras_mamba2.arguments import check_elements
+from keras_mamba2.arguments import check_keywords
+from keras_mamba2.arguments import check_numeric
+from keras_mamba2.arguments import shown
+from keras_mamba2.training.kept_weights import KeptWeights
+
 
 class ConsecutiveWindows(keras.utils.PyDataset):
     """Cuts one long text into batches of windows, each going on where the one before ended.
@@ -26,11 +34,10 @@ class ConsecutiveWindows(keras.utils.PyDataset):
     """
 
     def __init__(self, token_ids, batch_size: int, window: int, **kwargs):
+        check_keywords(ConsecutiveWindows, kwargs)
         super().__init__(**kwargs)
-        token_ids = np.asarray(token_ids, "int32")
-        for name, value in (("batch_size", batch_size), ("window", window)):
-            if value < 1:
-                raise ValueError(f"`{name}` must be positive. Received: {name}={value}")
+        batch_size, window = SIZE("batch_size", batch_size), SIZE("window", window)
+        token_ids = _checked_ids(token_ids)
         if token_ids.ndim != 1 or len(token_ids) <= batch_size * window:
             raise ValueError(
                 f"`token_ids` must be one row of more than batch_size * window = "
@@ -42,6 +49,10 @@ class ConsecutiveWindows(keras.utils.PyDataset):
         starts = part * np.arange(batch_size)[:, None]
         self._rows = token_ids[starts + np.arange(part + 1)]
 
+    @property
+    def largest_id(self) -> int:
+        return int(self._rows.max())
+
     def __len__(self) -> int:
         return (self._rows.shape[1] - 1) // self.window
 
@@ -52,7 +63,22 @@ class ConsecutiveWindows(keras.utils.PyDataset):
         return {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}, rows[:, 1:]
 
 
-class StatefulTraining(keras.Model):
+def _checked_ids(token_ids) -> np.ndarray:
+    """As int32, if that changes nothing: NaN and 1.5 would become some token."""
+    try:
+        token_ids = np.asarray(token_ids)
+    except ValueError:  # rows of different lengths
+        token_ids = np.asarray(token_ids, object)
+    check_numeric("`token_ids`", token_ids)
+    check_elements(
+        token_ids,
+        are_ids(token_ids, np.iinfo("int32").max),
+        "`token_ids` must be whole numbers, and not negative.",
+    )
+    return token_ids.astype("int32")
+
+
+class StatefulTraining(KeptWeights, keras.Model):
     """Trains a language model on a stream of windows, each after the state of the one before.
 
     Gradients stop at the beginning of a window, its context does not. The model is trained in
@@ -79,11 +105,14 @@ class StatefulTraining(keras.Model):
     """
 
     def __init__(self, lm, batch_size: int, **kwargs):
+        check_keywords(type(self), kwargs)
         super().__init__(**kwargs)
+        if not hasattr(lm, "backbone"):
+            raise ValueError(f"`lm` must be a `Mamba2CausalLM`. Received: lm={shown(lm)}")
         self.lm = lm
-        self.batch_size = batch_size
+        self.batch_size = SIZE("batch_size", batch_size)
         self._state = tree.map_structure(
-            self._add_weight_for, lm.backbone.initial_state(batch_size)
+            self._add_weight_for, lm.backbone.initial_state(self.batch_size)
         )
         self.built = True
 
@@ -122,13 +151,23 @@ class StatefulTraining(keras.Model):
 
     def fit(self, x=None, *args, callbacks=None, **kwargs) -> keras.callbacks.History:
         """As `keras.Model.fit`, in order: `x` is not shuffled."""
+        self._check_windows(x)
         callbacks = [*(callbacks or ()), _ResetState(self)]
         return super().fit(x, *args, callbacks=callbacks, **{**kwargs, "shuffle": False})
 
     def evaluate(self, x=None, *args, **kwargs):
         """As `keras.Model.evaluate`."""
+        self._check_windows(x)
         self.reset_state()
         return super().evaluate(x, *args, **kwargs)
+
+    def _check_windows(self, x) -> None:
+        """Refuses ids that are no tokens: JAX would take others for them."""
+        num_tokens = self.lm.num_tokens
+        if isinstance(x, ConsecutiveWindows) and x.largest_id >= num_tokens:
+            raise ValueError(
+                f"`token_ids` must be below num_tokens={num_tokens}. Received: {x.largest_id}"
+            )
 
 
 class _ResetState(keras.callbacks.Callback):

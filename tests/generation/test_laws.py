@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import settings
 from hypothesis import strategies as st
 
 import keras_mamba2
@@ -15,6 +14,7 @@ from keras_mamba2.generation import Generator
 from keras_mamba2.generation import generator as generator_module
 from keras_mamba2.generation import prefill
 from keras_mamba2.generation import prompts_of
+from tests.laws import examples
 
 BLOCK_SIZES = [(512, 64, 8), (16, 4), (5,)]
 CHUNK_SIZES = [1, 3, 64]
@@ -64,7 +64,7 @@ def inputs_of(prompts, side):
     return {"token_ids": token_ids, "padding_mask": mask}
 
 
-@settings(deadline=None, derandomize=True, max_examples=40)
+@examples(40)
 @given(
     lengths=st.lists(st.integers(1, 60), min_size=1, max_size=2),
     side=st.sampled_from(["left", "right"]),
@@ -94,7 +94,7 @@ def test_generate_is_step_by_step(model_of, generator_of, lengths, side, chunk_s
             np.testing.assert_allclose(ours, theirs, atol=3e-6 * scale, rtol=0)
 
 
-@settings(deadline=None, derandomize=True, max_examples=10)
+@examples(10)
 @given(length=st.integers(2, 60), cut=st.integers(1, 59))
 def test_low_precision_continues_as_the_whole(model_of, length, cut):
     """In bfloat16 each activation is rounded to 8 bits, so the states agree to a few of those."""

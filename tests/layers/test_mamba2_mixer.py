@@ -306,10 +306,16 @@ class TestInitialisation:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_dim": 0}, "`hidden_dim` must be positive. Received: 0"),
-        ({"state_dim": -1}, "`state_dim` must be positive. Received: -1"),
-        ({"conv_kernel_size": 0}, "`conv_kernel_size` must be positive. Received: 0"),
-        ({"chunk_size": 0}, "`chunk_size` must be at least 1.*chunk_size=0"),
+        ({"hidden_dim": 0}, "`hidden_dim` must be a positive integer. Received: hidden_dim=0"),
+        ({"state_dim": -1}, "`state_dim` must be a positive integer. Received: state_dim=-1"),
+        (
+            {"conv_kernel_size": 0},
+            "`conv_kernel_size` must be a positive integer. Received: conv_kernel_size=0",
+        ),
+        (
+            {"chunk_size": 0},
+            "`chunk_size` must be a positive integer, or None. Received: chunk_size=0",
+        ),
         (
             {"head_dim": 5},
             "`head_dim` must divide.*head_dim=5, expansion=2, hidden_dim=8, so inner size 16",

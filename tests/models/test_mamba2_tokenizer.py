@@ -69,7 +69,7 @@ class Mamba2TokenizerTest(TestCase):
             Mamba2Tokenizer(**self.init_kwargs, start_token="<s>")
         with self.assertRaisesRegex(ValueError, "nowhere.json.*no such file"):
             Mamba2Tokenizer(tokenizer="nowhere.json")
-        with self.assertRaisesRegex(ValueError, "dtype=float32"):
+        with self.assertRaisesRegex(ValueError, "dtype='float32'"):
             Mamba2Tokenizer(**self.init_kwargs, dtype="float32")
         with self.assertRaisesRegex(ValueError, "No vocabulary"):
             Mamba2Tokenizer()("a")

@@ -5,7 +5,6 @@ import keras
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import settings
 from hypothesis import strategies as st
 from keras import ops
 
@@ -14,6 +13,7 @@ from keras_mamba2 import Mamba2CausalLM
 from keras_mamba2 import Mamba2HybridBackbone
 from keras_mamba2.ops.segments import document_segments
 from tests import reference
+from tests.laws import examples
 
 LENGTHS = (5, 1, 7, 2)  # shorter and longer than chunk and kernel
 T = sum(LENGTHS)
@@ -120,7 +120,7 @@ def test_gradients_are_the_sum_over_documents_alone(lm, documents):
         close(gradient, total, 512)
 
 
-@settings(deadline=None, derandomize=True, max_examples=30)
+@examples(30)
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=5), st.integers(0, 3), st.integers(0, 3))
 def test_segments_begin_where_documents_do(lengths, left, right):
     numbers = np.repeat(np.arange(len(lengths)), lengths)

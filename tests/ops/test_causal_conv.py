@@ -4,16 +4,16 @@ import keras
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import settings
 from hypothesis import strategies as st
 from keras import ops
 
 from keras_mamba2.ops import causal_conv1d
 from keras_mamba2.ops import causal_conv1d_step
+from tests import laws
 from tests import reference
 
 EPS = np.finfo(np.float32).eps
-examples = settings(deadline=None, derandomize=True, max_examples=15)
+examples = laws.examples(15)
 kernel_sizes = pytest.mark.parametrize("k", [1, 3, 4])
 with_and_without_state = pytest.mark.parametrize("with_state", [False, True])
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import example
 from hypothesis import given
-from hypothesis import settings
 from hypothesis import strategies as st
 from jax import numpy as jnp
 
@@ -16,12 +15,13 @@ from keras_mamba2.ops import ssd
 from keras_mamba2.ops import ssd_step
 from keras_mamba2.ops.ssd import ssd as definition
 from keras_mamba2.ops.ssd import ssd_step as step_definition
+from tests import laws
 from tests import reference
 
 EPS = np.finfo(np.float32).eps
 both = pytest.mark.parametrize("op", [ssd, definition], ids=["jax", "definition"])
 both_steps = pytest.mark.parametrize("step", [ssd_step, step_definition], ids=["jax", "definition"])
-examples = settings(deadline=None, derandomize=True, max_examples=10)
+examples = laws.examples(10)
 # Of t and chunk_size: length 1; below, at and above the chunk size; odd lengths; whole chunks.
 lengths = pytest.mark.parametrize(
     ("t", "chunk_size"), [(1, 16), (13, 5), (13, 13), (13, 64), (16, 4), (17, 16)]
@@ -383,13 +383,13 @@ BAD = {
         {"B": np.ones((2, 13, 3, 5)), "C": np.ones((2, 13, 3, 5))},
         r"groups must divide the number of heads.*3 groups in `B` and `C`, 4 heads in `x`",
     ),
-    "chunk_size": ({"chunk_size": 0}, "`chunk_size` must be at least 1.*chunk_size=0"),
+    "chunk_size": ({"chunk_size": 0}, "`chunk_size` must be a positive integer.*chunk_size=0"),
     "length": (
         {
             name: np.ones((2, 0, *shape))
             for name, shape in {"x": (4, 3), "dt": (4,), "B": (2, 5), "C": (2, 5)}.items()
         },
-        r"`x` must have at least one position.*\(2, 0, 4, 3\)",
+        r"`x`.*where t is at least one.*\(2, 0, 4, 3\)",
     ),
 }
 

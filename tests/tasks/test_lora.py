@@ -72,7 +72,7 @@ def test_a_name_that_is_no_projection_changes_nothing(lm, names):
 
 
 def test_refusals_name_the_remedy(lm):
-    with pytest.raises(ValueError, match="`rank` must be positive. Received: rank=0"):
+    with pytest.raises(ValueError, match="`rank` must be a positive integer. Received: rank=0"):
         lm.backbone.enable_lora(0)
     with pytest.raises(ValueError, match="no LoRA adapter to merge"):
         lm.backbone.merge_lora()

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given
-from hypothesis import settings
 from hypothesis import strategies as st
 from keras import ops
 from keras import tree
 
 import keras_mamba2
 from keras_mamba2.tasks.text_stream import TextStream
+from tests.laws import examples
 
 TEXT = "First Citizen: Before we proceed any further, hear me speak."
 
@@ -51,7 +51,7 @@ def arrays(state):
     return [np.array(ops.convert_to_numpy(leaf)) for leaf in tree.flatten(state)]
 
 
-@settings(deadline=None, derandomize=True, max_examples=20)
+@examples(20)
 @given(cuts=st.sets(st.integers(1, len(TEXT) - 1), max_size=3))
 def test_pieces_give_what_the_whole_gives(lm, cuts):
     state = None
@@ -79,7 +79,7 @@ def test_a_state_is_continued_with_text(lm):
     assert again == ["Citizen" + expected[0], lm.generate("", state=state[1], max_length=16)]
 
 
-@settings(deadline=None, derandomize=True, max_examples=10)
+@examples(10)
 @given(lengths=st.lists(st.integers(1, 2300), min_size=2, max_size=5))
 def test_very_different_lengths_give_what_each_gives_alone(lm, lengths):
     rng = np.random.default_rng(0)
@@ -219,7 +219,7 @@ class TestSession:
             lm.start("a").fork(0)
 
 
-@settings(deadline=None, derandomize=True, max_examples=200)
+@examples(200)
 @given(
     text=st.text(alphabet="ab\né日🤷", max_size=30),
     stops=st.lists(st.text(alphabet="ab\né", min_size=1, max_size=3), max_size=3),

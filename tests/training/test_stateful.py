@@ -108,7 +108,7 @@ def test_bad_input_is_refused(training):
         ConsecutiveWindows(TOKEN_IDS, 5, 20)
     with pytest.raises(ValueError, match="one row.*\\(1, 97\\)"):
         ConsecutiveWindows(TOKEN_IDS[None], 1, 4)
-    with pytest.raises(ValueError, match="`window` must be positive.*window=0"):
+    with pytest.raises(ValueError, match="`window` must be a positive integer.*window=0"):
         ConsecutiveWindows(TOKEN_IDS, 1, 0)
     x, _ = ConsecutiveWindows(TOKEN_IDS, 2, 4)[0]
     with pytest.raises(ValueError, match="Every batch must have batch_size=3 rows.*\\(2, 4\\)"):
