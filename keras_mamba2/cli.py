@@ -38,7 +38,7 @@ def errors_on_one_line() -> Iterator[None]:
     except BrokenPipeError:  # whoever reads the text has gone: `| head`
         raise
     except (OSError, ValueError) as error:
-        line = " ".join(str(error).split())
+        line = " ".join(" ".join([str(error), *getattr(error, "__notes__", ())]).split())
         print(f"error: {line}".encode(errors="replace").decode(), file=sys.stderr)
         raise typer.Exit(code=1 if isinstance(error, OSError) else 2) from None
 

@@ -60,7 +60,8 @@ def odd() -> dict[str, bytes]:
         "an extension": b"\x80\x02\x82\x01.",
         "a protocol of the future": b"\x80\x63].",
         "a storage that is no tuple": b"\x80\x02K\x01Q.",
-        "a storage of a huge index": storage + b"X\x03\x00\x00\x00cpu\x8a\x08" + b"\x7f" * 8 + b"tQ.",
+        "a storage of a huge index": storage
+        + b"X\x03\x00\x00\x00cpu\x8a\x08" + b"\x7f" * 8 + b"tQ.",
         "a list": pickle.dumps([1, 2]),
         "numbers by name": pickle.dumps({"a": 1}),
         "tensors by number": pickle.dumps({1: 2}),

@@ -237,7 +237,10 @@ def numeric_keys(folder):
 
 def is_sane(arguments):
     numbers = [v for v in arguments.values() if isinstance(v, (int, float))]
-    return all(np.isfinite(v) and 0 <= v <= 2**31 for v in numbers)
+    sizes = [v for key, v in arguments.items() if key.endswith(("_size", "_dim", "_layers"))]
+    return all(np.isfinite(v) and v >= 0 for v in numbers) and all(
+        type(v) is int and 0 < v < 2**31 for v in sizes
+    )
 
 
 def test_values_of_a_configuration(good, guard, tmp_path):
