@@ -32,11 +32,24 @@ def main() -> None:
 
 @contextlib.contextmanager
 def errors_on_one_line() -> Iterator[None]:
+    """One line on stderr, and exit code 2 for what was asked, 1 for what the disk says."""
     try:
         yield
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(code=2) from None
+    except BrokenPipeError:  # whoever reads the text has gone: `| head`
+        raise
+    except (OSError, ValueError) as error:
+        line = " ".join(" ".join([str(error), *getattr(error, "__notes__", ())]).split())
+        print(f"error: {line}".encode(errors="replace").decode(), file=sys.stderr)
+        raise typer.Exit(code=1 if isinstance(error, OSError) else 2) from None
+
+
+def check_text(name: str, text: str) -> None:
+    """Raises for bytes that are no UTF-8: Python hands them over as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        shown = text.encode(errors="surrogateescape")
+        raise ValueError(f"`{name}` must be UTF-8. Received: {shown!r}") from None
 
 
 @app.command()
@@ -57,7 +70,7 @@ def generate(
     ] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(min=1.0, help="Above 1: fewer.")] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="Text to stop before; repeatable.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Makes the text reproducible.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Makes the text reproducible.")] = None,
     state: Annotated[
         pathlib.Path | None,
         typer.Option(help="A session's file: goes on from it if it is there, and is written."),
@@ -72,6 +85,8 @@ def generate(
     from keras_mamba2 import Mamba2CausalLM
 
     with errors_on_one_line():
+        for text in (prompt, *(stop or ())):
+            check_text("prompt" if text is prompt else "--stop", text)
         lm = Mamba2CausalLM.from_preset(preset, dtype=dtype)
         sampler = FilterSampler(
             temperature=temperature,

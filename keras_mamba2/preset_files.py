@@ -249,7 +249,7 @@ def weights_files(path: pathlib.Path) -> list[pathlib.Path]:
     # The shards of a variable: one name, or a list where it is cut over several.
     names = [n for s in weight_map.values() for n in (s if isinstance(s, list) else [s])]
     for name in names:
-        if not isinstance(name, str) or pathlib.Path(name).name != name:
+        if not isinstance(name, str) or not name or pathlib.Path(name).name != name:
             raise ValueError(
                 f"{path} must name files beside it. Received: weight_map with {shortened(name)!r}"
             )

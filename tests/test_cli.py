@@ -1,4 +1,7 @@
+import errno
 import json
+import os
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -112,3 +115,62 @@ def test_inspect_tells_sizes_without_weights(preset_folder, tmp_path):
     assert "none:" in result.stdout  # no tokenizer
     result = run_app("inspect", "mamba2_tiny_shakespear")
     assert (result.exit_code, "Did you mean" in result.stderr) == (2, True)
+
+
+def assert_one_line(result, code, words):
+    assert result.exit_code == code, result.output
+    assert words in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("command", ["generate", "convert", "inspect"])
+def test_a_folder_in_the_place_of_a_file_is_one_line(command, preset_folder, tmp_path):
+    folder = shutil.copytree(preset_folder, tmp_path / "copy")
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+    arguments = {
+        "generate": ["a", "--preset", folder],
+        "convert": [folder, tmp_path / "new"],
+        "inspect": [folder],
+    }
+    assert_one_line(run_app(command, *arguments[command]), 2, "config.json is not a file")
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "words"),
+    [
+        ("ROMEO\udcff", (), "`prompt` must be UTF-8. Received: b'ROMEO\\xff'"),
+        ("ROMEO", ("--stop", "\udcff"), "`--stop` must be UTF-8"),
+        ("ROMEO", ("--preset", "\udcff"), "Unknown preset"),
+        ("ROMEO", ("--preset", ""), "The name of a preset is empty"),
+        ("ROMEO", ("--state", "/"), "/ is not a file: it is a folder"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_line(prompt, options, words, preset_folder):
+    assert_one_line(run(prompt, "--preset", preset_folder, *options), 2, words)
+
+
+def test_a_negative_seed_is_refused(preset_folder):
+    result = run("ROMEO", "--preset", preset_folder, "--seed", "-1")
+    assert result.exit_code == 2
+    assert "Invalid value for '--seed'" in result.stderr
+
+
+def test_a_full_disk_is_one_line(preset_folder, tmp_path, monkeypatch):
+    def fail(self, folder):
+        (folder / "model.weights.h5").write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(keras_mamba2.Mamba2CausalLM, "save_to_preset", fail)
+    result = run_app("convert", preset_folder, tmp_path / "new")
+    assert_one_line(result, 1, f"No space left on device {tmp_path / 'new'} was not written.")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_session_that_cannot_be_written_is_one_line(preset_folder):
+    options = ("--max-new-tokens", 3, "--state", "/proc/nowhere/session.safetensors")
+    result = run("ROMEO", "--preset", preset_folder, *options)
+    assert_one_line(result, 1, "/proc/nowhere")

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from keras_mamba2.conversion.stored_tensor import MOST_AXES
 from keras_mamba2.conversion.stored_tensor import Storage
 from keras_mamba2.conversion.stored_tensor import StoredTensor
 from keras_mamba2.untrusted import shortened
@@ -161,7 +162,8 @@ class _Unpickler(pickle.Unpickler):
         if not isinstance(elements, _Elements):
             raise ValueError(f"a tensor is one of {type(elements).__name__}, not of a storage")
         shape, strides = tuple(shape), tuple(strides)
-        if any(type(i) is not int or i < 0 for i in (first, *shape, *strides)):
+        integers = all(type(i) is int and i >= 0 for i in (first, *shape, *strides))
+        if not integers or len(shape) > MOST_AXES:
             raise ValueError(
                 f"a tensor has shape {shortened(shape)}, strides {shortened(strides)}, "
                 f"offset {shortened(first)}"

@@ -1,6 +1,7 @@
 """Checkpoints of other libraries behind KerasHub's `from_preset`."""
 
 import contextlib
+import inspect
 import logging
 import pathlib
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from keras_mamba2.preset_files import TASK_FILE
 from keras_mamba2.preset_files import Preset
 from keras_mamba2.preset_files import is_foreign
 from keras_mamba2.preset_files import read_json
+from keras_mamba2.untrusted import some
 
 logger = logging.getLogger(__name__)
 
@@ -149,10 +151,16 @@ def open_preset(
 
 def _check_backbone(serialized: Mapping[str, Any]) -> None:
     """Raises for values that no backbone has, in its configuration or in that of its task."""
-    config = serialized["config"]
-    if serialized["registered_name"] not in BACKBONE_NAMES:
-        config = (config.get("backbone") or {}).get("config") or {}
+    name, config = serialized["registered_name"], serialized["config"]
+    if name not in BACKBONE_NAMES:
+        backbone = config.get("backbone") or {}
+        name, config = backbone.get("registered_name"), backbone.get("config") or {}
     check_arguments(config)
+    keras.dtype_policies.get(config.get("dtype"))
+    if name in BACKBONE_NAMES:
+        known = inspect.signature(keras.saving.get_registered_object(name)).parameters
+        if unknown := sorted(set(config) - set(known) - {"name", "trainable"}):
+            raise ValueError(f"{name} has no such arguments: {some(unknown)}")
 
 
 def load_preset(load: Callable, preset: str, load_weights: bool, arguments: dict):

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from keras_mamba2.conversion.pickles import read_bin
+from keras_mamba2.conversion.stored_tensor import MOST_AXES
 from keras_mamba2.conversion.stored_tensor import StoredTensor
 from keras_mamba2.conversion.stored_tensor import check_not_pointer
 from keras_mamba2.preset_files import CHECKPOINT_WEIGHTS
@@ -86,7 +87,7 @@ def _read_shards(index: pathlib.Path) -> dict[str, StoredTensor]:
             raise ValueError(
                 f"{index} must name a file for {shortened(tensor)!r}. Received: {shortened(name)}"
             )
-        if pathlib.Path(name).name != name:
+        if not name or pathlib.Path(name).name != name:
             raise ValueError(f"{index} names a shard outside its folder: {shortened(name)!r}")
     tensors: dict[str, StoredTensor] = {}
     for name in sorted(set(weight_map.values())):
@@ -154,7 +155,8 @@ def _read_header(file: pathlib.Path) -> tuple[dict, int]:
 def _entry(file: pathlib.Path, name: str, entry: Mapping, start: int) -> StoredTensor:
     try:
         dtype, shape, span = entry["dtype"], tuple(entry["shape"]), _Span(*entry["data_offsets"])
-        sound = isinstance(dtype, str) and all(type(i) is int and i >= 0 for i in (*shape, *span))
+        sound = isinstance(dtype, str) and len(shape) <= MOST_AXES
+        sound = sound and all(type(i) is int and i >= 0 for i in (*shape, *span))
     except (KeyError, TypeError):
         sound = False
     if not sound:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+MOST_AXES = 64  # of numpy
 LFS_POINTER = b"version https://git-lfs"
 
 

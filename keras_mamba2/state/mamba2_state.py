@@ -15,7 +15,7 @@ from keras_mamba2.arguments import several
 from keras_mamba2.state import files
 from keras_mamba2.state.room import with_equal_room
 
-NO_TOKEN = -1
+NO_TOKEN = files.NO_TOKEN
 
 
 class Mamba2State:
@@ -104,8 +104,8 @@ class Mamba2State:
         """Reads a file of `save`.
 
         Raises:
-            ValueError: that names the file, if it is missing, truncated, of another version, or
-                the state of another model.
+            ValueError: that names the file, if it is missing, truncated, damaged, of another
+                version, or the state of another model.
         """
         *parts, _ = files.load(file, backbone)
         return cls(*parts)

@@ -8,6 +8,7 @@ import time
 import grain
 import keras
 import numpy as np
+import typer
 
 import keras_mamba2
 from keras_mamba2 import cli
@@ -181,6 +182,8 @@ def write_to_a_full_disk(name: str, folder: pathlib.Path, pipe) -> None:
     try:
         writer.write(2)
     except Exception as error:
+        if isinstance(error, typer.Exit):  # the command line has made a line of it
+            error = error.__context__
         pipe.send((repr(error), getattr(error, "__notes__", [])))
     else:
         pipe.send(("nothing was raised", []))

@@ -111,8 +111,20 @@ def test_a_file_of_another_version_is_named(file, lm):
     from safetensors.numpy import save_file
 
     save_file({"a": np.ones(1)}, file, {"version": "9"})
-    with pytest.raises(ValueError, match="Expected: version='2'. Received: '9'"):
+    with pytest.raises(ValueError, match="Expected: version='3'. Received: '9'"):
         Mamba2State.load(file, lm.backbone)
+    save_file({"a": np.ones(1)}, file, {"version": "2", "text": "To be"})
+    with pytest.raises(ValueError, match="by an earlier version of this package. Its text is kept"):
+        Mamba2State.load(file, lm.backbone)
+
+
+def test_a_state_that_is_not_finite_is_not_saved(file, state, lm):
+    before = file.read_bytes()
+    nan = tree.map_structure(lambda leaf: leaf * np.nan, state.layers)
+    broken = Mamba2State(nan, state.token, state.length, state.digest)
+    with pytest.raises(ValueError, match="not finite, in conv.0, ssm.0"):
+        broken.save(file, lm.backbone)
+    assert file.read_bytes() == before
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one(file, lm, state, monkeypatch):
