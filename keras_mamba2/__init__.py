@@ -8,6 +8,7 @@ choose_backend()
 from keras_mamba2 import layers as layers
 from keras_mamba2 import ops as ops
 from keras_mamba2 import training as training
+from keras_mamba2.chat import ChatTemplate as ChatTemplate
 from keras_mamba2.conversion import register as register
 from keras_mamba2.generation import FilterSampler as FilterSampler
 from keras_mamba2.models import Mamba2Backbone as Mamba2Backbone

@@ -13,6 +13,7 @@ LEAVES = [
     "_compat",
     "atomic_files",
     "backend_choice",
+    "chat",
     "conversion",
     "hub",
     "preset_files",

@@ -130,8 +130,10 @@ class Mamba2CausalLM(
             ValueError: for a folder with files in it, an unknown dtype, and a model with LoRA
                 adapters or quantized weights.
         """
-        tokenizer = None if self.preprocessor is None else self.preprocessor.tokenizer
-        export_to_transformers(self.backbone, tokenizer, path, dtype)
+        preprocessor = self.preprocessor
+        tokenizer = None if preprocessor is None else preprocessor.tokenizer
+        defaults = None if preprocessor is None else preprocessor.generation_defaults
+        export_to_transformers(self.backbone, tokenizer, path, dtype, generation_defaults=defaults)
 
     def quantize(self, mode: str | None = None, config=None, filters=None, **kwargs) -> None:
         """Quantizes the projections, and in int8 and int4 the embedding with its head.
