@@ -179,6 +179,7 @@ class Generator:
         state: Mamba2State | None = None,
         num_return_sequences: int = 1,
         seed: int | None = None,
+        history: Sequence[np.ndarray] | None = None,
         **parameters: float | None,
     ) -> Rows:
         """Where the rows stand before their first new token, of which `limits[i]` may come.
@@ -192,6 +193,8 @@ class Generator:
             state: the `Mamba2State` that the prompts continue.
             num_return_sequences: int, how often each prompt is continued.
             seed: int, for the random numbers. `None` for the next of the sampler's own.
+            history: for each prompt the token ids before it, which the state has seen, so that a
+                penalty on repetition knows them.
             **parameters: of `FilterSampler`, instead of the sampler's.
         """
         n = num_return_sequences
@@ -206,6 +209,8 @@ class Generator:
         if size:
             for row, prompt in zip(seen, prompts, strict=True):
                 row[prompt] = True
+            for row, tokens in zip(seen, history or (), strict=bool(history)):
+                row[tokens] = True
         after = self.prefill(prompts, state)
         texts = _texts(prompts, state)
         return Rows(

@@ -45,11 +45,11 @@ class GenerationOptions(NamedTuple):
                 f"Received: {type(state).__name__}"
             )
         return cls(
-            max_length=_positive("max_length", max_length),
-            max_new_tokens=_positive("max_new_tokens", max_new_tokens),
+            max_length=positive("max_length", max_length),
+            max_new_tokens=positive("max_new_tokens", max_new_tokens),
             stop_token_ids=_stop_token_ids(stop_token_ids, model),
             stop_strings=_stop_strings(stop_strings, model.preprocessor),
-            num_return_sequences=_positive("num_return_sequences", num_return_sequences or 0),
+            num_return_sequences=positive("num_return_sequences", num_return_sequences or 0),
             state=state,
             seed=integer("seed", seed),
             parameters=parameters,
@@ -67,7 +67,7 @@ def integer(name: str, value: Any) -> int | None:
         raise ValueError(f"`{name}` must be an integer. Received: {name}={value!r}") from None
 
 
-def _positive(name: str, value: Any) -> int | None:
+def positive(name: str, value: Any) -> int | None:
     value = integer(name, value)
     if value is not None and value < 1:
         raise ValueError(f"`{name}` must be positive. Received: {name}={value}")
