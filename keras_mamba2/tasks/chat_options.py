@@ -43,6 +43,7 @@ class ChatOptions(NamedTuple):
             raise ValueError(
                 "A conversation is text, which needs a `preprocessor`. Received: preprocessor=None"
             )
+        lm.preprocessor.chat_template  # noqa: B018  raises for a model that has none
         defaults = lm.preprocessor.generation_defaults
         if max_new_tokens is None:
             max_new_tokens = defaults.get("max_new_tokens", MOST_NEW_TOKENS)

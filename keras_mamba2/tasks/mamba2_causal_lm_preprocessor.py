@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_mamba2._compat.keras_hub_preprocessing import uses_tensorflow
+from keras_mamba2.chat import ChatTemplate
 from keras_mamba2.conversion import checked_defaults
 from keras_mamba2.conversion import generation_defaults
 from keras_mamba2.models import Mamba2Tokenizer
@@ -127,6 +128,23 @@ class Mamba2CausalLMPreprocessor(Mamba2Preprocessor, keras_hub.models.CausalLMPr
         rows = self.tokenizer(list(texts)) if len(texts) else []
         return [np.array([*first, *row], "int32") for row in rows]
 
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The tokenizer's `keras_mamba2.ChatTemplate`.
+
+        Raises:
+            ValueError: for a model that has none.
+        """
+        template = self.tokenizer.chat_template
+        if template is None:
+            raise ValueError(
+                "This model has no chat template: it continues texts, and was not trained to "
+                "answer. Use `generate`, load a checkpoint that was (its name ends with instruct, "
+                "chat or it, as a rule), or set "
+                "`lm.preprocessor.tokenizer.chat_template = keras_mamba2.ChatTemplate(...)`."
+            )
+        return template
+
     def chat_prompt(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -145,15 +163,7 @@ class Mamba2CausalLMPreprocessor(Mamba2Preprocessor, keras_hub.models.CausalLMPr
         Raises:
             ValueError: for a model without a chat template, and as `render`.
         """
-        template = self.tokenizer.chat_template
-        if template is None:
-            raise ValueError(
-                "This model has no chat template: it continues texts, and was not trained to "
-                "answer. Use `generate`, load a checkpoint that was (its name ends with instruct, "
-                "chat or it, as a rule), or set "
-                "`lm.preprocessor.tokenizer.chat_template = keras_mamba2.ChatTemplate(...)`."
-            )
-        text = template.render(
+        text = self.chat_template.render(
             messages, tools, add_generation_prompt=add_generation_prompt, **variables
         )
         # The template has written what a text begins with.

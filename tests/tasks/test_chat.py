@@ -352,9 +352,9 @@ class TestErrors:
 
     def test_models_that_do_not_answer(self, preset_folder, letters):
         lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder)
-        for ask in (lm.chat, lambda messages: lm.start_chat().send(messages)):
+        for ask in (lm.chat, lm.stream_chat, lm.preprocessor.chat_prompt, lm.start_chat):
             with pytest.raises(ValueError, match="no chat template.*Use `generate`"):
-                ask([HELLO])
+                ask([HELLO] if ask != lm.start_chat else None)
         bare = keras_mamba2.Mamba2CausalLM(letters.backbone)
         with pytest.raises(ValueError, match="needs a `preprocessor`"):
             bare.start_chat()
