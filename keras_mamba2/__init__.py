@@ -8,14 +8,17 @@ choose_backend()
 from keras_mamba2 import layers as layers
 from keras_mamba2 import ops as ops
 from keras_mamba2 import training as training
+from keras_mamba2.chat import ChatTemplate as ChatTemplate
 from keras_mamba2.conversion import register as register
 from keras_mamba2.generation import FilterSampler as FilterSampler
 from keras_mamba2.models import Mamba2Backbone as Mamba2Backbone
 from keras_mamba2.models import Mamba2HybridBackbone as Mamba2HybridBackbone
 from keras_mamba2.models import Mamba2State as Mamba2State
 from keras_mamba2.models import Mamba2Tokenizer as Mamba2Tokenizer
+from keras_mamba2.tasks import ChatUsage as ChatUsage
 from keras_mamba2.tasks import Mamba2CausalLM as Mamba2CausalLM
 from keras_mamba2.tasks import Mamba2CausalLMPreprocessor as Mamba2CausalLMPreprocessor
+from keras_mamba2.tasks import Mamba2Chat as Mamba2Chat
 from keras_mamba2.tasks import Mamba2Forecaster as Mamba2Forecaster
 from keras_mamba2.tasks import Mamba2Session as Mamba2Session
 from keras_mamba2.tasks import Mamba2TextClassifier as Mamba2TextClassifier

@@ -1,4 +1,4 @@
-"""`keras-mamba2`: text, conversion and inspection from the command line."""
+"""`keras-mamba2`: text, conversations, conversion and inspection from the command line."""
 
 import contextlib
 import enum
@@ -117,6 +117,77 @@ def generate(
             session.save(state)
     count = len(lm.preprocessor.tokenizer(text))
     print(f"{count} tokens, {count / seconds:.0f} tokens/s", file=sys.stderr)
+
+
+@app.command()
+def chat(
+    preset: Annotated[
+        str, typer.Argument(help="The name of a preset, a folder, or hf://user/name.")
+    ],
+    system: Annotated[
+        str | None, typer.Option(help="What the model is told before the first turn.")
+    ] = None,
+    load: Annotated[
+        pathlib.Path | None, typer.Option(help="A conversation that /save wrote, to go on with.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="How many tokens a reply has at most.")
+    ] = None,
+    max_context: Annotated[
+        int | None, typer.Option(min=1, help="How many the whole conversation has at most.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="Below 1 safer, above 1 wilder; 0 is greedy.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Sample among so many of the likeliest.")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Sample among the likeliest that sum to this."),
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Drop what is this much less likely.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(min=1.0, help="Above 1: fewer.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes the replies reproducible.")] = None,
+    dtype: Dtype = "auto",
+    compilation_cache: Annotated[
+        str | None, typer.Option(help="A folder where compiled programs are kept.")
+    ] = None,
+) -> None:
+    """Talks with a model. Without options, replies are drawn as the checkpoint says.
+
+    Type, or pipe, a line for each turn; /help lists commands.
+    """
+    from keras_mamba2 import Mamba2CausalLM
+    from keras_mamba2 import Mamba2CausalLMPreprocessor
+    from keras_mamba2.chat.terminal import Terminal
+
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "max_context": max_context,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+    }
+    with errors_on_one_line():
+        preprocessor = Mamba2CausalLMPreprocessor.from_preset(preset)
+        preprocessor.chat_template  # noqa: B018  raises, before the weights are read
+        lm = Mamba2CausalLM.from_preset(preset, dtype=dtype, preprocessor=preprocessor)
+        lm.compile(compilation_cache=compilation_cache)
+        conversation = lm.start_chat(system, **options)
+        if load is not None:
+            conversation = lm.resume_chat(load, **options)
+        terminal = Terminal(conversation, lambda file: lm.resume_chat(file, **options))
+        terminal.run()
+    if terminal.failed and not sys.stdin.isatty():
+        raise typer.Exit(code=2)
 
 
 @app.command()

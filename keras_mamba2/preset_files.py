@@ -50,6 +50,9 @@ CHECKPOINT_TOKENIZER = (
     "merges.txt",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    "generation_config.json",
 )
 
 
@@ -103,11 +106,15 @@ class Preset:
         return self._fetch(lambda names: [CONFIG_FILE, *_weights(CHECKPOINT_WEIGHTS, names)])
 
     def tokenizer_folder(self) -> pathlib.Path:
-        """A folder with the tokenizer of a checkpoint, if it has one."""
+        """A folder with the tokenizer of a checkpoint, if it has one, and how it is talked to."""
         if "tokenizer" in self.sources:
             return Preset(self.sources["tokenizer"]).tokenizer_folder()
-        wanted = (CONFIG_FILE, *CHECKPOINT_TOKENIZER)
-        return self._fetch(lambda names: [name for name in wanted if name in names])
+
+        def choose(names):
+            wanted = (CONFIG_FILE, *CHECKPOINT_TOKENIZER)
+            return [name for pattern in wanted for name in fnmatch.filter(names, pattern)]
+
+        return self._fetch(choose)
 
     def keras_folder(
         self, weights: bool = True, tokenizer: bool = True, names: Sequence[str] = BACKBONE_NAMES

@@ -14,6 +14,7 @@ LEAVES = [
     "arguments",
     "atomic_files",
     "backend_choice",
+    "chat",
     "conversion",
     "hub",
     "preset_files",

@@ -7,8 +7,10 @@ import pytest
 from typer.testing import CliRunner
 
 import keras_mamba2
+from keras_mamba2.chat.terminal import shown
 from keras_mamba2.cli import app
 from tests.conversion.checkpoints import assert_same_weights
+from tests.tasks import tiny_granite
 
 
 def run_app(*arguments):
@@ -174,3 +176,46 @@ def test_a_session_that_cannot_be_written_is_one_line(preset_folder):
     options = ("--max-new-tokens", 3, "--state", "/proc/nowhere/session.safetensors")
     result = run("ROMEO", "--preset", preset_folder, *options)
     assert_one_line(result, 1, "/proc/nowhere")
+
+
+@pytest.fixture(scope="module")
+def granite_folder(tmp_path_factory):
+    return tiny_granite.save(tmp_path_factory.mktemp("granite"))
+
+
+def chat(folder, *lines, options=()):
+    arguments = ["chat", str(folder), "--max-new-tokens", "6", *map(str, options)]
+    return CliRunner().invoke(app, arguments, input="".join(f"{line}\n" for line in lines))
+
+
+def test_chat_holds_a_conversation(granite_folder, tmp_path):
+    file = tmp_path / "chat.safetensors"
+    result = chat(
+        granite_folder,
+        *("Hello?", "And now?", "/undo", "/fork", "And now?", f"/save {file}"),
+        options=("--system", "Be brief."),
+    )
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("tokens/s") == 3
+    assert "remembered" in result.stderr
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(granite_folder)
+    messages = lm.resume_chat(file).messages
+    assert [message["role"] for message in messages] == [
+        *("system", "user", "assistant", "user", "assistant")
+    ]
+    first, second = messages[2]["content"], messages[4]["content"]
+    assert first == lm.chat(messages[:2], max_new_tokens=6)
+    # The last turn is taken back and asked again of a copy: greedy, it is the same.
+    assert result.stdout == "".join(f"{shown(reply)}\n" for reply in (first, second, second))
+    resumed = chat(granite_folder, "/undo", "And now?", options=("--load", file))
+    assert resumed.exit_code == 0, resumed.output
+    assert resumed.stdout == f"{shown(second)}\n"
+
+
+def test_chat_errors_are_one_line(granite_folder, preset_folder):
+    result = chat(preset_folder, "Hello?")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: This model has no chat template")
+    result = chat(granite_folder, "Hello?", options=("--max-context", 9))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "max_context=9" in result.stderr

@@ -83,6 +83,16 @@ def test_notebooks_run(name, printed, tmp_path):
     assert printed in "".join(o.text for o in outputs if o.output_type == "stream")
 
 
+def test_a_tiny_hybrid_learns_to_talk(capsys):
+    runpy.run_path(str(GUIDES / "chat.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    assert "assistant: Vienna is in Austria.\n" in out
+    assert "assistant: On the Danube.\n" in out  # which only who remembers the first turn knows
+    assert "37 of them remembered" in out
+    assert "4 messages; the last: On the Tiber." in out
+    assert out.endswith("London is in England.\n")
+
+
 def test_other_recurrences_are_calls_of_ssd():
     """Linear attention, retention and its gated kin, each against its own definition."""
     found = runpy.run_path(str(GUIDES / "ssd_beyond_mamba2.py"), run_name="__main__")

@@ -2,7 +2,9 @@
 
 import json
 import pathlib
+from collections.abc import Mapping
 from collections.abc import Sequence
+from typing import Any
 from typing import NamedTuple
 
 import keras
@@ -11,12 +13,14 @@ import numpy as np
 from keras_mamba2.atomic_files import atomic_folder
 from keras_mamba2.conversion.architectures import exported_as
 from keras_mamba2.conversion.config import transformers_config
+from keras_mamba2.conversion.generation_config import GENERATION_CONFIG_FILE
 from keras_mamba2.conversion.names import Names
 from keras_mamba2.conversion.names import Piece
 from keras_mamba2.conversion.names import Weight
 from keras_mamba2.conversion.progress import progress
 from keras_mamba2.conversion.readers import SAFETENSORS_DTYPES
 from keras_mamba2.conversion.stored_tensor import numpy_dtype
+from keras_mamba2.conversion.tokenizer import write_chat_template
 
 SHARD_BYTES = 5 * 10**9
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -57,7 +61,12 @@ class StoredWeight(NamedTuple):
 
 
 def export_to_transformers(
-    backbone, tokenizer, folder, dtype: str | None = None, shard_bytes: int = SHARD_BYTES
+    backbone,
+    tokenizer,
+    folder,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    generation_defaults: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a folder for `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer`.
 
@@ -71,6 +80,7 @@ def export_to_transformers(
             `A_log`, `dt_bias` and `D` are float32 whatever it is, unless it is float64.
         shard_bytes: int, weights above this many bytes are cut into files of at most that size
             (a larger tensor has a file of its own), with an index.
+        generation_defaults: dict, what `generation_config.json` has beside the ids of tokens.
 
     Raises:
         ValueError: for a folder with files in it, an unknown dtype, a model with LoRA adapters or
@@ -89,7 +99,8 @@ def export_to_transformers(
         _write_json(temporary / "config.json", config)
         _write_weights(temporary, weights, shard_bytes)
         if tokenizer is not None:
-            _write_json(temporary / "generation_config.json", ids)
+            defaults = {**ids, **(generation_defaults or {})}
+            _write_json(temporary / GENERATION_CONFIG_FILE, defaults)
             _write_tokenizer(temporary, tokenizer)
 
 
@@ -168,7 +179,9 @@ def _special_ids(tokenizer) -> dict[str, int | None]:
 
 def _write_tokenizer(folder: pathlib.Path, tokenizer) -> None:
     tokenizer.engine.save(str(folder / "tokenizer.json"))
+    template = tokenizer.chat_template
     config = {
+        **(template.special_tokens if template is not None else {}),
         # Takes tokenizer.json as it is; a model's own class would rebuild the pipeline.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
@@ -177,6 +190,8 @@ def _write_tokenizer(folder: pathlib.Path, tokenizer) -> None:
         "pad_token": tokenizer.pad_token,
     }
     _write_json(folder / "tokenizer_config.json", config)
+    if template is not None:
+        write_chat_template(folder, template)
 
 
 def _write_json(file: pathlib.Path, value: dict) -> None:

@@ -97,6 +97,12 @@ class CheckpointLoader(PresetLoader):
     def load_tokenizer(self, cls, config_file=None, **kwargs):
         return cls(**{**tokenizer_arguments(self.locate_tokenizer()), **kwargs})
 
+    def load_preprocessor(self, cls, *args, **kwargs):
+        found = getattr(cls, "checkpoint_arguments", lambda folder: {})
+        return super().load_preprocessor(
+            cls, *args, **{**found(self.files.tokenizer_folder()), **kwargs}
+        )
+
     def locate_tokenizer(self) -> pathlib.Path:
         """A folder with the tokenizer: the checkpoint's, or that of the original models."""
         folder = self.files.tokenizer_folder()

@@ -4,6 +4,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import tokenizers
+
+from keras_mamba2.chat import ChatTemplate
 from keras_mamba2.preset_files import CONFIG_FILE
 from keras_mamba2.preset_files import read_json
 
@@ -12,6 +15,11 @@ BYTE_PAIR_FILES = ("vocab.json", "merges.txt")
 # Where special tokens are named, the first that names one wins. The ids in config.json come last:
 # those of some exports are placeholders.
 SPECIAL_TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_CONFIG_FILE = SPECIAL_TOKEN_FILES[0]
+# What transformers hands to templates.
+NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+CHAT_TEMPLATE_FOLDER = "additional_chat_templates"
 
 
 def has_tokenizer(folder: pathlib.Path) -> bool:
@@ -23,26 +31,105 @@ def has_tokenizer(folder: pathlib.Path) -> bool:
 def tokenizer_arguments(folder: pathlib.Path) -> dict[str, Any]:
     """The arguments of `Mamba2Tokenizer` for the tokenizer in `folder`."""
     if (folder / TOKENIZER_FILE).is_file():
-        arguments: dict[str, Any] = {"tokenizer": str(folder / TOKENIZER_FILE)}
+        arguments: dict[str, Any] = {"tokenizer": _with_added_tokens(folder)}
     else:
         vocabulary, merges = (str(folder / file) for file in BYTE_PAIR_FILES)
         arguments = {"vocabulary": vocabulary, "merges": merges}
+    template = chat_template(folder)
+    if template is not None:
+        arguments["chat_template"] = template
     return {**arguments, **special_tokens(folder)}
 
 
 def special_tokens(folder: pathlib.Path) -> dict[str, str | None]:
     """`start_token`, `end_token` and `pad_token`, `None` where the checkpoint has none."""
+    named, by_id = _named_tokens(folder), _tokens_by_id(folder)
+    tokens = {}
+    for argument, key in (("start_token", "bos"), ("end_token", "eos"), ("pad_token", "pad")):
+        token = named[f"{key}_token"] if f"{key}_token" in named else by_id.get(f"{key}_token_id")
+        tokens[argument] = _content(token)
+    return tokens
+
+
+def chat_template(folder: pathlib.Path) -> ChatTemplate | None:
+    """The chat template of a checkpoint, `None` for a model that has none.
+
+    As in transformers, files with templates come before `tokenizer_config.json`, which has one, or
+    a list of several with their names.
+
+    Raises:
+        ValueError: that names the file, for templates of another form.
+    """
+    files = [folder / CHAT_TEMPLATE_FILE, *(folder / CHAT_TEMPLATE_FOLDER).glob("*.jinja")]
+    found: Any = {
+        "default" if file.name == CHAT_TEMPLATE_FILE else file.stem: file.read_text("utf-8")
+        for file in files
+        if file.is_file()
+    }
+    if not found:
+        found = _config(folder).get("chat_template")
+    if not found:
+        return None
+    try:
+        if isinstance(found, list):
+            found = {template["name"]: template["template"] for template in found}
+        named = _named_tokens(folder)
+        tokens = {f"{key}_token": _content(named.get(f"{key}_token")) for key in NAMED_TOKENS}
+        return ChatTemplate(found, {key: token for key, token in tokens.items() if token})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder / TOKENIZER_CONFIG_FILE}: `chat_template` must be a string, or a list of "
+            f"dicts with `name` and `template`. Received: {str(found)[:100]}"
+        ) from error
+
+
+def write_chat_template(folder: pathlib.Path, template: ChatTemplate) -> None:
+    """Writes the files that `chat_template`, and transformers, read."""
+    for name, source in template.templates.items():
+        file = folder / CHAT_TEMPLATE_FOLDER / f"{name}.jinja"
+        if name == "default":
+            file = folder / CHAT_TEMPLATE_FILE
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(source, "utf-8")
+
+
+def _config(folder: pathlib.Path) -> dict[str, Any]:
+    file = folder / TOKENIZER_CONFIG_FILE
+    return read_json(file) if file.is_file() else {}
+
+
+def _named_tokens(folder: pathlib.Path) -> dict[str, Any]:
+    """What the files name, the special tokens among it."""
     named: dict[str, Any] = {}
     for file in SPECIAL_TOKEN_FILES:
         if (folder / file).is_file():
             named = {**read_json(folder / file), **named}
-    by_id = _tokens_by_id(folder)
-    tokens = {}
-    for argument, key in (("start_token", "bos"), ("end_token", "eos"), ("pad_token", "pad")):
-        token = named[f"{key}_token"] if f"{key}_token" in named else by_id.get(f"{key}_token_id")
-        # Written out as text, or with how it is matched.
-        tokens[argument] = token["content"] if isinstance(token, Mapping) else token
-    return tokens
+    return named
+
+
+def _content(token: Mapping[str, Any] | str | None) -> str | None:
+    """A token's text. It is written out as that, or with how it is matched."""
+    return token["content"] if isinstance(token, Mapping) else token
+
+
+def _with_added_tokens(folder: pathlib.Path) -> tokenizers.Tokenizer | str:
+    """`tokenizer.json`, with the tokens that only other files have, as transformers adds them."""
+    file = folder / TOKENIZER_FILE
+    decoder = _config(folder).get("added_tokens_decoder") or {}
+    added = [decoder[id] for id in sorted(decoder, key=int)]
+    added += [
+        {"content": token, "special": True} for token in special_tokens(folder).values() if token
+    ]
+    stored = read_json(file) if added else {}
+    known = {token["content"] for token in stored.get("added_tokens") or ()}
+    vocabulary = (stored.get("model") or {}).get("vocab") or ()
+    known.update(vocabulary if isinstance(vocabulary, dict) else (token for token, _ in vocabulary))
+    missing = {token["content"]: token for token in added if token["content"] not in known}
+    if not missing:
+        return str(file)
+    engine = tokenizers.Tokenizer.from_file(str(file))
+    engine.add_tokens([tokenizers.AddedToken(**token) for token in missing.values()])
+    return engine
 
 
 def _tokens_by_id(folder: pathlib.Path) -> dict[str, str]:

@@ -69,6 +69,10 @@ class Decoding:
         """Runs to the end. Returns the tokens of each row."""
         for _ in self:
             pass
+        return self.tokens()
+
+    def tokens(self) -> list[np.ndarray]:
+        """The tokens of each row so far."""
         return [np.concatenate(row) for row in self._tokens]
 
     def likely_tokens(self) -> list[dict[str, np.ndarray]]:

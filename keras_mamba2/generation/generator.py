@@ -180,6 +180,7 @@ class Generator:
         state: Mamba2State | None = None,
         num_return_sequences: int = 1,
         seed: int | None = None,
+        history: Sequence[np.ndarray] | None = None,
         **parameters: float | None,
     ) -> Rows:
         """The rows before their first new token. Row `i` may get `limits[i]` tokens.
@@ -193,6 +194,8 @@ class Generator:
             state: the `Mamba2State` that the prompts continue.
             num_return_sequences: int, how often each prompt is continued.
             seed: int, for the random numbers. `None` takes one from the sampler's generator.
+            history: for each prompt the token ids before it, which the state has seen, so that a
+                penalty on repetition applies to them.
             **parameters: of `FilterSampler`, instead of those of the model's sampler.
         """
         n = num_return_sequences
@@ -207,6 +210,8 @@ class Generator:
         if size:
             for row, prompt in zip(seen, prompts, strict=True):
                 row[prompt] = True
+            for row, tokens in zip(seen, history or (), strict=bool(history)):
+                row[tokens] = True
         after = self.prefill(prompts, state)
         texts = _texts(prompts, state)
         return Rows(

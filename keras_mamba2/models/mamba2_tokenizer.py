@@ -25,6 +25,7 @@ from keras_mamba2.arguments import integer
 from keras_mamba2.arguments import optional
 from keras_mamba2.arguments import several
 from keras_mamba2.arguments import shown
+from keras_mamba2.chat import ChatTemplate
 from keras_mamba2.conversion import open_preset
 from keras_mamba2.saving import TOKENIZER_FILES
 from keras_mamba2.saving import AtomicPreset
@@ -63,6 +64,8 @@ class Mamba2Tokenizer(AtomicPreset, keras_hub.tokenizers.Tokenizer):
         end_token: string, or `None` if there is none.
         pad_token: string; `None` for the end token. Padding is known by its mask and never by
             its id, so any token serves.
+        chat_template: a `keras_mamba2.ChatTemplate`, or the source of one: how conversations are
+            written for the model. `None` for a model that does not know any.
         **kwargs: see `keras.layers.Layer`. `dtype` is that of the ids.
 
     Call arguments:
@@ -89,6 +92,7 @@ class Mamba2Tokenizer(AtomicPreset, keras_hub.tokenizers.Tokenizer):
         start_token: str | None = "<|endoftext|>",
         end_token: str | None = "<|endoftext|>",
         pad_token: str | None = None,
+        chat_template: ChatTemplate | Mapping[str, str] | str | None = None,
         dtype="int32",
         **kwargs,
     ):
@@ -104,6 +108,11 @@ class Mamba2Tokenizer(AtomicPreset, keras_hub.tokenizers.Tokenizer):
                 setattr(self, f"{name}_id", None)
             else:
                 add_special_token(self, token, name)
+        if chat_template is not None and not isinstance(chat_template, ChatTemplate):
+            names = {"bos_token": start_token, "eos_token": end_token, "pad_token": pad_token}
+            named = {name: token for name, token in names.items() if token is not None}
+            chat_template = ChatTemplate(chat_template, named)
+        self.chat_template = chat_template
         if (vocabulary is None) != (merges is None):
             raise ValueError(
                 "`vocabulary` and `merges` must be passed together. Received: "
@@ -157,6 +166,12 @@ class Mamba2Tokenizer(AtomicPreset, keras_hub.tokenizers.Tokenizer):
                 "`merges`, or `tokenizer`, when creating it."
             )
         return self._engine
+
+    @property
+    def control_token_ids(self) -> list[int]:
+        """The ids of the tokens that are marked as no text, such as those between messages."""
+        added = self.engine.get_added_tokens_decoder()
+        return [id for id, token in added.items() if token.special]
 
     @property
     def num_ids(self) -> int:
@@ -286,7 +301,16 @@ class Mamba2Tokenizer(AtomicPreset, keras_hub.tokenizers.Tokenizer):
                 "pad_token": self.pad_token,
             }
         )
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template.get_config()
         return config
+
+    @classmethod
+    def from_config(cls, config: dict) -> "Mamba2Tokenizer":
+        template = config.get("chat_template")
+        if isinstance(template, Mapping):
+            config = {**config, "chat_template": ChatTemplate(**template)}
+        return super().from_config(config)
 
 
 def gpt_neox_engine(

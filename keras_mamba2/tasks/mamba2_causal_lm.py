@@ -25,6 +25,7 @@ from keras_mamba2.models.residual_backbone import ResidualBackbone
 from keras_mamba2.saving import AtomicPreset
 from keras_mamba2.saving import AtomicSave
 from keras_mamba2.tasks.adapters import Adapters
+from keras_mamba2.tasks.chatting import Chatting
 from keras_mamba2.tasks.compile_config import compile_from_config
 from keras_mamba2.tasks.compile_config import with_optimizer_built
 from keras_mamba2.tasks.mamba2_causal_lm_preprocessor import Mamba2CausalLMPreprocessor
@@ -43,6 +44,7 @@ PREPROCESSOR = optional(instance(Mamba2CausalLMPreprocessor))
 @keras.saving.register_keras_serializable(package="keras_mamba2")
 class Mamba2CausalLM(
     TextGeneration,
+    Chatting,
     TrainingData,
     Scoring,
     Adapters,
@@ -156,8 +158,10 @@ class Mamba2CausalLM(
                 adapters or quantized weights.
         """
         PATH("path", path)
-        tokenizer = None if self.preprocessor is None else self.preprocessor.tokenizer
-        export_to_transformers(self.backbone, tokenizer, path, dtype)
+        preprocessor = self.preprocessor
+        tokenizer = None if preprocessor is None else preprocessor.tokenizer
+        defaults = None if preprocessor is None else preprocessor.generation_defaults
+        export_to_transformers(self.backbone, tokenizer, path, dtype, generation_defaults=defaults)
 
     def quantize(self, mode: str | None = None, config=None, filters=None, **kwargs) -> None:
         """Quantizes the projections, and in int8 and int4 the embedding with its head.
@@ -242,14 +246,13 @@ class Mamba2CausalLM(
             return num_tokens
         return min(num_tokens, self.preprocessor.tokenizer.num_ids)
 
-    def compile(
-        self, *args, sampler="top_k", compilation_cache: str | None = None, **kwargs
-    ) -> None:
+    def compile(self, *args, sampler=None, compilation_cache: str | None = None, **kwargs) -> None:
         """As `keras_hub.models.CausalLM.compile`.
 
         Args:
             *args: as there.
-            sampler: a name, a KerasHub sampler, or a `keras_mamba2.FilterSampler`.
+            sampler: a name, a KerasHub sampler, or a `keras_mamba2.FilterSampler`. `None` for
+                `"top_k"`, and for `chat` to draw as the checkpoint says.
             compilation_cache: the path of a folder where JAX keeps compiled programs, so that
                 the next process does not compile them again.
             **kwargs: as there.
@@ -257,8 +260,8 @@ class Mamba2CausalLM(
         Raises:
             ValueError: for an unknown sampler.
         """
-        optional(PATH)("compilation_cache", compilation_cache)
-        sampler = sampler_of(sampler)
+        self.has_own_sampler = sampler is not None
+        sampler = sampler_of("top_k" if sampler is None else sampler)
         if compilation_cache is not None:
             use_compilation_cache(compilation_cache)
         super().compile(*args, sampler=sampler, **kwargs)

@@ -1,4 +1,8 @@
+import pathlib
+from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 import keras_hub
@@ -11,12 +15,16 @@ from keras_mamba2.arguments import SIZE
 from keras_mamba2.arguments import check_attributes
 from keras_mamba2.arguments import check_keywords
 from keras_mamba2.arguments import optional
+from keras_mamba2.chat import ChatTemplate
+from keras_mamba2.conversion import checked_defaults
+from keras_mamba2.conversion import generation_defaults
 from keras_mamba2.models import Mamba2Tokenizer
 from keras_mamba2.models.inputs import NAMES
 from keras_mamba2.tasks.build_once import build_once
 from keras_mamba2.tasks.mamba2_preprocessor import TOKENIZER
 from keras_mamba2.tasks.mamba2_preprocessor import Mamba2Preprocessor
 from keras_mamba2.tasks.packing import pack
+from keras_mamba2.tasks.prompts import texts_of
 
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
@@ -38,6 +46,10 @@ class Mamba2CausalLMPreprocessor(Mamba2Preprocessor, keras_hub.models.CausalLMPr
         add_start_token: bool. Mamba-2 checkpoints were trained without a start token.
         add_end_token: bool, whether texts end with the end token in training.
         packing: bool, whether texts share rows in training.
+        generation_defaults: dict, what `Mamba2CausalLM.chat` takes where nothing else is said:
+            `eos_token_id`, one or several, `do_sample`, `temperature`, `top_k`, `top_p`, `min_p`,
+            `repetition_penalty` and `max_new_tokens`, as in transformers' `generation_config.json`,
+            from which they are read.
         **kwargs: see `keras.layers.Layer`.
 
     Call arguments:
@@ -60,6 +72,7 @@ class Mamba2CausalLMPreprocessor(Mamba2Preprocessor, keras_hub.models.CausalLMPr
         add_start_token: bool = False,
         add_end_token: bool = True,
         packing: bool = False,
+        generation_defaults: Mapping[str, Any] | None = None,
         **kwargs,
     ):
         check_keywords(type(self), kwargs, "config_file")
@@ -72,6 +85,11 @@ class Mamba2CausalLMPreprocessor(Mamba2Preprocessor, keras_hub.models.CausalLMPr
         )
         self.packing = packing
         check_attributes(self, add_start_token=BOOLEAN, add_end_token=BOOLEAN, packing=BOOLEAN)
+        self.generation_defaults = checked_defaults(generation_defaults or {})
+
+    @classmethod
+    def checkpoint_arguments(cls, folder: pathlib.Path) -> dict[str, Any]:
+        return {"generation_defaults": generation_defaults(folder)}
 
     @build_once
     def build(self, input_shape):
@@ -126,6 +144,47 @@ class Mamba2CausalLMPreprocessor(Mamba2Preprocessor, keras_hub.models.CausalLMPr
         rows = self.tokenizer(list(texts)) if len(texts) else []
         return [np.array([*first, *row], "int32") for row in rows]
 
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The tokenizer's `keras_mamba2.ChatTemplate`.
+
+        Raises:
+            ValueError: for a model that has none.
+        """
+        template = self.tokenizer.chat_template
+        if template is None:
+            raise ValueError(
+                "This model has no chat template: it continues texts, and was not trained to "
+                "answer. Use `generate`, load a checkpoint that was (its name ends with instruct, "
+                "chat or it, as a rule), or set "
+                "`lm.preprocessor.tokenizer.chat_template = keras_mamba2.ChatTemplate(...)`."
+            )
+        return template
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any] | Callable[..., Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> np.ndarray:
+        """The token ids of a conversation, written by the tokenizer's chat template.
+
+        Args:
+            messages: as in `keras_mamba2.ChatTemplate.render`, like the following.
+            tools: as there.
+            add_generation_prompt: bool, whether a reply is to follow.
+            **variables: as there.
+
+        Raises:
+            ValueError: for a model without a chat template, and as `render`.
+        """
+        text = self.chat_template.render(
+            messages, tools, add_generation_prompt=add_generation_prompt, **variables
+        )
+        # The template has written what a text begins with.
+        return self.prompts(texts_of(text), continued=True)[0]
+
     def _generate_preprocess_python(self, x, sequence_length=None):
         # Not the inherited one, which adds a start token whatever `add_start_token` says, and
         # silently cuts a prompt that is too long.
@@ -153,7 +212,10 @@ class Mamba2CausalLMPreprocessor(Mamba2Preprocessor, keras_hub.models.CausalLMPr
                 )
 
     def get_config(self):
-        return {**super().get_config(), "packing": self.packing}
+        config = {**super().get_config(), "packing": self.packing}
+        if self.generation_defaults:
+            config["generation_defaults"] = dict(self.generation_defaults)
+        return config
 
     def generate_postprocess(self, x):
         # The inherited method would use a numpy mask of integers as indices.

@@ -1,3 +1,6 @@
+import pathlib
+from typing import Any
+
 import keras_hub
 
 from keras_mamba2._compat.keras_hub_presets import load_preprocessor
@@ -29,6 +32,11 @@ class Mamba2Preprocessor(AtomicPreset):
         if loader is not None:
             return loader.load_preprocessor(cls, **kwargs)
         return load_preprocessor(cls, ResidualBackbone, preset, **kwargs)
+
+    @classmethod
+    def checkpoint_arguments(cls, folder: pathlib.Path) -> dict[str, Any]:
+        """What the constructor gets from a checkpoint of another library, beside its tokenizer."""
+        return {}
 
     @property
     def sequence_length(self) -> int:

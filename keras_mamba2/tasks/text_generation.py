@@ -266,7 +266,13 @@ class TextGeneration:
         return prompts, np.array([total - len(prompt) for prompt in prompts])
 
     def _decoding(
-        self, prompts, limits, options: GenerationOptions, run_lengths, with_logprobs: bool = False
+        self,
+        prompts,
+        limits,
+        options: GenerationOptions,
+        run_lengths,
+        with_logprobs: bool = False,
+        history: Sequence[np.ndarray] | None = None,
     ) -> Decoding:
         if not picks_tokens(self.sampler):
             raise ValueError(
@@ -281,14 +287,17 @@ class TextGeneration:
             options.state,
             options.num_return_sequences,
             options.seed,
+            history,
             **options.parameters,
         )
         return generator.decode(rows, run_lengths, with_logprobs)
 
-    def _streams(self, decoding: Decoding, options: GenerationOptions) -> TextStreams:
+    def _streams(
+        self, decoding: Decoding, options: GenerationOptions, skip: Sequence[int] = ()
+    ) -> TextStreams:
         """The texts that come out of a loop, which begins to run when they are asked for."""
         tokenizer = self.preprocessor.tokenizer
-        skip = (*options.stop_token_ids, *tokenizer.special_token_ids)
+        skip = (*options.stop_token_ids, *tokenizer.special_token_ids, *skip)
         streams = [
             TextStream(tokenizer.detokenize, skip, options.stop_strings)
             for _ in range(decoding.rows.state.batch_size)

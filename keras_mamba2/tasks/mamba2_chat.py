@@ -1,0 +1,230 @@
+import copy
+import json
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+from typing import NamedTuple
+
+import numpy as np
+
+from keras_mamba2.chat.template import checked_messages
+from keras_mamba2.chat.template import checked_tools
+from keras_mamba2.tasks.chat_options import ChatOptions
+from keras_mamba2.tasks.known_prefixes import KnownPrefix
+from keras_mamba2.tasks.known_prefixes import KnownPrefixes
+from keras_mamba2.tasks.text_stream import TextStreams
+
+# Two a turn: before the reply, and after it.
+KEPT_STATES = 8
+KIND = "keras_mamba2 chat"
+
+
+class ChatUsage(NamedTuple):
+    """How many tokens a turn had to do with."""
+
+    prompt_tokens: int  # of the whole conversation, as the template wrote it
+    cached_tokens: int  # of these, how many were not read again
+    new_tokens: int  # of the reply, its end included
+
+
+class Mamba2Chat:
+    """A conversation, and the states after its turns, so that a turn costs what is new in it.
+
+    Each turn, the template writes the whole conversation anew. Its tokens are compared with those
+    that a state has seen, and what they have in common is not read again. Most templates only
+    append. One that changes what it wrote before, such as dropping the reasoning of old turns, has
+    the conversation read again from the last turn that is still the same.
+
+    Made by `Mamba2CausalLM.start_chat` and `Mamba2CausalLM.resume_chat`. The reply is that of
+    `Mamba2CausalLM.chat` for all messages, up to rounding.
+
+    Args:
+        lm: a `Mamba2CausalLM` whose tokenizer has a chat template.
+        messages: list of dicts with `role` and `content`, the conversation so far.
+        tools: what the model may call, as in `Mamba2CausalLM.chat`.
+        **options: of `Mamba2CausalLM.chat`, for all turns.
+
+    Example:
+    ```python
+    chat = lm.start_chat(system="You are a helpful assistant.")
+    chat.send("What is a state space model?")
+    other = chat.fork()
+    for piece in chat.stream("Shorter, please."):
+        print(piece, end="")
+    other.send("And in French?")
+    chat.undo()
+    chat.save("chat.safetensors")
+    chat = lm.resume_chat("chat.safetensors")
+    ```
+    """
+
+    def __init__(
+        self,
+        lm,
+        messages: Sequence[Mapping[str, Any]] = (),
+        tools: Sequence[Mapping[str, Any] | Callable[..., Any]] | None = None,
+        **options: Any,
+    ):
+        self.lm = lm
+        self.tools = checked_tools(tools)
+        self.options = options
+        self.usage: ChatUsage | None = None
+        self._messages = checked_messages(messages) if len(messages) else []
+        self._known = KnownPrefixes(KEPT_STATES)
+        ChatOptions.checked(lm, **options)
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """A copy of the conversation."""
+        return copy.deepcopy(self._messages)
+
+    def send(
+        self, message: str | Mapping[str, Any] | Sequence[Mapping[str, Any]], **options: Any
+    ) -> str:
+        """Says something, and returns the reply.
+
+        Args:
+            message: what the user says, or a message such as a tool's result, or a list of these.
+            **options: of `Mamba2CausalLM.chat`, for this turn.
+        """
+        return "".join(self.stream(message, **options))
+
+    def stream(
+        self, message: str | Mapping[str, Any] | Sequence[Mapping[str, Any]], **options: Any
+    ) -> Iterator[str]:
+        """As `send`, piece by piece. Left early, the reply is what was given of it.
+
+        Raises:
+            ValueError: as `Mamba2CausalLM.chat`, before the first piece is asked for. The
+                conversation then stays as it was.
+        """
+        checked = ChatOptions.checked(self.lm, **{**self.options, **options})
+        messages = self._with(message)
+        prompt, known, cached = self._read(messages, checked)
+        streams = self.lm.stream_reply(
+            prompt[len(known.token_ids) :], checked, known.token_ids, known.state
+        )
+        return self._collect(messages, prompt, cached, streams)
+
+    def _with(self, message) -> list[dict[str, Any]]:
+        """The conversation with what is new."""
+        if isinstance(message, str):
+            message = {"role": "user", "content": message}
+        new = [message] if isinstance(message, Mapping) else message
+        return [*self._messages, *checked_messages(new)]
+
+    def _read(
+        self, messages: list[dict[str, Any]], options: ChatOptions
+    ) -> tuple[np.ndarray, KnownPrefix, int]:
+        """Reads a conversation up to where the reply's heading begins, and keeps the state there.
+
+        Returns:
+            The tokens of all of it, what a state has seen of them now, and how many before.
+        """
+        write = self.lm.preprocessor.chat_prompt
+        variables = options.template_variables
+        prompt = write(messages, self.tools, **variables)
+        options.room(len(prompt))  # raises, before anything is read
+        turn = write(messages, self.tools, add_generation_prompt=False, **variables)
+        known = self._known.longest(prompt) or KnownPrefix(prompt[:0], None)
+        cached = len(known.token_ids)
+        # What comes next will share it, also where a template drops what the reply begins with.
+        read = _common_length(turn, prompt)
+        if read <= cached:
+            return prompt, known, cached
+        inputs = {
+            "token_ids": prompt[None, cached:read],
+            "padding_mask": np.ones((1, read - cached), bool),
+        }
+        known = KnownPrefix(prompt[:read], self.lm.prefill(inputs, known.state))
+        self._known.add(*known)
+        return prompt, known, cached
+
+    def _collect(
+        self,
+        messages: list[dict[str, Any]],
+        prompt: np.ndarray,
+        cached: int,
+        streams: TextStreams,
+    ) -> Iterator[str]:
+        text, is_whole = "", False
+        try:
+            for [piece] in streams:
+                text += piece
+                yield piece
+            # Behind a stop string, the loop is ahead of the text.
+            is_whole = not streams.streams[0].stopped
+        finally:
+            [new] = streams.decoding.tokens()
+            if is_whole:
+                self._known.add(np.concatenate([prompt, new]), streams.decoding.rows.state)
+            if is_whole or text:
+                self._messages = [*messages, {"role": "assistant", "content": text}]
+            self.usage = ChatUsage(len(prompt), cached, len(new))
+
+    def undo(self) -> list[dict[str, Any]]:
+        """Takes back the last turn: what the user said last, and all that followed.
+
+        Returns:
+            The messages that were taken back.
+
+        Raises:
+            ValueError: if the user has not said anything yet.
+        """
+        users = [i for i, message in enumerate(self._messages) if message["role"] == "user"]
+        if not users:
+            raise ValueError("There is no turn to take back: the user has not said anything.")
+        taken, self._messages = self._messages[users[-1] :], self._messages[: users[-1]]
+        return taken
+
+    def fork(self) -> "Mamba2Chat":
+        """An independent conversation that goes on from here. Costs nothing."""
+        other = Mamba2Chat(self.lm, self._messages, self.tools, **self.options)
+        other._known = self._known.copy()
+        return other
+
+    def save(self, file) -> None:
+        """Writes messages, tools and the last state to a file, for `Mamba2CausalLM.resume_chat`.
+
+        Options are not among it.
+
+        Raises:
+            ValueError: if nothing has been said yet.
+        """
+        known = self._known.latest
+        if known is None:
+            raise ValueError("There is nothing to save yet: no turn has been taken.")
+        conversation = {
+            "kind": KIND,
+            "messages": self._messages,
+            "tools": self.tools,
+            "token_ids": known.token_ids.tolist(),
+        }
+        known.state.save(file, self.lm.backbone, json.dumps(conversation))
+
+    @classmethod
+    def restored(cls, lm, text: str, state, file, **options: Any) -> "Mamba2Chat":
+        """A conversation from what `save` wrote."""
+        try:
+            stored = json.loads(text)
+        except json.JSONDecodeError:
+            stored = None
+        if not isinstance(stored, dict) or stored.get("kind") != KIND:
+            raise ValueError(
+                f"{file} holds a text, not a conversation. `lm.resume` goes on with a text."
+            )
+        chat = cls(lm, stored["messages"], stored["tools"], **options)
+        chat._known.add(np.array(stored["token_ids"], "int32"), state)
+        return chat
+
+    def __repr__(self) -> str:
+        return f"Mamba2Chat({len(self._messages)} messages)"
+
+
+def _common_length(a: np.ndarray, b: np.ndarray) -> int:
+    """How many tokens two texts begin with both."""
+    size = min(len(a), len(b))
+    differ = np.flatnonzero(a[:size] != b[:size])
+    return int(differ[0]) if len(differ) else size

@@ -1,0 +1,177 @@
+"""Ids and texts are those of transformers, for the tokenizers of all families."""
+
+import json
+
+import keras
+import pytest
+import tokenizers
+import transformers
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
+
+import keras_mamba2
+from keras_mamba2.conversion.tokenizer import tokenizer_arguments
+from keras_mamba2.tasks.text_stream import TextStream
+from tests.chat import templates
+from tests.conversion import family_tokenizers
+
+PIECES = st.sampled_from(
+    ["<|im_start|>", "<|start_of_role|>", "<|end_of_text|>", "<s>", "</s>", "<think>", "<0x41>",
+     "<unk>", "  ", " ", "\n", "\r\n", "\t", "▁", "Ġ", "We'll", "HTTPServer", "12345", "é",
+     "e\u0301", "日本", "🤷🏽", "\u200b", "\x00", "to be", " question", "..."]
+)  # fmt: skip
+TEXTS = st.text() | st.lists(PIECES).map("".join)
+examples = settings(deadline=None, derandomize=True, max_examples=300)
+
+
+@pytest.fixture(scope="module", params=family_tokenizers.FAMILIES)
+def pair(request, tmp_path_factory):
+    """Ours and theirs, from the same files."""
+    folder = family_tokenizers.save(request.param, tmp_path_factory.mktemp(request.param))
+    ours = keras_mamba2.Mamba2Tokenizer(**tokenizer_arguments(folder))
+    return ours, transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def test_ids_are_those_of_transformers(pair):
+    ours, theirs = pair
+
+    @examples
+    @given(text=TEXTS)
+    def check(text):
+        assert ours(text).tolist() == theirs(text)["input_ids"]
+
+    check()
+    assert ours.end_token_id == theirs.eos_token_id
+    assert ours.start_token_id == theirs.bos_token_id
+    specials = set(theirs.all_special_ids)
+    assert specials <= set(ours.control_token_ids)
+
+
+def test_streamed_text_is_that_of_transformers(pair):
+    """Token by token, and several at once, without the tokens that are no text."""
+    ours, theirs = pair
+
+    @examples
+    @given(text=TEXTS, sizes=st.lists(st.integers(1, 5), min_size=1))
+    def check(text, sizes):
+        ids = theirs(text)["input_ids"]
+        stream, pieces, i = TextStream(ours.detokenize, ours.control_token_ids), [], 0
+        while i < len(ids):
+            size = sizes[len(pieces) % len(sizes)]
+            pieces.append(stream.push(ids[i : i + size]))
+            i += size
+        expected = theirs.decode(ids, skip_special_tokens=True)
+        assert "".join([*pieces, stream.finish()]) == expected
+        assert ours.detokenize(ids) == theirs.decode(ids)
+
+    check()
+
+
+def test_a_continued_text_has_no_beginning(pair):
+    """As transformers gives the ids of a conversation, whose template has written it."""
+    ours, theirs = pair
+    preprocessor = keras_mamba2.Mamba2CausalLMPreprocessor(ours)
+    for text in ("To be", "<s>To be", ""):
+        expected = theirs(text, add_special_tokens=False)["input_ids"]
+        assert preprocessor.prompts([text], continued=True)[0].tolist() == expected
+
+
+def test_tokens_of_the_configuration_are_added(tmp_path):
+    """Some checkpoints name tokens that their tokenizer.json does not have."""
+    decoder = {
+        "500": {"content": "<new>", "special": True, "normalized": False},
+        "501": {"content": "<plain>", "special": False, "lstrip": True},
+    }
+    config = {"added_tokens_decoder": decoder, "pad_token": "<fill>"}
+    folder = family_tokenizers.save("granite", tmp_path, **config)
+    ours = keras_mamba2.Mamba2Tokenizer(**tokenizer_arguments(folder))
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    for text in ("a<new>b  <plain> c<fill>", "<|end_of_text|>"):
+        assert ours(text).tolist() == theirs(text)["input_ids"]
+    assert ours.pad_token_id == theirs.pad_token_id
+    assert ours.token_to_id("<new>") in ours.control_token_ids
+
+
+def test_the_template_is_read_from_where_transformers_reads_it(tmp_path):
+    messages = [{"role": "user", "content": "Hello"}]
+    folder = family_tokenizers.save("bamba", tmp_path, chat_template=templates.LLAMA)
+    several = [
+        {"name": "default", "template": templates.LLAMA},
+        {"name": "tool_use", "template": templates.MISTRAL},
+    ]
+
+    def check(names):
+        template = keras_mamba2.Mamba2Tokenizer(**tokenizer_arguments(folder)).chat_template
+        theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+        assert sorted(template.templates) == names
+        for tools in (None, []):
+            expected = theirs.apply_chat_template(messages, tools=tools, tokenize=False)
+            assert template.render(messages, tools) == expected
+
+    check(["default"])
+    family_tokenizers.save("bamba", tmp_path, chat_template=several)
+    check(["default", "tool_use"])
+    (folder / "chat_template.jinja").write_text(templates.FALCON)
+    check(["default"])  # a file hides what the configuration says
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ eos_token }}é")
+    check(["default", "tool_use"])
+
+
+def test_a_checkpoint_without_template_has_none(tmp_path):
+    folder = family_tokenizers.save("bamba", tmp_path)
+    assert "chat_template" not in tokenizer_arguments(folder)
+    family_tokenizers.save("bamba", tmp_path, chat_template=None)
+    assert "chat_template" not in tokenizer_arguments(folder)
+    family_tokenizers.save("bamba", tmp_path, chat_template=[{"name": "default"}])
+    with pytest.raises(ValueError, match="tokenizer_config.json: `chat_template` must be"):
+        tokenizer_arguments(folder)
+
+
+@pytest.mark.parametrize("family", family_tokenizers.FAMILIES)
+def test_a_preset_keeps_tokenizer_and_template(family, tmp_path):
+    several = {"default": templates.NEMOTRON, "tool_use": templates.MISTRAL}
+    config = [{"name": name, "template": template} for name, template in several.items()]
+    folder = family_tokenizers.save(family, tmp_path, chat_template=config)
+    tokenizer = keras_mamba2.Mamba2Tokenizer(**tokenizer_arguments(folder))
+    preprocessor = keras_mamba2.Mamba2CausalLMPreprocessor(
+        tokenizer, generation_defaults={"eos_token_id": [1, 2], "top_p": 0.9, "do_sample": True}
+    )
+    backbone = keras_mamba2.Mamba2Backbone(
+        vocabulary_size=tokenizer.num_ids, num_layers=1, hidden_dim=8, head_dim=4, state_dim=4
+    )
+    lm = keras_mamba2.Mamba2CausalLM(backbone, preprocessor)
+    lm.save_to_preset(tmp_path / "keras")
+    lm.save(tmp_path / "model.keras")
+    lm.export_to_transformers(tmp_path / "transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "transformers")
+    messages = [{"role": "user", "content": "Hi 12345 <think> é"}]
+    ids = theirs.apply_chat_template(messages, tools=[], add_generation_prompt=True)["input_ids"]
+    config = json.loads((tmp_path / "transformers" / "generation_config.json").read_text())
+    assert config["eos_token_id"] == [1, 2]
+    load = keras_mamba2.Mamba2CausalLM.from_preset
+    for loaded in (
+        load(tmp_path / "keras").preprocessor,
+        load(tmp_path / "transformers").preprocessor,
+        keras_mamba2.Mamba2CausalLMPreprocessor.from_preset(tmp_path / "keras"),
+        keras.saving.load_model(tmp_path / "model.keras").preprocessor,
+    ):
+        assert loaded.generation_defaults == preprocessor.generation_defaults
+        assert loaded.tokenizer.chat_template.templates == several
+        assert loaded.chat_prompt(messages, []).tolist() == list(ids)
+        assert loaded.chat_prompt(messages, []).tolist() == (
+            preprocessor.chat_prompt(messages, []).tolist()
+        )
+
+
+def test_settings_of_generation_are_checked(tmp_path):
+    with pytest.raises(ValueError, match="must be a number. Received: temperature='hot'"):
+        keras_mamba2.Mamba2CausalLMPreprocessor(
+            keras_mamba2.Mamba2Tokenizer(
+                tokenizer=tokenizers.Tokenizer.from_str(family_tokenizers.trained("granite")),
+                end_token="<|end_of_text|>",
+                start_token=None,
+            ),
+            generation_defaults={"temperature": "hot"},
+        )
