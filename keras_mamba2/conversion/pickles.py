@@ -10,6 +10,7 @@ import io
 import pathlib
 import pickle
 import zipfile
+from typing import BinaryIO
 from typing import NamedTuple
 
 import ml_dtypes
@@ -81,6 +82,11 @@ def _checked(file: pathlib.Path, tensors) -> dict[str, StoredTensor]:
 
 
 class _Unpickler(pickle.Unpickler):
+    file: pathlib.Path
+    archive: zipfile.ZipFile
+    stream: BinaryIO
+    prefix: str
+
     @classmethod
     def of(cls, file, archive, stream) -> "_Unpickler":
         names = [name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]

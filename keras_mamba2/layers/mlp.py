@@ -97,13 +97,14 @@ class MLP(Stateless):
         self.down = projection("down", hidden_dim)
 
     def build(self, x_shape, mask_shape=None, segment_ids_shape=None):
-        for layer in (self.gate, self.up) if self.gated else (self.up,):
+        *inward, _ = self.projections
+        for layer in inward:
             layer.build((None, self.hidden_dim))
         self.down.build((None, self.intermediate_dim))
 
     def call(self, x, mask=None, segment_ids=None):
         up = self.up(x)
-        if not self.gated:
+        if self.gate is None:
             return self.down(self._activation(up))
         gate = self.gate(x)
         gate = gate if self.gate_multiplier == 1 else gate * self.gate_multiplier
@@ -111,7 +112,7 @@ class MLP(Stateless):
 
     @property
     def projections(self) -> tuple[Projection, ...]:
-        return (self.gate, self.up, self.down) if self.gated else (self.up, self.down)
+        return tuple(layer for layer in (self.gate, self.up, self.down) if layer is not None)
 
     @property
     def weight_axes(self) -> dict[str, dict[str, int]]:

@@ -1,3 +1,4 @@
+from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 from typing import ClassVar
@@ -275,7 +276,7 @@ def _check_cuts(token_embedding: ReversibleEmbedding, blocks: Sequence[ResidualB
         "vocabulary_size": token_embedding.input_dim,
         "hidden_dim": token_embedding.output_dim,
     }
-    cuts = {"token_embedding/embeddings": axes}
+    cuts: dict[str, Mapping[str, int]] = {"token_embedding/embeddings": axes}
     for block in blocks:
         for path, axes in block.sublayer.weight_axes.items():
             cuts[f"{block.name}/{block.sublayer.name}/{path}"] = axes

@@ -4,6 +4,8 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
 
@@ -98,8 +100,8 @@ def load(file, backbone) -> StoredState:
         )
         for i, layer in enumerate(backbone.state_spec())
     ]
-    counts = [ops.convert_to_tensor(tensors[name], "int32") for name in COUNTS]
-    return StoredState(tuple(layers), *counts, metadata["text"])
+    counts = {name: ops.convert_to_tensor(tensors[name], "int32") for name in COUNTS}
+    return StoredState(tuple(layers), **counts, text=metadata["text"])
 
 
 def _read(file) -> tuple[dict[str, str], dict[str, np.ndarray]]:
@@ -139,7 +141,7 @@ def check_belongs(state, backbone) -> None:
         )
 
 
-def _summary(layers: list[dict[str, tuple[int, ...]]]) -> str:
+def _summary(layers: Sequence[Mapping[str, tuple[int | None, ...]]]) -> str:
     first = " and ".join(f"{name} {shape}" for layer in layers[:1] for name, shape in layer.items())
     return f"{len(layers)} layers of {first}"
 

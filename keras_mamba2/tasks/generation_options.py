@@ -56,7 +56,7 @@ class GenerationOptions(NamedTuple):
         )
 
 
-def integer(name: str, value: Any) -> int | None:
+def integer(name: str, value: Any) -> Any:
     if value is None:
         return None
     try:
@@ -67,7 +67,7 @@ def integer(name: str, value: Any) -> int | None:
         raise ValueError(f"`{name}` must be an integer. Received: {name}={value!r}") from None
 
 
-def _positive(name: str, value: Any) -> int | None:
+def _positive(name: str, value: Any) -> Any:
     value = integer(name, value)
     if value is not None and value < 1:
         raise ValueError(f"`{name}` must be positive. Received: {name}={value}")

@@ -209,7 +209,7 @@ class Mamba2CausalLM(
         return ops.where(ops.arange(size) < num_tokens, logits, ops.cast(masked, logits.dtype))
 
     @property
-    def num_tokens(self) -> int:
+    def num_tokens(self) -> int:  # type: ignore[override]
         """The ids below it may be generated: the model has them, and the tokenizer if attached."""
         num_tokens = self.backbone.unpadded_vocabulary_size
         if self.preprocessor is None:

@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -91,7 +92,7 @@ class Mamba2Forecaster(AtomicSave, keras.Model):
         self.num_features = num_features
         self.output_features = _indices(output_features, num_features)
         self.num_layers = num_layers
-        self.block_arguments = {
+        self.block_arguments: dict[str, Any] = {
             "hidden_dim": hidden_dim,
             "state_dim": state_dim,
             "head_dim": head_dim,
