@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from typing import Annotated
+from typing import Any
 
 import typer
 
@@ -205,7 +206,7 @@ def convert(
     from keras_mamba2.atomic_files import atomic_folder
 
     with errors_on_one_line(), atomic_folder(folder) as temporary:
-        preprocessor = {} if tokenizer else {"preprocessor": None}
+        preprocessor: dict[str, Any] = {} if tokenizer else {"preprocessor": None}
         lm = Mamba2CausalLM.from_preset(source, dtype=dtype, **preprocessor)
         if to is Format.keras:
             lm.save_to_preset(temporary)

@@ -30,7 +30,9 @@ CARD_FILES = ("README.md", "LICENSE", ".gitattributes")
 UNZIPPED_FILES = ("config.json", "metadata.json", "model.weights.h5", "assets/*")
 
 # The temporary folder of the outermost `save_to_preset`: a task lets its parts write there too.
-_preset_being_written = contextvars.ContextVar("preset_being_written", default=None)
+_preset_being_written: contextvars.ContextVar[pathlib.Path | None] = contextvars.ContextVar(
+    "preset_being_written", default=None
+)
 
 
 class AtomicPreset:

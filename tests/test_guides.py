@@ -66,8 +66,8 @@ def test_colab_without_a_wheel_says_how_to_get_one(first_cell):
     ("name", "printed"),
     [
         ("generate", "ROMEO"),
-        ("load_and_convert", "the same, bit for bit"),
-        ("stateful_generation", "8,192 tokens"),
+        pytest.param("load_and_convert", "the same, bit for bit", marks=pytest.mark.slow),
+        pytest.param("stateful_generation", "8,192 tokens", marks=pytest.mark.slow),
     ],
 )
 def test_notebooks_run(name, printed, tmp_path):
@@ -101,6 +101,7 @@ def test_other_recurrences_are_calls_of_ssd():
         assert error < 3e-6, name
 
 
+@pytest.mark.slow
 def test_a_forecaster_beats_what_is_free(tmp_path, monkeypatch):
     """With fewer epochs than in the guide, in which it gets better still."""
     monkeypatch.setenv("MPLBACKEND", "agg")
@@ -115,6 +116,7 @@ def test_a_forecaster_beats_what_is_free(tmp_path, monkeypatch):
     assert found["without"][48] < min(mae.values())
 
 
+@pytest.mark.slow
 def test_fine_tuning_teaches_another_style(tmp_path, monkeypatch):
     """With fewer recipes than in the guide, which are enough to see it."""
     monkeypatch.chdir(tmp_path)

@@ -32,6 +32,7 @@ def test_it_is_small_and_knows_its_plays(lm):
     assert len(words & set(text.lower().split())) >= 4
 
 
+@pytest.mark.slow
 def test_its_speakers_are_those_of_the_plays(lm, plays):
     """In 50 pages of 1,000 characters, sampled anew with another seed than the card's."""
     speaker = re.compile(r"(?<=\n\n)[A-Z][A-Za-z ]*(?=:\n)")

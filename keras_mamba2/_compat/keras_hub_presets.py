@@ -61,10 +61,10 @@ def ask_for_loader(find: Callable[[str], PresetLoader | None]) -> None:
         loader = find(preset)
         return original(preset) if loader is None else loader
 
-    get_preset_loader.asks = find
+    vars(get_preset_loader)["asks"] = find
     for name, module in list(sys.modules.items()):
         if name.startswith("keras_hub.") and vars(module).get("get_preset_loader") is original:
-            module.get_preset_loader = get_preset_loader
+            vars(module)["get_preset_loader"] = get_preset_loader
 
 
 def load_task(cls: type, backbone_cls: type, preset: str, load_weights: bool, **kwargs):

@@ -118,8 +118,9 @@ def _weights(
 
 
 def _dtype(name: str, variable: keras.Variable, dtype: str | None) -> np.dtype:
-    kept = dtype is None or (dtype != "float64" and name.endswith(FLOAT32))
-    return numpy_dtype(variable.dtype if kept else dtype)
+    if dtype is None or (dtype != "float64" and name.endswith(FLOAT32)):
+        dtype = variable.dtype
+    return numpy_dtype(dtype)
 
 
 def _write_weights(folder: pathlib.Path, weights: Sequence[StoredWeight], shard_bytes: int) -> None:
@@ -138,7 +139,8 @@ def _write_weights(folder: pathlib.Path, weights: Sequence[StoredWeight], shard_
 
 
 def _shards(weights: Sequence[StoredWeight], shard_bytes: int) -> list[list[StoredWeight]]:
-    shards, size = [[]], 0
+    shards: list[list[StoredWeight]] = [[]]
+    size = 0
     for weight in weights:
         if shards[-1] and size + weight.size > shard_bytes:
             shards.append([])
@@ -150,7 +152,8 @@ def _shards(weights: Sequence[StoredWeight], shard_bytes: int) -> list[list[Stor
 
 def write_safetensors(file: pathlib.Path, weights: Sequence[StoredWeight]) -> None:
     """Writes one safetensors file, one tensor in memory at a time."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for weight in weights:
         start, end = end, end + weight.size
         header[weight.name] = {

@@ -13,6 +13,7 @@ import pathlib
 import pickle
 import pickletools
 import zipfile
+from typing import BinaryIO
 from typing import NamedTuple
 
 import ml_dtypes
@@ -101,6 +102,11 @@ def _checked(file: pathlib.Path, tensors) -> dict[str, StoredTensor]:
 
 
 class _Unpickler(pickle.Unpickler):
+    file: pathlib.Path
+    archive: zipfile.ZipFile
+    stream: BinaryIO
+    prefix: str
+
     @classmethod
     def of(cls, file, archive, stream) -> "_Unpickler":
         entries = archive.namelist()

@@ -1,6 +1,7 @@
 """Turns a function that reads a model's variables into a compiled program, on every backend."""
 
 import functools
+from typing import Any
 
 import keras
 from keras import ops
@@ -47,7 +48,7 @@ def _tensorflow_function(function):
     """A `tf.function` that takes and returns any pytree, not only those of TensorFlow."""
     import tensorflow as tf
 
-    structure = {}
+    structure: dict[str, Any] = {}
 
     @tf.function(autograph=False)
     def program(leaves, **kwargs):
@@ -90,7 +91,7 @@ def _jitted(model, function, donate, static, assigned):
             variable.assign(value)
         return result
 
-    call.program = program
+    vars(call)["program"] = program
     return call
 
 

@@ -159,7 +159,7 @@ class MixtureOfExperts(Stateless):
         self.experts_gate = experts("experts_gate", d, f) if self.gated else None
         self.experts_up = experts("experts_up", d, f)
         self.experts_down = experts("experts_down", f, d)
-        if self.latent_dim is not None:
+        if self.latent_down is not None and self.latent_up is not None:
             self.latent_down.build((None, self.hidden_dim))
             self.latent_up.build((None, self.latent_dim))
 
@@ -211,7 +211,7 @@ class MixtureOfExperts(Stateless):
 
     @property
     def projections(self) -> tuple[Projection, ...]:
-        return () if self.latent_dim is None else (self.latent_down, self.latent_up)
+        return tuple(layer for layer in (self.latent_down, self.latent_up) if layer is not None)
 
     @property
     def weight_axes(self) -> dict[str, dict[str, int]]:

@@ -1,3 +1,4 @@
+from collections.abc import Mapping
 from collections.abc import Sequence
 
 import keras
@@ -87,7 +88,7 @@ class Parallel(Sublayer):
         return tuple(layer for sublayer in self.sublayers for layer in sublayer.projections)
 
     @property
-    def weight_axes(self) -> dict[str, dict[str, int]]:
+    def weight_axes(self) -> Mapping[str, Mapping[str, int]]:
         return {
             f"{sublayer.name}/{path}": axes
             for sublayer in self.sublayers

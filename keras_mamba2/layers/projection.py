@@ -75,7 +75,8 @@ class Projection(keras.layers.Dense):
         self.quantized_build(shape, "int8", config)
         stored_kernel(self).assign(ops.transpose(kernel))
         self.kernel_scale.assign(ops.squeeze(scale, axis=0))
-        self.dtype_policy = keras.dtype_policies.get(f"int8_from_{self.dtype_policy.name}")
+        name = f"int8_from_{self.dtype_policy.name}"  # type: ignore[has-type]
+        self.dtype_policy = keras.dtype_policies.get(name)
 
     def _int8_build(self, kernel_shape, config=None) -> None:
         super()._int8_build(kernel_shape[::-1], config)  # (out in)

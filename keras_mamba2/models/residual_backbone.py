@@ -1,4 +1,5 @@
 import functools
+from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 from typing import ClassVar
@@ -301,7 +302,7 @@ def _check_cuts(token_embedding: ReversibleEmbedding, blocks: Sequence[ResidualB
         "vocabulary_size": token_embedding.input_dim,
         "hidden_dim": token_embedding.output_dim,
     }
-    cuts = {"token_embedding/embeddings": axes}
+    cuts: dict[str, Mapping[str, int]] = {"token_embedding/embeddings": axes}
     for block in blocks:
         for part in block.parts:
             for path, axes in part.weight_axes.items():

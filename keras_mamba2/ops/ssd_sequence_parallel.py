@@ -58,14 +58,14 @@ def ssd_sequence_parallel(
 
     sequence, rows = PartitionSpec(batch_axis, sequence_axis), PartitionSpec(batch_axis)
     whole = PartitionSpec()
-    arguments = (x, dt, A, B, C, D, initial_state)
+    arguments = [*map(ops.convert_to_tensor, (x, dt, A, B, C, D, initial_state)), run]
     return jax.shard_map(
         part,
         mesh=sharding.mesh,
         in_specs=(sequence, sequence, whole, sequence, sequence, whole, rows, sequence),
         out_specs=(sequence, rows),
         check_vma=False,  # all devices compute the same final state, which JAX cannot see
-    )(*map(ops.convert_to_tensor, arguments), run)
+    )(*arguments)
 
 
 def ssd_part(x, dt, A, B, C, D, state, run, chunk_size, axis):

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Iterator
 from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
 
@@ -120,9 +121,9 @@ def load(file, backbone) -> StoredState:
     except ValueError as error:
         raise ValueError(f"{file} is not the file of a state of this model: {error}") from error
     leaves = [ops.convert_to_tensor(tensors[name], spec.dtype) for name, spec in named]
-    counts = [ops.convert_to_tensor(tensors[name], "int32") for name in COUNTS]
+    counts = {name: ops.convert_to_tensor(tensors[name], "int32") for name in COUNTS}
     layers = tree.pack_sequence_as(specs, leaves)
-    return StoredState(tuple(layers), *counts, metadata["text"])
+    return StoredState(tuple(layers), **counts, text=metadata["text"])
 
 
 def _check_metadata(file, metadata: Mapping[str, str], tensors: Mapping[str, np.ndarray]) -> None:
@@ -220,7 +221,7 @@ def check_belongs(state, backbone) -> None:
         )
 
 
-def _summary(layers: list[dict[str, tuple[int, ...]]]) -> str:
+def _summary(layers: Sequence[Mapping[str, tuple[int | None, ...]]]) -> str:
     first = " and ".join(f"{name} {shape}" for layer in layers[:1] for name, shape in layer.items())
     return f"{len(layers)} layers of {first}"
 

@@ -25,12 +25,13 @@ def room_for(num_tokens: int) -> int:
     return room
 
 
-def room_of(state, backbone) -> int | None:
-    """How many tokens `state` has room for. `None` if it needs no room."""
-    for spec, leaf in _tensors(state, backbone):
-        if spec.room_axis is not None:
-            return leaf.shape[spec.room_axis + 1]
-    return None
+def room_of(state, backbone) -> int:
+    """How many tokens `state` has room for, if it needs room."""
+    return next(
+        leaf.shape[spec.room_axis + 1]
+        for spec, leaf in _tensors(state, backbone)
+        if spec.room_axis is not None
+    )
 
 
 def with_room(state, backbone, room: int):

@@ -1,10 +1,16 @@
+from typing import Any
+
 from keras_mamba2.conversion import read_peft_adapter
 from keras_mamba2.conversion import write_peft_adapter
 from keras_mamba2.models import lora
+from keras_mamba2.models.residual_backbone import ResidualBackbone
 
 
 class Adapters:
     """The part of `Mamba2CausalLM` that reads and writes LoRA adapters."""
+
+    backbone: ResidualBackbone
+    generate_function: Any
 
     def load_peft_adapter(self, preset) -> None:
         """Loads a LoRA adapter of the `peft` library for transformers' Mamba-2.

@@ -239,7 +239,7 @@ class Mamba2CausalLM(
         return ops.where(ops.arange(size) < num_tokens, logits, ops.cast(masked, logits.dtype))
 
     @property
-    def num_tokens(self) -> int:
+    def num_tokens(self) -> int:  # type: ignore[override]
         """Ids below it may be generated: model and tokenizer, if there is one, have them."""
         num_tokens = self.backbone.unpadded_vocabulary_size
         if self.preprocessor is None:

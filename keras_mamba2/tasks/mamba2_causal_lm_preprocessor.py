@@ -106,7 +106,7 @@ class Mamba2CausalLMPreprocessor(Mamba2Preprocessor, keras_hub.models.CausalLMPr
     def _call_python(self, x, y=None, sample_weight=None, sequence_length=None):
         if not self.packing:
             return super()._call_python(x, y, sample_weight, sequence_length)
-        texts = [x] if isinstance(x, (str, bytes)) else list(x)
+        texts: list[Any] = [x] if isinstance(x, (str, bytes)) else list(x)
         last = [self.tokenizer.end_token_id] if self.add_end_token else []
         documents = [[*prompt, *last] for prompt in self.prompts(texts)]
         return pack(documents, sequence_length or self.sequence_length, self._pad_token_id)

@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -102,7 +103,7 @@ class Mamba2Forecaster(AtomicPreset, AtomicSave, KeptWeights, ModelPreset, keras
         self.num_features = SIZE("num_features", num_features)
         self.output_features = _indices(output_features, self.num_features)
         self.num_layers = SIZE("num_layers", num_layers)
-        self.block_arguments = {
+        self.block_arguments: dict[str, Any] = {
             "hidden_dim": SIZE("hidden_dim", hidden_dim),
             "state_dim": state_dim,
             "head_dim": head_dim,

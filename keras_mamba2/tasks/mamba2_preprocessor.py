@@ -23,6 +23,7 @@ class Mamba2Preprocessor(AtomicPreset):
     backbone_cls = Mamba2Backbone
     preset_files = PREPROCESSOR_FILES
     tokenizer_cls = Mamba2Tokenizer
+    tokenizer: Mamba2Tokenizer
 
     @classmethod
     def from_preset(cls, preset: str, **kwargs) -> "Mamba2Preprocessor":

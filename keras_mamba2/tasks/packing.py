@@ -51,7 +51,8 @@ def pack(
 
 def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
     """The documents of each row: longest first, each in the row where it leaves the least free."""
-    rows, free = [], []  # free: sorted pairs of (positions left, row)
+    rows: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # sorted pairs of (positions left, row)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         place = bisect.bisect_left(free, (lengths[i], 0))
         left, row = free.pop(place) if place < len(free) else (size, len(rows))

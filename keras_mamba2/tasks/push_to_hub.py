@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import ClassVar
 
 from keras_mamba2 import hub
@@ -7,6 +8,7 @@ class PushToHub:
     """A task that can be pushed to the Hugging Face hub."""
 
     pipeline_tag: ClassVar[str]  # the hub's name of the task
+    save_to_preset: Callable[..., None]
 
     def push_to_hub(
         self,

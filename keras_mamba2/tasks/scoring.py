@@ -1,5 +1,7 @@
 import math
+from collections.abc import Callable
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 from keras import ops
@@ -7,6 +9,8 @@ from keras import ops
 from keras_mamba2.arguments import choice
 from keras_mamba2.arguments import integer
 from keras_mamba2.arguments import optional
+from keras_mamba2.generation import Generator
+from keras_mamba2.models.residual_backbone import ResidualBackbone
 from keras_mamba2.tasks.batch_checks import check_if_known
 from keras_mamba2.tasks.batch_checks import check_mask
 from keras_mamba2.tasks.batch_checks import check_targets
@@ -17,6 +21,12 @@ from keras_mamba2.tasks.prompts import texts_of
 
 class Scoring:
     """The part of `Mamba2CausalLM` that says how likely texts are."""
+
+    backbone: ResidualBackbone
+    preprocessor: Any  # or None
+    num_tokens: int
+    logits: Callable[[Any], Any]
+    make_generate_function: Callable[[], Generator]
 
     def perplexity(
         self, texts: str | Sequence[str], stride: int | None = None
@@ -34,8 +44,7 @@ class Scoring:
         Returns:
             A float for a string, a list of floats for a list.
         """
-        if is_one_text(texts):
-            return self.perplexity([texts], stride)[0]
+        is_one = is_one_text(texts)
         stride = optional(integer(at_least=2))("stride", stride)
         if self.preprocessor is None:
             raise ValueError("`perplexity` reads text, which needs a `preprocessor`.")
@@ -50,7 +59,7 @@ class Scoring:
             count = sum(len(piece) - 1 for piece in pieces)
             total = sum(loss(piece) for piece in pieces if len(piece) > 1)
             perplexities.append(math.exp(total / count))
-        return perplexities
+        return perplexities[0] if is_one else perplexities
 
     def score(
         self,

@@ -14,6 +14,7 @@ from keras_mamba2.generation import picks_tokens
 from keras_mamba2.generation import prompts_of
 from keras_mamba2.models import Mamba2State
 from keras_mamba2.models.inputs import standard_names
+from keras_mamba2.models.residual_backbone import ResidualBackbone
 from keras_mamba2.state import STATE
 from keras_mamba2.state import files as state_files
 from keras_mamba2.tasks.generation_options import GenerationOptions
@@ -28,6 +29,11 @@ from keras_mamba2.tasks.text_stream import run_lengths
 
 class TextGeneration:
     """The part of `Mamba2CausalLM` that generates: prompts in, texts out."""
+
+    backbone: ResidualBackbone
+    preprocessor: Any  # or None
+    sampler: Any
+    generate_function: Any  # a `Generator`, or None
 
     def make_generate_function(self) -> Generator:
         if self.generate_function is None:

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
 
@@ -41,7 +42,7 @@ class TextStream:
         self._open: list[int] = []
         self._held = ""  # decoded, but it may begin a stop string
 
-    def push(self, token_ids: Sequence[int]) -> str:
+    def push(self, token_ids: Iterable[int]) -> str:
         """Takes new tokens, and returns the text that has become certain."""
         if self.stopped:
             return ""

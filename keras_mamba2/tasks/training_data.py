@@ -1,4 +1,5 @@
 from collections.abc import Mapping
+from typing import Any
 
 import keras
 import numpy as np
@@ -7,6 +8,7 @@ from keras import ops
 from keras_mamba2._compat.keras_training import evaluates_within_fit
 from keras_mamba2.models.inputs import NAMES
 from keras_mamba2.models.inputs import standard_names
+from keras_mamba2.models.residual_backbone import ResidualBackbone
 from keras_mamba2.tasks.batch_checks import check_batch
 from keras_mamba2.tasks.batch_checks import check_inputs
 from keras_mamba2.tasks.batch_checks import check_labels
@@ -21,6 +23,11 @@ from keras_mamba2.tasks.packing import shuffled_dataset
 
 class TrainingData:
     """The part of `Mamba2CausalLM` that prepares the data of `fit`, `evaluate` and `predict`."""
+
+    backbone: ResidualBackbone
+    preprocessor: Any  # or None
+    num_tokens: int
+    loss: Any
 
     def fit(
         self,

@@ -36,7 +36,8 @@ from keras_mamba2 import Mamba2CausalLM
 MEASURED = [name for name in SUBJECTS if "bfloat16" not in name]
 
 
-@pytest.fixture(scope="module")
+# Whatever needs the whole run is slow.
+@pytest.fixture(scope="module", params=[pytest.param("run", marks=pytest.mark.slow)])
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("benchmarks")
     shutil.copy(HERE / "README.md", folder)

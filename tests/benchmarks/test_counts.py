@@ -19,7 +19,7 @@ def recorded():
     return json.loads(RECORDED.read_text())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[pytest.param("run", marks=pytest.mark.slow)])
 def found(tmp_path_factory):
     """In a process of its own, where nothing has been compiled before."""
     file = tmp_path_factory.mktemp("counts") / "counts.json"

@@ -25,7 +25,8 @@ COUNTS = ("host_transfers", "command_buffers")  # none is a figure too
 MEASURED = ("machine", OURS, f"{LOOP}, one graph", "mamba_ssm")
 
 
-@pytest.fixture(scope="module")
+# Whatever needs the whole run is slow.
+@pytest.fixture(scope="module", params=[pytest.param("run", marks=pytest.mark.slow)])
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpu")
     for missing in ("tensorflow", "matplotlib"):

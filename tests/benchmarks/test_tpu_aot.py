@@ -33,6 +33,7 @@ def programs(tmp_path_factory):
     return {(row["program"], row["batch_size"]): row for row in rows}
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("batch_size", [1, 64])
 class TestDecode:
@@ -54,6 +55,7 @@ class TestDecode:
         assert found["temporaries_gb"] < 0.05 * found["arguments_gb"]
 
 
+@pytest.mark.slow
 @needs_compiler
 class TestPrefill:
     def test_does_the_operations_counted_by_hand(self, programs):

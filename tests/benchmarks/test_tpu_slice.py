@@ -12,6 +12,7 @@ from benchmarks.rounds import HERE
 from benchmarks.workload import of_size
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not find_spec("libtpu"), reason="libtpu is not installed")
 def test_each_chip_holds_an_eighth_and_gathers_what_it_lacks(tmp_path):
     file = tmp_path / "results" / "found.json"

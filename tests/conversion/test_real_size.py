@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import torch
 import transformers
 
@@ -15,6 +16,7 @@ from tests.conversion.round_trip import TOKEN_IDS
 ROOT = pathlib.Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_130m_there_and_back(tmp_path):
     config = transformers.Mamba2Config(
         hidden_size=768,

@@ -1,7 +1,8 @@
 """Checks training, generation and compiled programs on eight virtual devices.
 
-Run as `python -m tests.distribution.on_eight_devices`, which test_distribution.py does: the number
-of devices is fixed when JAX starts. Prints the name of each check that passes.
+Run as `python -m tests.distribution.on_eight_devices check_memory`, with the names of checks, which
+test_distribution.py does: the number of devices is fixed when JAX starts. Prints the name of each
+check that passes.
 """
 
 import collections
@@ -9,6 +10,7 @@ import contextlib
 import functools
 import os
 import re
+import sys
 
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
@@ -301,14 +303,6 @@ def check_bad_meshes_are_refused():
 
 
 if __name__ == "__main__":
-    for check in (
-        check_ssd_sequence_parallel,
-        check_bad_meshes_are_refused,
-        check_training_and_generation,
-        check_collectives,
-        check_memory,
-        check_prefill_of_one_long_sequence,
-        check_hybrids,
-    ):
-        check()
-        print(check.__name__, flush=True)
+    for name in sys.argv[1:]:
+        globals()[name]()
+        print(name, flush=True)

@@ -12,28 +12,36 @@ import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
+OF_PARTS = ["check_ssd_sequence_parallel", "check_bad_meshes_are_refused"]
+OF_MODELS = [
+    "check_training_and_generation",
+    "check_collectives",
+    "check_memory",
+    "check_prefill_of_one_long_sequence",
+    "check_hybrids",
+]
 
 
-def test_eight_devices_give_the_numbers_of_one():
+@pytest.mark.parametrize(
+    "checks",
+    [
+        pytest.param(OF_PARTS, id="parts"),
+        pytest.param(OF_MODELS, id="models", marks=pytest.mark.slow),
+    ],
+)
+def test_eight_devices_give_the_numbers_of_one(checks):
     result = subprocess.run(
-        [sys.executable, "-m", "tests.distribution.on_eight_devices"],
+        [sys.executable, "-m", "tests.distribution.on_eight_devices", *checks],
         cwd=ROOT,
         env=os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "highest"},
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.split() == [
-        "check_ssd_sequence_parallel",
-        "check_bad_meshes_are_refused",
-        "check_training_and_generation",
-        "check_collectives",
-        "check_memory",
-        "check_prefill_of_one_long_sequence",
-        "check_hybrids",
-    ]
+    assert result.stdout.split() == checks
 
 
+@pytest.mark.slow
 def test_the_guide_to_several_devices_runs_on_eight():
     command = [sys.executable, str(ROOT / "guides" / "distribute.py")]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -70,6 +78,7 @@ def uninterrupted(tmp_path_factory):
     return losses, np.load(folder / "weights.npz")
 
 
+@pytest.mark.slow
 def test_a_dead_process_stops_the_others_and_together_they_go_on(uninterrupted, tmp_path):
     losses, weights = uninterrupted
     (_, errors), survived = run_together(2, tmp_path, epoch_to_die_in="2")[0]

@@ -11,6 +11,7 @@ import pytest
 from tests.generation.on_backend import results
 
 ROOT = pathlib.Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from tests.kills import writers
 
 KILLS = int(os.environ.get("KERAS_MAMBA2_KILLS", "2"))
 SECONDS = 120  # more than anything here takes
+pytestmark = pytest.mark.slow
 
 # Imports once, and forks: JAX has no threads yet.
 processes = multiprocessing.get_context("forkserver")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 from typing import NoReturn
 
@@ -11,6 +12,7 @@ from keras_mamba2.conversion.architectures.bamba import BAMBA
 from keras_mamba2.conversion.architectures.falcon_h1 import FALCON_H1
 from keras_mamba2.conversion.architectures.granite import GRANITE
 from keras_mamba2.conversion.architectures.mamba2 import MAMBA2
+from keras_mamba2.conversion.architectures.mamba2 import config as mamba2_config
 from keras_mamba2.conversion.architectures.nemotron_h import NEMOTRON_H
 from keras_mamba2.conversion.architectures.state_spaces import STATE_SPACES
 from keras_mamba2.conversion.architectures.zamba2 import ZAMBA2
@@ -52,7 +54,7 @@ def exported_as(backbone_config: Mapping[str, Any]) -> tuple[Architecture, dict[
         ValueError: if no family has such a model.
     """
     if "blocks" not in backbone_config:
-        return MAMBA2, MAMBA2.config(backbone_config)
+        return MAMBA2, mamba2_config(backbone_config)
     for architecture in OF_TRANSFORMERS[1:]:
         config = architecture.config(backbone_config)
         # What a family does not have would be lost.
@@ -101,7 +103,7 @@ def _close(a: Any, b: Any) -> bool:
     return a == b
 
 
-def _refuse(key: str, value: Any, expected: list[str]) -> NoReturn:
+def _refuse(key: str, value: Any, expected: Sequence[str | None]) -> NoReturn:
     if value in MAMBA_1:
         raise ValueError(
             f"The checkpoint is a Mamba-1 model, not a Mamba-2 model: another architecture, "
