@@ -1,5 +1,6 @@
 import keras
 
+from keras_mamba2.arguments import SIZE
 from keras_mamba2.layers.projection import Projection
 
 
@@ -18,8 +19,9 @@ class Adapter(keras.layers.Layer):
 
     def __init__(self, units: int, rank: int, **kwargs):
         super().__init__(**kwargs)
-        self.units = units
-        self.rank = rank
+        self.supports_masking = True
+        self.units = SIZE("units", units)
+        self.rank = SIZE("rank", rank)
         self.down = Projection(rank, use_bias=False, dtype=self.dtype_policy, name="adapter_down")
         self.up = Projection(units, use_bias=False, dtype=self.dtype_policy, name="adapter_up")
 
