@@ -14,6 +14,7 @@ import pkgutil
 import sys
 
 import grain
+import h5py
 import keras
 import keras_hub
 import numpy as np
@@ -258,6 +259,23 @@ def test_ask_to_overwrite(tmp_path, monkeypatch, answer):
     monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or "ny"[answer])
     assert part("keras_saving").ask_to_overwrite(tmp_path / "a.keras") is answer
     assert "a.keras" in asked[0]
+
+
+def test_saved_tensors(tmp_path):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2), keras.layers.Dense(1)])
+    model.save_weights(tmp_path / "a.weights.h5")
+    written = {}
+    with h5py.File(tmp_path / "a.weights.h5") as file:
+        file.visititems(
+            lambda name, item: written.update({name: item[()]} if hasattr(item, "shape") else {})
+        )
+    found = part("keras_saving").saved_tensors(model)
+    assert set(found) == set(written)
+    assert len(found) == 4
+    for name, variable in found.items():
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(variable), written[name])
+    left = part("keras_saving").saved_tensors(model, skipped=model.layers[:1])
+    assert len(left) == 2
 
 
 # Trees
