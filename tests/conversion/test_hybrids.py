@@ -13,7 +13,13 @@ from tests.conversion import hybrids
 from tests.conversion.checkpoints import assert_same_weights
 
 EPS = np.finfo("float32").eps
-cases = pytest.mark.parametrize("name", hybrids.CASES)
+cases = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in hybrids.FAMILIES else pytest.mark.slow)
+        for name in hybrids.CASES
+    ],
+)
 families = pytest.mark.parametrize("name", hybrids.FAMILIES)
 
 
@@ -64,6 +70,7 @@ def test_float32_is_as_near_to_the_truth_as_transformers(name, folder_of, lm_of)
     assert rms(ours) <= 2 * rms(theirs)
 
 
+@pytest.mark.slow
 @cases
 def test_greedy_tokens_are_those_of_the_truth(name, lm_of):
     """The argmax of float64 logits, computed anew for the whole text at each token."""
@@ -74,6 +81,7 @@ def test_greedy_tokens_are_those_of_the_truth(name, lm_of):
     np.testing.assert_array_equal(truth.argmax(axis=-1), new)
 
 
+@pytest.mark.slow
 @families
 def test_rows_of_a_batch_are_what_they_are_alone(name, lm_of):
     generator = lm_of(name).make_generate_function()
