@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Iterator
 from typing import Any
+from typing import ClassVar
 
 import jinja2
 from jinja2 import ext
@@ -178,7 +179,7 @@ def _concatenate(*parts) -> str:
 class _GenerationTag(ext.Extension):
     """`{% generation %}`, which marks what the model wrote: it shows as it is."""
 
-    tags = frozenset(("generation",))
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser) -> nodes.CallBlock:
         lineno = next(parser.stream).lineno

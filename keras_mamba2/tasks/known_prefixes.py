@@ -41,11 +41,6 @@ class KnownPrefixes:
         others = [k for k in self._known if not np.array_equal(k.token_ids, token_ids)]
         self._known = [*others, KnownPrefix(token_ids, state)][-self.limit :]
 
-    @property
-    def latest(self) -> KnownPrefix | None:
-        """The one that was used last."""
-        return self._known[-1] if self._known else None
-
     def copy(self) -> "KnownPrefixes":
         """Another collection of the same states, which never change."""
         return KnownPrefixes(self.limit, tuple(self._known))

@@ -246,12 +246,14 @@ class Mamba2CausalLM(
             return num_tokens
         return min(num_tokens, self.preprocessor.tokenizer.num_ids)
 
-    def compile(self, *args, sampler=None, compilation_cache: str | None = None, **kwargs) -> None:
+    def compile(
+        self, *args, sampler="auto", compilation_cache: str | None = None, **kwargs
+    ) -> None:
         """As `keras_hub.models.CausalLM.compile`.
 
         Args:
             *args: as there.
-            sampler: a name, a KerasHub sampler, or a `keras_mamba2.FilterSampler`. `None` for
+            sampler: a name, a KerasHub sampler, or a `keras_mamba2.FilterSampler`. `"auto"` for
                 `"top_k"`, and for `chat` to draw as the checkpoint says.
             compilation_cache: the path of a folder where JAX keeps compiled programs, so that
                 the next process does not compile them again.
@@ -260,8 +262,9 @@ class Mamba2CausalLM(
         Raises:
             ValueError: for an unknown sampler.
         """
-        self.has_own_sampler = sampler is not None
-        sampler = sampler_of("top_k" if sampler is None else sampler)
+        is_auto = isinstance(sampler, str) and sampler == "auto"
+        sampler = sampler_of("top_k" if is_auto else sampler)
+        self.has_own_sampler = not is_auto
         if compilation_cache is not None:
             use_compilation_cache(compilation_cache)
         super().compile(*args, sampler=sampler, **kwargs)

@@ -18,6 +18,7 @@ from keras_mamba2.tasks.text_stream import TextStreams
 
 # Two a turn: before the reply, and after it.
 KEPT_STATES = 8
+NOTHING = KnownPrefix(np.zeros(0, "int32"), None)
 KIND = "keras_mamba2 chat"
 
 
@@ -128,19 +129,20 @@ class Mamba2Chat:
         prompt = write(messages, self.tools, **variables)
         options.room(len(prompt))  # raises, before anything is read
         turn = write(messages, self.tools, add_generation_prompt=False, **variables)
-        known = self._known.longest(prompt) or KnownPrefix(prompt[:0], None)
+        known = self._known.longest(prompt) or NOTHING
         cached = len(known.token_ids)
         # What comes next will share it, also where a template drops what the reply begins with.
         read = _common_length(turn, prompt)
-        if read <= cached:
-            return prompt, known, cached
-        inputs = {
-            "token_ids": prompt[None, cached:read],
-            "padding_mask": np.ones((1, read - cached), bool),
-        }
-        known = KnownPrefix(prompt[:read], self.lm.prefill(inputs, known.state))
-        self._known.add(*known)
+        if read > cached:
+            known = self._after(prompt[:read], known)
+            self._known.add(*known)
         return prompt, known, cached
+
+    def _after(self, token_ids: np.ndarray, known: KnownPrefix) -> KnownPrefix:
+        """The state after `token_ids`, read from where it is known."""
+        new = token_ids[None, len(known.token_ids) :]
+        inputs = {"token_ids": new, "padding_mask": np.ones_like(new)}
+        return KnownPrefix(token_ids, self.lm.prefill(inputs, known.state))
 
     def _collect(
         self,
@@ -186,16 +188,20 @@ class Mamba2Chat:
         return other
 
     def save(self, file) -> None:
-        """Writes messages, tools and the last state to a file, for `Mamba2CausalLM.resume_chat`.
+        """Writes messages, tools and the state to a file, for `Mamba2CausalLM.resume_chat`.
 
         Options are not among it.
 
         Raises:
             ValueError: if nothing has been said yet.
         """
-        known = self._known.latest
-        if known is None:
-            raise ValueError("There is nothing to save yet: no turn has been taken.")
+        if not self._messages:
+            raise ValueError("There is nothing to save yet: nothing has been said.")
+        variables = self.options.get("template_variables") or {}
+        tokens = self.lm.preprocessor.chat_prompt(
+            self._messages, self.tools, add_generation_prompt=False, **variables
+        )
+        known = self._known.longest(tokens) or self._after(tokens, NOTHING)
         conversation = {
             "kind": KIND,
             "messages": self._messages,

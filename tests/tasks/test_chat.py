@@ -186,6 +186,8 @@ class TestStates:
         with pytest.raises(ValueError, match="nothing to save yet"):
             chat.save(tmp_path / "chat")
         chat.send("One")
+        chat.send("x" * 30)
+        chat.undo()
         chat.save(tmp_path / "chat")
         resumed = letters.resume_chat(tmp_path / "chat", max_new_tokens=10, seed=0)
         assert (resumed.messages, resumed.tools) == (chat.messages, chat.tools)
@@ -193,6 +195,10 @@ class TestStates:
         reply = resumed.send("Two")
         assert sum(fed) < 20
         assert reply == chat.send("Two")
+        unread = letters.start_chat(messages=chat.messages, max_new_tokens=10, seed=0)
+        unread.save(tmp_path / "unread")
+        resumed = letters.resume_chat(tmp_path / "unread", max_new_tokens=10, seed=0)
+        assert resumed.send("So?") == whole(letters, resumed, max_new_tokens=10, seed=0)
         letters.start("Once").save(tmp_path / "text")
         with pytest.raises(ValueError, match="text holds a text, not a conversation. `lm.resume`"):
             letters.resume_chat(tmp_path / "text")
