@@ -14,6 +14,7 @@ import pkgutil
 import sys
 
 import grain
+import h5py
 import keras
 import keras_hub
 import numpy as np
@@ -258,6 +259,27 @@ def test_ask_to_overwrite(tmp_path, monkeypatch, answer):
     monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or "ny"[answer])
     assert part("keras_saving").ask_to_overwrite(tmp_path / "a.keras") is answer
     assert "a.keras" in asked[0]
+
+
+def test_saved_tensors(tmp_path):
+    def make():
+        x = keras.Input((3,))
+        return keras.Model(x, keras.layers.Dense(2)(keras.layers.Dense(4)(x)))
+
+    model = make()
+    model.save_weights(tmp_path / "a.weights.h5")
+    with h5py.File(tmp_path / "a.weights.h5") as file:
+        names: dict = {}
+        file.visititems(lambda name, item: names.update({name: getattr(item, "shape", None)}))
+    expected = {name: shape for name, shape in names.items() if shape is not None}
+    saved_tensors = part("keras_saving").saved_tensors
+    assert {name: tuple(v.shape) for name, v in saved_tensors(model).items()} == expected
+    assert all(isinstance(v, keras.Variable) for v in saved_tensors(model).values())
+    with keras.StatelessScope(initialize_variables=False):
+        without_values = make()
+    assert set(saved_tensors(without_values)) == set(expected)
+    kept = saved_tensors(model, [model.layers[1]])
+    assert set(kept) == {name for name in expected if "dense_1" in name}
 
 
 # Trees

@@ -21,7 +21,7 @@ OVERRIDDEN = (
     Overridden("keras.layers.Dense", "_get_kernel_with_merged_lora", "(self)"),
     # layers/reversible_embedding.py
     Overridden("keras.layers.ReversibleEmbedding", "_int8_call", "(self, inputs, reverse=False)"),
-    Overridden("keras.layers.ReversibleEmbedding", "_get_embeddings_with_merged_lora", "(self)"),
+    Overridden("keras.layers.Embedding", "_get_embeddings_with_merged_lora", "(self)"),
     # training/backup.py
     Overridden("keras.callbacks.BackupAndRestore", "_save_model", "(self)"),
     # tasks/mamba2_causal_lm_preprocessor.py
