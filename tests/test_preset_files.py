@@ -3,7 +3,9 @@
 import json
 import shutil
 
+import h5py
 import huggingface_hub
+import numpy as np
 import pytest
 
 import keras_mamba2
@@ -59,6 +61,41 @@ def test_what_is_not_read_may_be_missing(copy):
     (copy / "model.weights.h5").unlink()
     keras_mamba2.Mamba2Backbone.from_preset(copy, load_weights=False)
     keras_mamba2.Mamba2Tokenizer.from_preset(copy)
+
+
+@pytest.fixture
+def backbone(preset_folder):
+    return keras_mamba2.Mamba2Backbone.from_preset(preset_folder)
+
+
+def assert_refused_and_unchanged(backbone, file, message):
+    before = backbone.get_weights()
+    with pytest.raises(ValueError, match=message):
+        backbone.load_weights(file)
+    assert all(map(np.array_equal, before, backbone.get_weights()))
+
+
+def test_a_file_is_loaded_whole_or_not_at_all(backbone, small_backbone_arguments, tmp_path):
+    file = tmp_path / "a.weights.h5"
+    other = keras_mamba2.Mamba2Backbone(**small_backbone_arguments)
+    other.save_weights(file)
+    backbone.load_weights(file)
+    assert all(map(np.array_equal, other.get_weights(), backbone.get_weights()))
+    with h5py.File(file, "r+") as stored:
+        stored["layers/gated_rms_normalization/vars/0"][3] = np.nan
+        stored["layers/reversible_embedding/vars/0"][:] = 5
+    assert_refused_and_unchanged(backbone, file, r"vars/0 \(1 NaN of 32 in float32\)")
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_the_weights_of_another_number_of_layers(
+    num_layers, backbone, preset_folder, small_backbone_arguments, tmp_path
+):
+    arguments = {**small_backbone_arguments, "num_layers": num_layers}
+    keras_mamba2.Mamba2Backbone(**arguments).save_weights(tmp_path / "a.weights.h5")
+    assert_refused_and_unchanged(backbone, tmp_path / "a.weights.h5", "not those of the model")
+    with pytest.raises(ValueError, match="not those of the model"):
+        keras_mamba2.Mamba2Backbone.from_preset(preset_folder, num_layers=num_layers)
 
 
 def test_an_unknown_name_suggests_the_nearest():

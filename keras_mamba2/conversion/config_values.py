@@ -160,6 +160,10 @@ BY_KEY["hybrid_override_pattern"] = Kind(
 # Spellings of infinity are many in files: `values.limits` knows them, and gives a pair.
 LIMITS = Kind("a pair of numbers in order", _is_pair)
 
+# Of the arguments of layers here.
+MAY_BE_NONE = {"chunk_size", "unpadded_vocabulary_size", "latent_dim", "scale"}
+MAY_BE_NONE |= {"projection_multipliers", "use_output_bias"}
+
 
 def check_values(config: Mapping[str, Any], path: str = "") -> None:
     """Raises for a value that none of this key can be, also inside; `null` is for none.
@@ -190,11 +194,11 @@ def check_value(key: str, value: Any, kind: Kind, path: str = "") -> None:
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """As `check_values`, for the arguments of a backbone, which has no size `None`."""
+    """As `check_values`, for the arguments of a backbone, of which few may be `None`."""
     check_values(arguments)
     for part in (arguments, *(arguments.get("sublayers") or {}).values()):
         if part.get("time_step_limit") is not None:
             check_value("time_step_limit", part["time_step_limit"], LIMITS)
-    for key in ("vocabulary_size", "num_layers", "hidden_dim", "layer_norm_epsilon", "blocks"):
-        if key in arguments and arguments[key] is None:
-            raise ValueError(f"`{key}` is missing. Received: {key}=None")
+        for key, value in part.items():
+            if value is None and key in BY_KEY and key not in MAY_BE_NONE:
+                raise ValueError(f"`{key}` must be {BY_KEY[key].words}. Received: {key}=None")

@@ -257,3 +257,18 @@ def test_what_keras_finds_too_late_is_found_before(mode, dtype, changes, message
 def test_a_dtype_that_quantizes_is_refused(small_backbone_arguments):
     with pytest.raises(ValueError, match=r"then call `quantize\('int8'\)`. Received: int8_from_fl"):
         keras_mamba2.Mamba2Backbone(**small_backbone_arguments, dtype="int8_from_float32")
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_a_backbone_that_was_loaded_is_saved_again(mode, preset_folder, tmp_path):
+    backbone = keras_mamba2.Mamba2Backbone.from_preset(preset_folder)
+    backbone.quantize(mode)
+    backbone.save_to_preset(tmp_path / "first")
+    loaded = keras_mamba2.Mamba2Backbone.from_preset(tmp_path / "first")
+    loaded.save_to_preset(tmp_path / "second")
+    again = keras_mamba2.Mamba2Backbone.from_preset(tmp_path / "second")
+    expected = {w.path: w.numpy() for w in backbone.weights}
+    for other in (loaded, again):
+        actual = {w.path: w.numpy() for w in other.weights}
+        assert set(actual) == set(expected)
+        assert all(np.array_equal(actual[path], expected[path]) for path in expected)
