@@ -11,7 +11,11 @@ TOOL_USE = "tool_use"
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
 # What makes the plain value of one that belongs to a subclass, such as an enum.
-PLAIN = {str: str.__str__, int: int.__int__, float: float.__float__}
+PLAIN: dict[type, Callable[[Any], Any]] = {
+    str: str.__str__,
+    int: int.__int__,
+    float: float.__float__,
+}
 
 Message = Mapping[str, Any]
 

@@ -17,8 +17,7 @@ SCALARS = {
     type(None): "null",
 }
 PLAIN = {**SCALARS, list: "array", tuple: "array", dict: "object"}
-SECTIONS = r"(?:Args:|Returns:|Raises:|\Z)"
-DESCRIPTION = re.compile(rf"^(.*?)\s*{SECTIONS}", re.DOTALL)
+SECTIONS = re.compile(r"\s*(?:Args:|Returns:|Raises:)")
 ARGUMENTS = re.compile(r"\n\s*Args:\n(.*?)\s*(?:Returns:|Raises:|\Z)", re.DOTALL)
 RETURNS = re.compile(r"\n\s*Returns:\n\s*(.*?)\s*(?:Raises:|\Z)", re.DOTALL)
 # "name:" or "name (type):", up to the next such line that is not indented deeper.
@@ -52,9 +51,9 @@ def tool_schema(function: Callable[..., Any]) -> dict[str, Any]:
     lm.chat([{"role": "user", "content": "Is it raining in Bern?"}], tools=[weather])
     ```
     """
-    name = getattr(function, "__name__", None)
     if not (inspect.isfunction(function) or inspect.ismethod(function)):
         raise ValueError(f"A tool must be a JSON schema or a function. Received: {function!r}")
+    name = function.__name__
     doc = (inspect.getdoc(function) or "").strip()
     if not doc:
         raise ValueError(f"The tool {name} needs a docstring, which tells the model what it is.")
@@ -71,7 +70,7 @@ def tool_schema(function: Callable[..., Any]) -> dict[str, Any]:
     parameters: dict[str, Any] = {"type": "object", "properties": properties}
     if required:
         parameters["required"] = required
-    description = DESCRIPTION.search(doc)[1].strip()
+    description = SECTIONS.split(doc, maxsplit=1)[0].strip()
     tool = {"name": name, "description": description, "parameters": parameters}
     if returned is not None:
         found = RETURNS.search(doc)

@@ -194,7 +194,7 @@ class Mamba2Chat:
             ValueError: if nothing has been said yet.
         """
         known = self._known.latest
-        if known is None:
+        if known is None or known.state is None:
             raise ValueError("There is nothing to save yet: no turn has been taken.")
         conversation = {
             "kind": KIND,
