@@ -10,6 +10,7 @@ import datetime
 import functools
 import json
 import time
+from collections.abc import Callable
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,8 @@ from jinja2 import visitor
 SECONDS = 10
 MOST_CHARACTERS = 10_000_000
 MOST_BITS = 10_000
+# Filters of Jinja and methods of strings that take a length.
+PADDING = ("batch", "center", "expandtabs", "indent", "ljust", "rjust", "slice", "zfill")
 
 _deadline: contextvars.ContextVar[float] = contextvars.ContextVar("deadline")
 
@@ -66,6 +69,9 @@ def _environment() -> "_Environment":
     )
     environment.extend(tick=_tick, concatenate=_concatenate)
     environment.filters["tojson"] = _tojson
+    environment.filters.update(
+        {name: _bounded(function) for name, function in environment.filters.items()}
+    )
     environment.globals.update(
         raise_exception=_raise_exception,
         strftime_now=lambda format: datetime.datetime.now().strftime(format),
@@ -76,9 +82,13 @@ def _environment() -> "_Environment":
 
 
 class _Environment(sandbox.ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, in which an operator makes nothing huge."""
+    """Jinja's sandbox, in which operators and calls make nothing huge."""
 
-    intercepted_binops = frozenset(("+", "*", "**"))
+    intercepted_binops = frozenset(("+", "*", "**", "%"))
+
+    def call(self, context, function, /, *args, **kwargs):
+        _check_arguments(function, *args, *kwargs.values())
+        return _checked(super().call(context, function, *args, **kwargs))
 
     def call_binop(self, context, operator: str, left, right):
         if operator == "+" and hasattr(left, "__len__") and hasattr(right, "__len__"):
@@ -90,7 +100,31 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
             bits = bits * right if operator == "**" else bits + right.bit_length()
             if bits > MOST_BITS:
                 raise sandbox.SecurityError("it computes with a number that is too large")
-        return super().call_binop(context, operator, left, right)
+        return _checked(super().call_binop(context, operator, left, right))
+
+
+def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that gives nothing huge."""
+
+    @functools.wraps(function)
+    def bounded(*args, **kwargs):
+        _check_arguments(function, *args, *kwargs.values())
+        return _checked(function(*args, **kwargs))
+
+    return bounded
+
+
+def _check_arguments(function, *args) -> None:
+    """Raises where something huge is asked for, before it is made."""
+    if getattr(function, "__name__", "").removeprefix("do_") in PADDING:
+        for argument in args:
+            _check_size(abs(argument) if isinstance(argument, int) else 0)
+
+
+def _checked(value):
+    if isinstance(value, (str, list)):
+        _check_size(len(value))
+    return value
 
 
 def _count(value) -> int:

@@ -11,20 +11,28 @@ from typing import Any
 from typing import NamedTuple
 
 import keras
+import numpy as np
 
 from keras_mamba2.atomic_files import atomic_folder
 from keras_mamba2.conversion.architectures import exported_as
+from keras_mamba2.conversion.config import errors_naming
 from keras_mamba2.conversion.export import StoredWeight
 from keras_mamba2.conversion.export import write_safetensors
 from keras_mamba2.conversion.names import LINEAR
 from keras_mamba2.conversion.names import Names
 from keras_mamba2.conversion.names import Weight
 from keras_mamba2.conversion.readers import read_file
+from keras_mamba2.conversion.soundness import check_floats
+from keras_mamba2.conversion.soundness import checksums_compared
+from keras_mamba2.conversion.soundness import is_finite
+from keras_mamba2.conversion.soundness import non_finite
+from keras_mamba2.conversion.soundness import refuse_non_finite
 from keras_mamba2.conversion.stored_tensor import StoredTensor
 from keras_mamba2.preset_files import ADAPTER_CONFIG_FILE
 from keras_mamba2.preset_files import ADAPTER_WEIGHTS
 from keras_mamba2.preset_files import adapter_folder
 from keras_mamba2.preset_files import read_json
+from keras_mamba2.untrusted import shortened
 
 PREFIX = "base_model.model."
 TENSOR_NAME = re.compile(rf"(?:{re.escape(PREFIX)})?(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
@@ -44,6 +52,7 @@ POSSIBLE = {
     "bias": ("none",),
     "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
 }
+MOST_REPETITIONS = 2  # in the pattern for a module's name
 DEFAULT_RANK = DEFAULT_ALPHA = 8  # of `peft.LoraConfig`
 
 
@@ -77,9 +86,11 @@ def read_peft_adapter(
     folder = adapter_folder(preset)
     config = read_json(folder / ADAPTER_CONFIG_FILE)
     file = next(folder / name for name in ADAPTER_WEIGHTS if (folder / name).is_file())
-    try:
+    with errors_naming(folder / ADAPTER_CONFIG_FILE):
         _check_config(config)
-        pairs = _pairs(read_file(file))
+        tensors = read_file(file)
+        _check_sound(file, tensors)
+        pairs = _pairs(tensors)
         names = exported_as(backbone_config)[0].names_for(backbone_config)
         modules = {module_name(layer, names): layer for layer in layers if _is_whole(layer, names)}
         _check_modules(pairs, modules)
@@ -87,8 +98,14 @@ def read_peft_adapter(
             modules[module]: _adapter(module, pair, modules[module], config)
             for module, pair in pairs.items()
         }
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
+
+
+def _check_sound(file, tensors: Mapping[str, StoredTensor]) -> None:
+    check_floats(file, tensors)
+    with checksums_compared(tensors.values()), np.errstate(over="ignore", invalid="ignore"):
+        arrays = {name: tensor.read().astype("float32") for name, tensor in tensors.items()}
+    bad = [non_finite(name, array) for name, array in arrays.items() if not is_finite(array)]
+    refuse_non_finite(file, bad)
 
 
 def module_name(layer: keras.layers.Dense, names: Names) -> str:
@@ -107,14 +124,33 @@ def _check_config(config: Mapping[str, Any]) -> None:
         if config.get(key, values[0]) not in values:
             raise ValueError(
                 f"`{key}` must be one of {values} in {ADAPTER_CONFIG_FILE}. "
-                f"Received: {key}={config[key]!r}"
+                f"Received: {key}={shortened(config[key])}"
             )
     for key, value in config.items():
         if key not in KNOWN_KEYS and value:
             raise ValueError(
-                f"The adapter uses `{key}`, which is not supported. Merge it with `peft`'s "
-                f"`merge_and_unload`, and load the whole model. Received: {key}={value!r}"
+                f"The adapter uses `{shortened(key)}`, which is not supported. Merge it with "
+                "`peft`'s `merge_and_unload`, and load the whole model. Received: "
+                f"{shortened(key)}={shortened(value)}"
             )
+    _check_numbers(config)
+
+
+def _check_numbers(config: Mapping[str, Any]) -> None:
+    """Raises for ranks and alphas that are none, and for patterns that take for ever to match."""
+    for key, of_modules in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        pattern = config.get(of_modules) or {}
+        if not isinstance(pattern, Mapping):
+            raise ValueError(f"A pattern must be an object. Received: {shortened(pattern)}")
+        for value in (config.get(key, DEFAULT_RANK), *pattern.values()):
+            is_number = type(value) in (int, float) and math.isfinite(value) and value > 0
+            if not is_number or (key == "r" and type(value) is not int):
+                raise ValueError(f"`{key}` must be positive. Received: {key}={shortened(value)}")
+        for name in pattern:
+            if len(re.findall(r"[*+{]", name)) > MOST_REPETITIONS or re.search(r"\)[*+?{]", name):
+                raise ValueError(
+                    f"A pattern for names of modules is too complex: {shortened(name)!r}"
+                )
 
 
 def _pairs(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:

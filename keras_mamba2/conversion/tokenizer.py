@@ -128,7 +128,10 @@ def _with_added_tokens(folder: pathlib.Path) -> tokenizers.Tokenizer | str:
     if not missing:
         return str(file)
     engine = tokenizers.Tokenizer.from_file(str(file))
-    engine.add_tokens([tokenizers.AddedToken(**token) for token in missing.values()])
+    flags = ("special", "lstrip", "rstrip", "single_word", "normalized")
+    for content, token in missing.items():
+        matched = {flag: token[flag] for flag in flags if flag in token}
+        engine.add_tokens([tokenizers.AddedToken(content, **matched)])
     return engine
 
 

@@ -141,6 +141,10 @@ def test_any_text_is_written_as_in_transformers(contents, prompt, name):
         "{% endfilter %}",
         "{{ eos_token }}{{ sep_token is defined }}{{ messages.append(1) }}",
         "{{ ''.__class__ }}|{{ messages.__len__() }}",
+        "{{ '%05.1f|%s' % (1.5, 'é') }}{{ '{:>4}'.format(1) }}{{ 7 % 4 }}{{ 'a'.center(5) }}",
+        "{{ messages | map(attribute='role') | join(', ') }}{{ [3, 1] | sort | first }}",
+        "{{ messages | selectattr('role', 'eq', 'user') | list | length }}{{ 'a b' | wordcount }}",
+        "{{ messages | groupby('role') | map('first') | list }}{{ 'x' | indent(3, true) | safe }}",
         "{% set ns = namespace(_a=1) %}",
         "{{ messages[0].update({'a': 1}) }}",
     ],
@@ -237,6 +241,11 @@ def test_what_a_template_refuses_is_told_in_its_words():
         ("{{ 'a' * 10 ** 9 }}", "more than"),
         ("{{ 10 ** 9 * [1] }}", "more than"),
         ("{{ 9 ** 99999 }}", "too large"),
+        ("{{ 'a' | center(10 ** 9) }}", "more than"),
+        ("{{ 'a'.rjust(10 ** 9) }}", "more than"),
+        ("{{ '%20000000d' % 1 }}", "more than"),
+        ("{{ '{:20000000}'.format(1) }}", "more than"),
+        ("{{ ('a' * 9999) | replace('a', 'b' * 9999) | length }}", "more than"),
     ],
 )  # fmt: skip
 def test_a_template_that_fails_or_does_not_end_is_an_error(source, message, monkeypatch):

@@ -15,6 +15,10 @@ from keras_mamba2.conversion.tokenizer import tokenizer_arguments
 from keras_mamba2.tasks.text_stream import TextStream
 from tests.chat import templates
 from tests.conversion import family_tokenizers
+from tests.hub_server import Hub
+from tests.hub_server import serving
+from tests.tasks import tiny_granite
+from tests.test_hub import point_client_to
 
 PIECES = st.sampled_from(
     ["<|im_start|>", "<|start_of_role|>", "<|end_of_text|>", "<s>", "</s>", "<think>", "<0x41>",
@@ -163,6 +167,23 @@ def test_a_preset_keeps_tokenizer_and_template(family, tmp_path):
         assert loaded.chat_prompt(messages, []).tolist() == (
             preprocessor.chat_prompt(messages, []).tolist()
         )
+
+
+def test_all_of_it_comes_from_a_hub(tmp_path, monkeypatch):
+    folder = tmp_path / "granite"
+    (folder / "additional_chat_templates").mkdir(parents=True)
+    tiny_granite.save(folder)
+    (folder / "chat_template.jinja").write_text(templates.GRANITE)
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("{{ documents }}")
+    files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.*")}
+    hub = Hub({"user/granite": {name: files[name] for name in files if (folder / name).is_file()}})
+    with serving(hub) as address:
+        point_client_to(address, tmp_path / "cache", monkeypatch)
+        found = keras_mamba2.Mamba2CausalLMPreprocessor.from_preset("hf://user/granite")
+    assert found.generation_defaults == tiny_granite.GENERATION
+    template = found.tokenizer.chat_template
+    assert template.templates == {"default": templates.GRANITE, "rag": "{{ documents }}"}
+    assert not [path for path in hub.downloads() if path.endswith(".safetensors")]
 
 
 def test_settings_of_generation_are_checked(tmp_path):

@@ -71,9 +71,17 @@ def session(file) -> str:
     return text
 
 
+def adapter(folder) -> str:
+    """The adapter in `adapter`, for the model in the folder `model` beside it."""
+    model = str(pathlib.Path(folder).parent / "model")
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(model)
+    lm.load_peft_adapter(folder)
+    return repr(lm.backbone.count_params())
+
+
 LOADERS = {
     loader.__name__: loader
-    for loader in (tensors, backbone, causal_lm, tokenizer, arguments, describe, session)
+    for loader in (tensors, backbone, causal_lm, tokenizer, arguments, describe, session, adapter)
 }
 
 

@@ -44,7 +44,16 @@ def good(preset_folder, tmp_path_factory):
     session.mkdir()
     shutil.copytree(preset_folder, session / "model")
     lm.start("To be, or not").save(session / "session.safetensors")
-    return {"checkpoint": checkpoint, "bin": folder, "keras": preset_folder, "session": session}
+    shutil.copytree(preset_folder, parent / "model")
+    lm.backbone.enable_lora(2, ["in_proj"])
+    lm.save_peft_adapter(parent / "adapter")
+    return {
+        "checkpoint": checkpoint,
+        "bin": folder,
+        "keras": preset_folder,
+        "session": session,
+        "adapter": parent / "adapter",
+    }
 
 
 def test_what_is_sound_loads(good, guard):
@@ -53,6 +62,7 @@ def test_what_is_sound_loads(good, guard):
         assert guard.load(loader, good["bin"])[0] == "loaded"
     for loader in ("backbone", "causal_lm", "tokenizer", "describe"):
         assert guard.load(loader, good["keras"])[0] == "loaded"
+    assert guard.load("adapter", good["adapter"])[0] == "loaded"
     file = good["session"] / "session.safetensors"
     assert guard.load("session", file) == ("loaded", "To be, or not")
 
@@ -206,6 +216,48 @@ def test_a_session_that_was_written_by_others(name, session, guard):
     save_file(tensors, session, metadata)
     answer = guard.load("session", session)
     assert not complaint(answer, str(session))
+    assert words in answer[1]
+
+
+ADAPTERS = {
+    "a rank of zero": ({"r": 0}, "`r` must be positive"),
+    "a rank that is a text": ({"r": "x"}, "`r` must be positive"),
+    "an alpha of NaN": ({"lora_alpha": float("nan")}, "`lora_alpha` must be positive"),
+    "a pattern that is a list": ({"rank_pattern": [1]}, "must be an object"),
+    "a pattern that takes for ever": ({"rank_pattern": {"((a+)+)+$": 2}}, "too complex"),
+    "many repetitions": ({"alpha_pattern": {".*.*.*.*.*.*x": 2}}, "too complex"),
+    "a pattern that is none": ({"rank_pattern": {"(": 2}}, "adapter_config.json"),
+    "another method": ({"peft_type": "x" * 100_000}, "`peft_type` must be one of"),
+    "an unknown key": ({"x" * 100_000: 1}, "is not supported"),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter(name, good, guard, tmp_path):
+    changed, words = ADAPTERS[name]
+    shutil.copytree(good["keras"], tmp_path / "model")
+    folder = shutil.copytree(good["adapter"], tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **changed}))
+    answer = guard.load("adapter", folder)
+    assert not complaint(answer, str(folder))
+    assert words in answer[1]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(np.nan, "NaN of"), (1e300, "infinite of"), (1, "not floating point")]
+)
+def test_weights_of_an_adapter(value, words, good, guard, tmp_path):
+    shutil.copytree(good["keras"], tmp_path / "model")
+    folder = shutil.copytree(good["adapter"], tmp_path / "adapter")
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    save_file({**tensors, name: np.full(tensors[name].shape, value)}, file)
+    if value == 1:
+        save_file({**tensors, name: tensors[name].astype("int32")}, file)
+    answer = guard.load("adapter", folder)
+    assert not complaint(answer, str(folder))
     assert words in answer[1]
 
 
