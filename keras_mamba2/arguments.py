@@ -119,7 +119,8 @@ def instance(cls: type | tuple[type, ...], description: str | None = None) -> Ki
             raise TypeError
         return value
 
-    return Kind(description or f"a `{cls.__name__}`", standard)
+    classes = cls if isinstance(cls, tuple) else (cls,)
+    return Kind(description or " or ".join(f"a `{c.__name__}`" for c in classes), standard)
 
 
 def optional(kind: Kind) -> Kind:
@@ -155,7 +156,7 @@ def check_names(cls: type, keywords: Iterable[str], *more: str) -> None:
     for keyword in keywords:
         if keyword not in known:
             hint = did_you_mean(keyword, known)
-            own = ", ".join(dict.fromkeys((*_keywords_of(cls.__init__), *OF_KERAS, *more)))
+            own = ", ".join(dict.fromkeys((*_keywords_of(_inits(cls)[0]), *OF_KERAS, *more)))
             raise ValueError(
                 f"`{cls.__name__}` has no argument `{keyword}`.{hint} Its arguments are {own}."
             )
@@ -164,8 +165,12 @@ def check_names(cls: type, keywords: Iterable[str], *more: str) -> None:
 @functools.cache
 def _keywords(cls: type) -> tuple[str, ...]:
     """What `__init__` of a class and its bases have names for."""
-    bases = [base for base in cls.__mro__ if "__init__" in vars(base) and base is not object]
-    return tuple(name for base in bases for name in _keywords_of(base.__init__))
+    return tuple(name for init in _inits(cls) for name in _keywords_of(init))
+
+
+def _inits(cls: type) -> list[Callable]:
+    """`__init__` of a class, then of its bases."""
+    return [vars(base)["__init__"] for base in cls.__mro__ if "__init__" in vars(base)]
 
 
 def _keywords_of(init: Callable) -> list[str]:

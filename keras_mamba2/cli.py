@@ -167,7 +167,7 @@ def chat(
     from keras_mamba2 import Mamba2CausalLMPreprocessor
     from keras_mamba2.chat.terminal import Terminal
 
-    options = {
+    options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "max_context": max_context,
         "temperature": temperature,

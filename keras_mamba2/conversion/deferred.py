@@ -13,7 +13,9 @@ from keras_mamba2._compat.keras_variables import initialize_deferred
 from keras_mamba2._compat.keras_variables import keep_pending_initializations
 from keras_mamba2._compat.keras_variables import pending_initializations
 
-_being_loaded = contextvars.ContextVar("being_loaded", default=None)
+_being_loaded: contextvars.ContextVar[list[keras.Variable] | None] = contextvars.ContextVar(
+    "being_loaded", default=None
+)
 
 
 @contextlib.contextmanager

@@ -41,6 +41,8 @@ BLOCK = re.compile(r"(?:.*/)?layers/((?:mamba2|hybrid)_block(?:_\d+)?)/.*")
 class WholeWeights:
     """A model whose `load_weights` takes a file whole, or not at all."""
 
+    backbone: keras.Model  # of a task
+
     def load_weights(self, filepath, skip_mismatch: bool = False, **kwargs) -> None:
         """As `keras.Model.load_weights`, but a file must be the model's own, and sound.
 

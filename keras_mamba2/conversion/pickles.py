@@ -203,5 +203,7 @@ def _check_stored(info: zipfile.ZipInfo) -> None:
 def _check_opcodes(content: bytes) -> None:
     """Raises for an index of the memo that needs more memory than the pickle has bytes."""
     for opcode, argument, _ in pickletools.genops(content):
-        if "PUT" in opcode.name and int(argument) > len(content):
+        if "PUT" not in opcode.name:
+            continue
+        if not isinstance(argument, int) or argument > len(content):
             raise ValueError(f"its pickle has an index of the memo of {argument}")

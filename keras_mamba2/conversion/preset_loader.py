@@ -98,6 +98,7 @@ class CheckpointLoader(PresetLoader):
         return cls(**{**tokenizer_arguments(self.locate_tokenizer()), **kwargs})
 
     def load_preprocessor(self, cls, *args, **kwargs):
+        found: Callable[[pathlib.Path], dict[str, Any]]
         found = getattr(cls, "checkpoint_arguments", lambda folder: {})
         return super().load_preprocessor(
             cls, *args, **{**found(self.files.tokenizer_folder()), **kwargs}
@@ -202,7 +203,8 @@ def keras_arguments(preset: str, arguments: dict) -> dict:
     dtype = arguments.get("dtype")
     if dtype != AUTO and (dtype is not None or is_foreign(preset)):
         return arguments
-    policy = load_json(preset, CONFIG_FILE)["config"].get("dtype") or {}
+    config = load_json(preset, CONFIG_FILE)["config"]
+    policy: str | dict[str, Any] = config.get("dtype") or {}
     if isinstance(policy, str):
         policy = {"class_name": "DTypePolicy", "config": {"name": policy}}
     name = str((policy.get("config") or {}).get("name"))

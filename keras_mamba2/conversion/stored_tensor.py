@@ -22,7 +22,7 @@ class Storage(NamedTuple):
         if self.nbytes == 0 or self.offset + self.nbytes > self.file.stat().st_size:
             return self.nbytes == self.crc == 0
         data = np.memmap(self.file, np.uint8, "r", offset=self.offset, shape=(self.nbytes,))
-        return zlib.crc32(data) == self.crc
+        return zlib.crc32(data.data) == self.crc
 
 
 class StoredTensor(NamedTuple):

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Sequence
+from typing import Any
 from typing import ClassVar
 from typing import NamedTuple
 
@@ -145,7 +146,7 @@ class Mamba2Mixer(Sublayer):
         self.gated_norm = gated_norm
         self.projection_multipliers = projection_multipliers
         self.layer_norm_epsilon = layer_norm_epsilon
-        self.time_step_limit = time_step_limit
+        self.time_step_limit: Any = time_step_limit  # a pair, once it is checked
         self.time_step_min = time_step_min
         self.time_step_max = time_step_max
         self.time_step_floor = time_step_floor

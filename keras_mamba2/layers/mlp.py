@@ -151,8 +151,8 @@ class MLP(Stateless):
     @property
     def named_projections(self) -> dict[str, Projection]:
         """The projections but those of adapters, by their names."""
-        layers = (self.gate, self.up, self.down) if self.gated else (self.up, self.down)
-        return {layer.name: layer for layer in layers}
+        layers = self.gate, self.up, self.down
+        return {layer.name: layer for layer in layers if layer is not None}
 
     @property
     def projections(self) -> tuple[Projection, ...]:

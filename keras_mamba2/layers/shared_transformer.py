@@ -52,7 +52,7 @@ class SharedTransformer(Sublayer):
         self.layer_norm_epsilon = layer_norm_epsilon
         own = {"dtype": self.dtype_policy}
         epsilon = {"epsilon": layer_norm_epsilon, **own}
-        self.attention = Attention(
+        self.attention: Attention = Attention(
             hidden_dim,
             **attention,
             input_dim=2 * hidden_dim,
@@ -60,7 +60,7 @@ class SharedTransformer(Sublayer):
             name="attention",
             **own,
         )
-        self.mlp = MLP(hidden_dim, **mlp, shared=shared and shared.mlp, name="mlp", **own)
+        self.mlp: MLP = MLP(hidden_dim, **mlp, shared=shared and shared.mlp, name="mlp", **own)
         if shared is None:
             self.norm = GatedRMSNormalization(name="norm", **epsilon)
             self.mlp_norm = GatedRMSNormalization(name="mlp_norm", **epsilon)
@@ -97,7 +97,7 @@ class SharedTransformer(Sublayer):
         return (*self.attention.projections, *self.mlp.projections, self.linear)
 
     @property
-    def weight_axes(self) -> dict[str, dict[str, int]]:
+    def weight_axes(self) -> Mapping[str, Mapping[str, int]]:
         parts = {"attention": self.attention, "mlp": self.mlp}
         return {
             f"{name}/{path}": axes

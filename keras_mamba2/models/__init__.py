@@ -1,5 +1,7 @@
 """Backbone, its state, and the tokenizer, which is a leaf that knows no model."""
 
+from typing import Any
+
 from keras_mamba2 import preset_files
 from keras_mamba2._compat.keras_hub_presets import register_presets
 from keras_mamba2.models.mamba2_backbone import Mamba2Backbone as Mamba2Backbone
@@ -10,7 +12,7 @@ from keras_mamba2.state import Mamba2State as Mamba2State
 # KerasHub finds the tokenizer of a model by its backbone.
 Mamba2Tokenizer.backbone_cls = Mamba2Backbone
 
-_PRESETS = {
+_PRESETS: dict[str, dict[str, Any]] = {
     name: {
         "metadata": preset_files.read_json(folder / "metadata.json"),
         "kaggle_handle": str(folder),

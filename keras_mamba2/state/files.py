@@ -92,7 +92,7 @@ def checksum(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> 
     shapes = {name: [str(array.dtype), *array.shape] for name, array in tensors.items()}
     digest.update(json.dumps([texts, shapes], sort_keys=True).encode())
     for name in sorted(tensors):
-        digest.update(np.ascontiguousarray(tensors[name]))
+        digest.update(np.ascontiguousarray(tensors[name]).view(np.uint8).data)
     return digest.hexdigest()
 
 

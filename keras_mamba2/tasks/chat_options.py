@@ -104,9 +104,7 @@ def _stop_tokens(lm, defaults: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(id for id in ids if id is not None and 0 <= id < size))
 
 
-def _sampling(
-    lm, defaults: Mapping[str, Any], given: Mapping[str, float | None]
-) -> dict[str, float | None]:
+def _sampling(lm, defaults: Mapping[str, Any], given: Mapping[str, float | None]) -> dict[str, Any]:
     """The parameters of sampling: those given, of a sampler compiled with, of the checkpoint."""
     given = {name: value for name, value in given.items() if value is not None}
     if lm.has_own_sampler:

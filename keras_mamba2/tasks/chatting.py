@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from keras_mamba2.generation import Decoding
+from keras_mamba2.models.residual_backbone import ResidualBackbone
 from keras_mamba2.state import Mamba2State
 from keras_mamba2.state import files as state_files
 from keras_mamba2.tasks.chat_options import ChatOptions
@@ -16,6 +18,12 @@ from keras_mamba2.tasks.text_stream import run_lengths
 
 class Chatting:
     """The part of `Mamba2CausalLM` that answers: messages in, a reply out."""
+
+    backbone: ResidualBackbone
+    preprocessor: Any  # or None
+    # Of `TextGeneration`.
+    _decoding: Callable[..., Decoding]
+    _streams: Callable[..., TextStreams]
 
     def chat(
         self,

@@ -208,6 +208,7 @@ class Mamba2Chat:
             "tools": self.tools,
             "token_ids": known.token_ids.tolist(),
         }
+        assert known.state is not None  # a conversation has tokens, and they were read
         known.state.save(file, self.lm.backbone, json.dumps(conversation))
 
     @classmethod

@@ -1,5 +1,6 @@
 import pathlib
 from typing import Any
+from typing import Self
 
 import keras_hub
 
@@ -26,7 +27,7 @@ class Mamba2Preprocessor(AtomicPreset):
     tokenizer: Mamba2Tokenizer
 
     @classmethod
-    def from_preset(cls, preset: str, **kwargs) -> "Mamba2Preprocessor":
+    def from_preset(cls, preset: str, **kwargs) -> Self:
         """Loads a preprocessor by name or folder. See `keras_hub.models.Preprocessor`."""
         check_keywords(cls, kwargs, "config_file")
         loader, preset = open_preset(preset, weights=False)

@@ -1,5 +1,4 @@
 import functools
-from collections.abc import Callable
 from collections.abc import Mapping
 
 import keras
@@ -39,8 +38,16 @@ from keras_mamba2.tasks.push_to_hub import PushToHub
 from keras_mamba2.training.kept_weights import KeptWeights
 
 BACKBONE = instance(ResidualBackbone, "a `Mamba2Backbone` or a `Mamba2HybridBackbone`")
+
+
+def _function(value):
+    if not callable(value):
+        raise TypeError
+    return value
+
+
 PREPROCESSOR = optional(
-    instance(Callable, "a `Mamba2TextClassifierPreprocessor`, or a function of texts")
+    Kind("a `Mamba2TextClassifierPreprocessor`, or a function of texts", _function)
 )
 ACTIVATION = Kind(
     "a function, the name of one in `keras.activations`, or None", keras.activations.get

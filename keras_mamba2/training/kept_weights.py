@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import keras
 
 
@@ -8,6 +10,8 @@ class KeptWeights:
     fails: in the first batch of an epoch of `fit`, and in any of `evaluate` and `predict`. A
     batch that is refused would cost the model. This class stands before Keras' in the bases.
     """
+
+    jax_state_sync: Callable[[], None]
 
     def _get_jax_state(self, **kwargs):
         state = super()._get_jax_state(**kwargs)
