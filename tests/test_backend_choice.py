@@ -35,6 +35,7 @@ def test_the_variable_wins(tmp_path):
     assert backend_of(tmp_path, KERAS_BACKEND="tensorflow") == ("tensorflow", 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"backend": "torch"}, {"epsilon": 1e-6}])
 def test_a_file_of_the_user_is_a_choice(tmp_path, change):
     (tmp_path / "keras.json").write_text(json.dumps(KERAS_DEFAULTS | change))
@@ -42,6 +43,7 @@ def test_a_file_of_the_user_is_a_choice(tmp_path, change):
     assert backend_of(tmp_path, KERAS_BACKEND=None) == (expected, 1)
 
 
+@pytest.mark.slow
 def test_keras_may_run_already(tmp_path):
     found = backend_of(tmp_path, f"import keras; {SCRIPT}", KERAS_BACKEND=None)
     assert found == ("tensorflow", 1)

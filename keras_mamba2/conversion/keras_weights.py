@@ -35,7 +35,7 @@ from keras_mamba2.untrusted import some
 ENDINGS = (".weights.h5", ".weights.json")
 # No weights: a model may have them or not, whatever the file has.
 OTHER_STATE = re.compile(r"(.*/)?(optimizer|seed_generator|metrics|sampler)/.*")
-BLOCK = re.compile(r"(?:.*/)?layers/((?:mamba2|hybrid)_block(?:_\d+)?)/.*")
+BLOCK = re.compile(r"(?:.*/)?layers/((?:mamba2|hybrid|fed)_block(?:_\d+)?)/.*")
 
 
 class WholeWeights:

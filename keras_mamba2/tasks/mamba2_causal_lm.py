@@ -262,6 +262,7 @@ class Mamba2CausalLM(
         Raises:
             ValueError: for an unknown sampler.
         """
+        optional(PATH)("compilation_cache", compilation_cache)
         is_auto = isinstance(sampler, str) and sampler == "auto"
         sampler = sampler_of("top_k" if is_auto else sampler)
         self.has_own_sampler = not is_auto

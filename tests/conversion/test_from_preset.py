@@ -178,6 +178,7 @@ def test_keras_hub_finds_us_after_register(folders, monkeypatch):
     assert isinstance(backbone, keras_mamba2.Mamba2Backbone)
 
 
+@pytest.mark.slow
 def test_padding_rows_are_never_sampled(folders):
     lm = keras_mamba2.Mamba2CausalLM.from_preset(folders["original"])
     assert (lm.backbone.vocabulary_size, lm.num_tokens) == (272, 257)

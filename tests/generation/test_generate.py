@@ -320,6 +320,7 @@ def test_bad_prompts_are_named(lm):
         lm.generate(batch([]), stop_token_ids=None)
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_text_in_another_process(preset_folder):
     code = (
         "import sys, keras_mamba2\n"

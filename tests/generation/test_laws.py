@@ -64,6 +64,7 @@ def inputs_of(prompts, side):
     return {"token_ids": token_ids, "padding_mask": mask}
 
 
+@pytest.mark.slow
 @examples(40)
 @given(
     lengths=st.lists(st.integers(1, 60), min_size=1, max_size=2),

@@ -241,6 +241,7 @@ class TestSlots:
         rows = generator.insert(generator.insert(rows, 0, start(0, 30)), 1, start(1, 8))
         decoding = generator.decode(rows, run_lengths=[10])
         first = next(decoding)
+        assert len(first[0]) == 10
         np.testing.assert_array_equal(first[1], alone[1])  # whole: its place is free
         rows = generator.insert(decoding.rows, 1, start(2, 25))
         rest = generator.decode(rows).all_tokens()

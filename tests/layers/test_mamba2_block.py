@@ -133,7 +133,7 @@ def test_dropout_drops_what_the_mixer_adds_in_training_only():
 def test_every_argument_survives_a_round_trip_through_json():
     own = {"residual_in_fp32": False, "dropout": 0.2, "layer_norm_epsilon": 1e-6, "name": "b"}
     own["residual_multiplier"] = 0.5
-    mixer = {"conv_kernel_size": 3, "use_bias": True, "time_step_limit": None, "expansion": 1}
+    mixer = {"conv_kernel_size": 3, "use_bias": True, "time_step_limit": [0.01, 0.5]}
     block = Mamba2Block(**SIZES, **own, **mixer, dtype="mixed_bfloat16")
     config = json.loads(json.dumps(block.get_config()))
     again = Mamba2Block.from_config(config)

@@ -404,7 +404,7 @@ class TestMixtureOfExperts:
         ("changes", "message"),
         [
             ({"num_experts_per_token": 7}, "cannot take 7 of 6"),
-            ({"scoring": "relu"}, "`scoring` must be one of .* 'relu'"),
+            ({"scoring": "relu"}, "`scoring` must be one of 'softmax', 'sigmoid'.*'relu'"),
             ({"num_expert_groups": 2}, "need scoring='sigmoid'"),
             ({"scoring": "sigmoid", "num_expert_groups": 4}, "num_expert_groups=4"),
             ({"activation": "tanh"}, "`activation` must be one of .*'tanh'"),

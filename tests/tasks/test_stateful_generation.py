@@ -79,6 +79,7 @@ def test_a_state_is_continued_with_text(lm):
     assert again == ["Citizen" + expected[0], lm.generate("", state=state[1], max_length=16)]
 
 
+@pytest.mark.slow
 @examples(10)
 @given(lengths=st.lists(st.integers(1, 2300), min_size=2, max_size=5))
 def test_very_different_lengths_give_what_each_gives_alone(lm, lengths):
@@ -240,6 +241,7 @@ def test_a_text_stream_gives_the_text_up_to_the_first_stop_string(text, stops, s
 
 
 class TestScore:
+    @pytest.mark.slow
     def test_perplexity_is_that_of_the_whole_forward_pass(self, lm):
         texts = [TEXT, "ab", TEXT * 20]
         found = lm.perplexity(texts)
