@@ -209,7 +209,14 @@ def test_transformers_keep_padding_rows_apart(folders, tmp_path):
     assert again.num_tokens == 257
 
 
-@pytest.mark.parametrize("name", checkpoints.GRID)
+# Logits of all of them are compared in test_load.py.
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("plain", "groups") else pytest.param(name, marks=pytest.mark.slow)
+        for name in checkpoints.GRID
+    ],
+)
 def test_greedy_continuation_is_that_of_transformers(name, tmp_path):
     model = checkpoints.random_model(name)
     folder = checkpoints.save_transformers(model, tmp_path / "model")
