@@ -7,6 +7,7 @@ from keras_mamba2.conversion.config import transformers_config as transformers_c
 from keras_mamba2.conversion.deferred import building as building
 from keras_mamba2.conversion.describe import describe as describe
 from keras_mamba2.conversion.export import export_to_transformers as export_to_transformers
+from keras_mamba2.conversion.keras_weights import WholeTaskWeights as WholeTaskWeights
 from keras_mamba2.conversion.keras_weights import WholeWeights as WholeWeights
 from keras_mamba2.conversion.load import load_weights as load_weights
 from keras_mamba2.conversion.peft import read_peft_adapter as read_peft_adapter

@@ -5,7 +5,7 @@ import keras_hub
 from keras import ops
 
 from keras_mamba2._compat.keras_hub_presets import load_task
-from keras_mamba2.conversion import WholeWeights
+from keras_mamba2.conversion import WholeTaskWeights
 from keras_mamba2.conversion import export_to_transformers
 from keras_mamba2.conversion import load_preset
 from keras_mamba2.conversion import open_preset
@@ -38,7 +38,7 @@ class Mamba2CausalLM(
     PushToHub,
     AtomicPreset,
     AtomicSave,
-    WholeWeights,
+    WholeTaskWeights,
     keras_hub.models.CausalLM,
 ):
     """A Mamba-2 language model: text in, text out, and trainable with `fit`.

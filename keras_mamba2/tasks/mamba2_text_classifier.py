@@ -5,7 +5,7 @@ import keras_hub
 from keras import ops
 
 from keras_mamba2._compat.keras_hub_presets import load_task
-from keras_mamba2.conversion import WholeWeights
+from keras_mamba2.conversion import WholeTaskWeights
 from keras_mamba2.conversion import load_preset
 from keras_mamba2.conversion import open_preset
 from keras_mamba2.models import Mamba2Backbone
@@ -25,7 +25,7 @@ from keras_mamba2.tasks.push_to_hub import PushToHub
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
 class Mamba2TextClassifier(
-    AtomicPreset, AtomicSave, WholeWeights, keras_hub.models.TextClassifier, PushToHub
+    AtomicPreset, AtomicSave, WholeTaskWeights, keras_hub.models.TextClassifier, PushToHub
 ):
     """Classifies texts by what a Mamba-2 backbone knows at the last token of each.
 
