@@ -9,6 +9,7 @@ from keras_mamba2.conversion.describe import describe as describe
 from keras_mamba2.conversion.export import export_to_transformers as export_to_transformers
 from keras_mamba2.conversion.generation_config import checked_defaults as checked_defaults
 from keras_mamba2.conversion.generation_config import generation_defaults as generation_defaults
+from keras_mamba2.conversion.keras_weights import WholeTaskWeights as WholeTaskWeights
 from keras_mamba2.conversion.keras_weights import WholeWeights as WholeWeights
 from keras_mamba2.conversion.load import load_weights as load_weights
 from keras_mamba2.conversion.peft import read_peft_adapter as read_peft_adapter

@@ -33,8 +33,8 @@ from keras_mamba2.untrusted import shortened
 from keras_mamba2.untrusted import some
 
 ENDINGS = (".weights.h5", ".weights.json")
-# No weights: a model may have them or not, whatever the file has.
-OTHER_STATE = re.compile(r"(.*/)?(optimizer|seed_generator|metrics|sampler)/.*")
+# What is no weight, as the state of the optimizer, a model may have or not, whatever the file has.
+WEIGHT = re.compile(r"layers/(?!(?:.*/)?seed_generator/).*")
 BLOCK = re.compile(r"(?:.*/)?layers/((?:mamba2|hybrid|fed)_block(?:_\d+)?)/.*")
 
 
@@ -55,6 +55,10 @@ class WholeWeights:
             super().load_weights(filepath, skip_mismatch=skip_mismatch, **kwargs)
         elif not load(self, filepath):
             super().load_weights(filepath, **kwargs)
+
+
+class WholeTaskWeights(WholeWeights):
+    """A task, whose own weights may lie in a file beside the backbone's."""
 
     def load_task_weights(self, filepath) -> None:
         """As `keras_hub.models.Task.load_task_weights`, and as `load_weights`."""
@@ -164,8 +168,8 @@ def _damage_named(path) -> Iterator[None]:
 
 
 def _check(filepath, stored: Mapping[str, h5py.Dataset], expected: Mapping[str, Any]) -> None:
-    unused = sorted(name for name in set(stored) - set(expected) if not _is_other(name))
-    missing = sorted(name for name in set(expected) - set(stored) if not _is_other(name))
+    unused = sorted(name for name in set(stored) - set(expected) if _is_weight(name))
+    missing = sorted(name for name in set(expected) - set(stored) if _is_weight(name))
     if unused or missing:
         raise ValueError(
             f"The weights in {filepath} are not those of the model.\n"
@@ -186,8 +190,8 @@ def _check(filepath, stored: Mapping[str, h5py.Dataset], expected: Mapping[str, 
         raise ValueError(f"{filepath} holds the weights of another model. {some(problems)}")
 
 
-def _is_other(name: str) -> bool:
-    return OTHER_STATE.fullmatch(name) is not None
+def _is_weight(name: str) -> bool:
+    return WEIGHT.fullmatch(name) is not None
 
 
 def _kind(dtype) -> str:

@@ -12,7 +12,7 @@ from keras_mamba2.arguments import check_keywords
 from keras_mamba2.arguments import check_names
 from keras_mamba2.arguments import instance
 from keras_mamba2.arguments import optional
-from keras_mamba2.conversion import WholeWeights
+from keras_mamba2.conversion import WholeTaskWeights
 from keras_mamba2.conversion import export_to_transformers
 from keras_mamba2.conversion import load_preset
 from keras_mamba2.conversion import open_preset
@@ -51,7 +51,7 @@ class Mamba2CausalLM(
     PushToHub,
     AtomicPreset,
     AtomicSave,
-    WholeWeights,
+    WholeTaskWeights,
     KeptWeights,
     keras_hub.models.CausalLM,
 ):

@@ -14,7 +14,7 @@ from keras_mamba2.arguments import check_keywords
 from keras_mamba2.arguments import check_names
 from keras_mamba2.arguments import instance
 from keras_mamba2.arguments import optional
-from keras_mamba2.conversion import WholeWeights
+from keras_mamba2.conversion import WholeTaskWeights
 from keras_mamba2.conversion import load_preset
 from keras_mamba2.conversion import open_preset
 from keras_mamba2.models import Mamba2Backbone
@@ -58,7 +58,7 @@ ACTIVATION = Kind(
 class Mamba2TextClassifier(
     AtomicPreset,
     AtomicSave,
-    WholeWeights,
+    WholeTaskWeights,
     KeptWeights,
     keras_hub.models.TextClassifier,
     PushToHub,
