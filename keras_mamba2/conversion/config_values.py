@@ -73,17 +73,19 @@ KINDS = (
         """vocab_size unpadded_vocab_size hidden_size num_heads head_dim state_size n_groups
         conv_kernel num_attention_heads num_key_value_heads attention_head_dim intermediate_size
         shared_intermediate_size mamba_n_heads mamba_d_ssm mamba_d_state mamba_n_groups mamba_d_conv
+        n_mamba_heads mamba_ngroups num_mem_blocks adapter_rank lora_rank num_heads_kv
         mamba_num_heads mamba_head_dim ssm_state_size moe_intermediate_size n_routed_experts
         moe_shared_expert_intermediate_size n_group topk_group moe_latent_size
-        d_model pad_vocab_size_multiple d_state headdim ngroups d_conv
-        vocabulary_size unpadded_vocabulary_size hidden_dim state_dim num_groups conv_kernel_size
+        d_model pad_vocab_size_multiple d_state headdim ngroups
+        vocabulary_size unpadded_vocabulary_size hidden_dim state_dim num_groups input_dim
         chunk_size num_query_heads intermediate_dim num_experts num_experts_per_token
         num_expert_groups num_groups_per_token latent_dim""",
     ),
     Kind(
         "a whole number, not negative",
         _is_count,
-        "num_local_experts num_experts_per_tok d_intermediate rotary_dim",
+        """num_local_experts num_experts_per_tok d_intermediate rotary_dim rotary_emb_dim mlp_dim
+        d_conv conv_kernel_size""",
     ),
     Kind(
         "a positive whole number, or 'auto'",
@@ -93,8 +95,8 @@ KINDS = (
     Kind(
         "a positive number",
         lambda value: _is_number(value) and value > 0,
-        """expand mamba_expand logits_scaling rope_theta time_step_min time_step_max dt_min dt_max
-        expansion rope_max_wavelength""",
+        """expand mamba_expand logits_scaling rope_theta rotary_emb_base time_step_min time_step_max
+        dt_min dt_max expansion rope_max_wavelength""",
     ),
     Kind(
         "a finite number, not negative",
@@ -113,7 +115,7 @@ KINDS = (
         """embedding_multiplier residual_multiplier logits_multiplier lm_head_multiplier
         attention_multiplier key_multiplier attention_in_multiplier attention_out_multiplier
         ssm_in_multiplier ssm_out_multiplier routed_scaling_factor input_multiplier
-        output_multiplier gate_multiplier weights_multiplier scale""",
+        output_multiplier gate_multiplier weights_multiplier scale softmax_scale""",
     ),
     Kind(
         "true or false",
@@ -121,7 +123,9 @@ KINDS = (
         """use_bias use_conv_bias residual_in_fp32 tie_word_embeddings tie_embeddings bias conv_bias
         mlp_bias attention_bias mamba_proj_bias mamba_conv_bias projectors_bias mamba_rms_norm
         mamba_norm_before_gate norm_topk_prob rmsnorm norm_before_gate D_has_hdim rms_norm
-        use_output_bias gated normalize_weights remat""",
+        use_output_bias gated normalize_weights remat causal qkv_proj_bias out_proj_bias
+        rotary_emb_interleaved add_bias_linear use_mem_rope use_long_context
+        use_shared_attention_adapter use_shared_block_lora""",
     ),
     Kind(
         "a text",
@@ -148,7 +152,7 @@ KINDS = (
     Kind(
         "an object",
         lambda value: isinstance(value, Mapping),
-        "ssm_cfg rope_parameters rope_scaling sublayers",
+        "ssm_cfg attn_cfg rope_parameters rope_scaling sublayers attention mlp",
     ),
 )
 BY_KEY = {key: kind for kind in KINDS for key in kind.keys.split()}
@@ -161,7 +165,7 @@ BY_KEY["hybrid_override_pattern"] = Kind(
 LIMITS = Kind("a pair of numbers in order", _is_pair)
 
 # Of the arguments of layers here.
-MAY_BE_NONE = {"chunk_size", "unpadded_vocabulary_size", "latent_dim", "scale"}
+MAY_BE_NONE = {"chunk_size", "unpadded_vocabulary_size", "latent_dim", "scale", "adapter_rank"}
 MAY_BE_NONE |= {"projection_multipliers", "use_output_bias"}
 
 

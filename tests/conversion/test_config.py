@@ -2,9 +2,13 @@
 
 import json
 import math
+import pathlib
+import re
 
 import pytest
 
+from keras_mamba2 import conversion
+from keras_mamba2.conversion import config_values
 from keras_mamba2.conversion import constructor_arguments
 from keras_mamba2.conversion import format_of
 from keras_mamba2.conversion import read_constructor_arguments
@@ -172,3 +176,17 @@ def test_errors_name_the_file(tmp_path, text):
 def test_layer_types_of_transformers_are_no_attention():
     config = {**TRANSFORMERS, "layer_types": ["linear_attention"] * 24}
     assert format_of(config) == "transformers"
+
+
+ARCHITECTURES = pathlib.Path(conversion.__file__).with_name("architectures")
+
+
+@pytest.mark.parametrize("file", sorted(ARCHITECTURES.glob("*.py")), ids=lambda file: file.stem)
+def test_what_every_key_that_is_read_may_be_is_known(file):
+    source = file.read_text()
+    keys = set(re.findall(r'\b(?:config|attention|ssm)(?:\.get\(|\[)"(\w+)"', source))
+    for call, arguments in re.findall(r"\b(required|only)\(\w+, ([^)]*)\)", source):
+        names = re.findall(r'"(\w+)"', arguments)
+        keys |= set(names if call == "required" else names[:1])
+    # Limits have many spellings: `values.limits` looks at them.
+    assert keys - {"time_step_limit", "dt_limit"} <= set(config_values.BY_KEY)
