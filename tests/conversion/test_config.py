@@ -145,7 +145,10 @@ def test_back_to_transformers_and_again(expansion):
         ({**NEMOTRON, "mlp_hidden_act": "gelu"}, "`mlp_hidden_act` must be 'relu2'"),
         ({**GRANITE, "layer_types": ["mamba", "lstm"]}, "Unknown kind of layer 'lstm'"),
         ({**GRANITE, "num_hidden_layers": 3}, "`layer_types` has 2 layers, .*num_hidden_layers=3"),
-        ({**GRANITE, "mamba_d_head": 7}, "must be mamba_expand \\* hidden_size. Received: 8 \\* 7"),
+        (
+            {**GRANITE, "mamba_d_head": 7},
+            "must be mamba_expand \\* hidden_size, .*Received: 8 \\* 7",
+        ),
         ({**BAMBA, "attn_layer_indices": [9]}, "`attn_layer_indices` has 9, .*num_hidden_layers=2"),
         ({**BAMBA, "rope_scaling": {"rope_type": "yarn"}}, "`rope_type` must be 'default'"),
         ({}, "neither `model_type` .* nor `ssm_cfg`.* none"),

@@ -4,15 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from keras_mamba2.conversion import names
+from keras_mamba2.conversion.architectures import shared_keys
 from keras_mamba2.conversion.architectures.architecture import Architecture
-from keras_mamba2.conversion.architectures.values import UNPADDED_KEY
-from keras_mamba2.conversion.architectures.values import limits
 from keras_mamba2.conversion.architectures.values import only
 from keras_mamba2.conversion.architectures.values import required
-from keras_mamba2.conversion.architectures.values import rope_theta
 from keras_mamba2.conversion.architectures.values import vocabulary
-from keras_mamba2.conversion.architectures.values import whole
-from keras_mamba2.conversion.architectures.values import written_limits
 
 
 def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -25,7 +21,7 @@ def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
             f"`attn_layer_indices` has {outside[0]}, but num_hidden_layers={num_layers}."
         )
     blocks = ["attention" if i in attends else "mamba2" for i in range(num_layers)]
-    makers = {"mamba2": _mixer, "attention": _attention}
+    makers = {"mamba2": shared_keys.mixer, "attention": _attention}
     return {
         **vocabulary(config),
         "hidden_dim": config["hidden_size"],
@@ -42,41 +38,11 @@ def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _mixer(config: Mapping[str, Any]) -> dict[str, Any]:
-    d, heads = config["hidden_size"], config.get("mamba_n_heads", 128)
-    inner = config.get("mamba_expand", 2) * d
-    head_dim = config.get("mamba_d_head", "auto")
-    head_dim = inner // heads if head_dim == "auto" else head_dim
-    if heads * head_dim != inner:
-        raise ValueError(
-            "mamba_n_heads * mamba_d_head must be mamba_expand * hidden_size. Received: "
-            f"{heads} * {head_dim} and {inner}"
-        )
-    return {
-        "state_dim": config.get("mamba_d_state", 256),
-        "head_dim": head_dim,
-        "num_groups": config.get("mamba_n_groups", 1),
-        "expansion": whole(inner / d),
-        "conv_kernel_size": config.get("mamba_d_conv", 4),
-        "use_bias": config.get("mamba_proj_bias", False),
-        "use_conv_bias": config.get("mamba_conv_bias", True),
-        "time_step_limit": limits(config.get("time_step_limit")),
-    }
-
-
 def _attention(config: Mapping[str, Any]) -> dict[str, Any]:
-    heads = config["num_attention_heads"]
-    head_dim = config["hidden_size"] // heads
+    attention = shared_keys.attention(config)
     parameters = config.get("rope_parameters") or {}
     partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", 0.5))
-    return {
-        "num_query_heads": heads,
-        "num_key_value_heads": config.get("num_key_value_heads") or heads,
-        "head_dim": head_dim,
-        "rotary_dim": int(head_dim * partial),
-        "rope_max_wavelength": rope_theta(config),
-        "use_bias": config.get("attention_bias", False),
-    }
+    return {**attention, "rotary_dim": int(attention["head_dim"] * partial)}
 
 
 def config(backbone_config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -84,34 +50,17 @@ def config(backbone_config: Mapping[str, Any]) -> dict[str, Any] | None:
     mixer, attention = sublayers.get("mamba2"), sublayers.get("attention")
     if mixer is None or attention is None or set(blocks[1::2]) != {"mlp"}:
         return None
-    d = backbone_config["hidden_dim"]
     return {
         "architectures": ["BambaForCausalLM"],
         "model_type": "bamba",
-        "vocab_size": backbone_config["vocabulary_size"],
-        UNPADDED_KEY: backbone_config["unpadded_vocabulary_size"],
-        "hidden_size": d,
+        **shared_keys.written_outside(backbone_config),
+        **shared_keys.written_attention(attention),
+        **shared_keys.written_mixer(mixer, backbone_config["hidden_dim"]),
         "num_hidden_layers": len(blocks) // 2,
         "attn_layer_indices": [i for i, name in enumerate(blocks[::2]) if name == "attention"],
+        "partial_rotary_factor": attention.get("rotary_dim", 0) / attention["head_dim"],
         "intermediate_size": sublayers["mlp"]["intermediate_dim"],
         "mlp_bias": sublayers["mlp"].get("use_bias", False),
-        "hidden_act": "silu",
-        "num_attention_heads": attention["num_query_heads"],
-        "num_key_value_heads": attention["num_key_value_heads"],
-        "attention_bias": attention.get("use_bias", False),
-        "partial_rotary_factor": attention.get("rotary_dim", 0) / attention["head_dim"],
-        "rope_theta": attention.get("rope_max_wavelength", 10_000.0),
-        "mamba_n_heads": round(mixer.get("expansion", 2) * d) // mixer["head_dim"],
-        "mamba_d_head": mixer["head_dim"],
-        "mamba_n_groups": mixer.get("num_groups", 1),
-        "mamba_d_state": mixer["state_dim"],
-        "mamba_d_conv": mixer.get("conv_kernel_size", 4),
-        "mamba_expand": mixer.get("expansion", 2),
-        "mamba_conv_bias": mixer.get("use_conv_bias", True),
-        "mamba_proj_bias": mixer.get("use_bias", False),
-        "time_step_limit": written_limits(mixer.get("time_step_limit")),
-        "rms_norm_eps": backbone_config["layer_norm_epsilon"],
-        "tie_word_embeddings": backbone_config["tie_word_embeddings"],
     }
 
 

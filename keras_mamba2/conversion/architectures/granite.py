@@ -4,18 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from keras_mamba2.conversion import names
+from keras_mamba2.conversion.architectures import shared_keys
 from keras_mamba2.conversion.architectures.architecture import Architecture
 from keras_mamba2.conversion.architectures.values import ATTENTION_LAYERS
 from keras_mamba2.conversion.architectures.values import MAMBA_LAYERS
-from keras_mamba2.conversion.architectures.values import UNPADDED_KEY
 from keras_mamba2.conversion.architectures.values import check_length
-from keras_mamba2.conversion.architectures.values import limits
 from keras_mamba2.conversion.architectures.values import only
 from keras_mamba2.conversion.architectures.values import required
-from keras_mamba2.conversion.architectures.values import rope_theta
 from keras_mamba2.conversion.architectures.values import vocabulary
 from keras_mamba2.conversion.architectures.values import whole
-from keras_mamba2.conversion.architectures.values import written_limits
 
 EXPERTS = "experts+mlp"
 
@@ -23,7 +20,6 @@ EXPERTS = "experts+mlp"
 def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     required(config, "hidden_size", "num_attention_heads")
     only(config, "hidden_act", "silu", "swish")
-    d, heads = config["hidden_size"], config["num_attention_heads"]
     kinds = config.get("layer_types") or config.get("layers_block_type")
     if kinds is None:
         required(config, "num_hidden_layers")
@@ -33,9 +29,9 @@ def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     feed_forward = EXPERTS if experts else "mlp"
     sublayers: dict[str, dict[str, Any]] = {}
     if any(kind in MAMBA_LAYERS for kind in kinds):
-        sublayers["mamba2"] = _mixer(config)
+        sublayers["mamba2"] = shared_keys.mixer(config)
     if any(kind in ATTENTION_LAYERS for kind in kinds):
-        sublayers["attention"] = _attention(config, d // heads)
+        sublayers["attention"] = _attention(config)
     if experts:
         sublayers["experts"] = {
             "kind": "mixture_of_experts",
@@ -46,7 +42,7 @@ def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     sublayers["mlp"] = {"intermediate_dim": config["shared_intermediate_size"]}
     return {
         **vocabulary(config),
-        "hidden_dim": d,
+        "hidden_dim": config["hidden_size"],
         "blocks": [name for kind in kinds for name in (_block(kind), feed_forward)],
         "sublayers": sublayers,
         "layer_norm_epsilon": config.get("rms_norm_eps", 1e-6),
@@ -66,44 +62,18 @@ def _block(kind: str) -> str:
     raise ValueError(f"Unknown kind of layer {kind!r}. Known: {known}")
 
 
-def _mixer(config: Mapping[str, Any]) -> dict[str, Any]:
-    heads, head_dim = config.get("mamba_n_heads", 128), config.get("mamba_d_head", "auto")
-    d, expand = config["hidden_size"], config.get("mamba_expand", 2)
-    head_dim = expand * d // heads if head_dim == "auto" else head_dim
-    if heads * head_dim != expand * d:
-        raise ValueError(
-            "mamba_n_heads * mamba_d_head must be mamba_expand * hidden_size. Received: "
-            f"{heads} * {head_dim} and {expand} * {d}"
-        )
-    return {
-        "state_dim": config.get("mamba_d_state", 256),
-        "head_dim": head_dim,
-        "num_groups": config.get("mamba_n_groups", 1),
-        "expansion": whole(expand),
-        "conv_kernel_size": config.get("mamba_d_conv", 4),
-        "use_bias": config.get("mamba_proj_bias", False),
-        "use_conv_bias": config.get("mamba_conv_bias", True),
-        "time_step_limit": limits(config.get("time_step_limit")),
-    }
-
-
-def _attention(config: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
-    heads = config["num_attention_heads"]
+def _attention(config: Mapping[str, Any]) -> dict[str, Any]:
+    attention = shared_keys.attention(config)
     rotates = config.get("position_embedding_type") == "rope"
     return {
-        "num_query_heads": heads,
-        "num_key_value_heads": config.get("num_key_value_heads") or heads,
-        "head_dim": head_dim,
-        "rotary_dim": head_dim if rotates else 0,
-        "rope_max_wavelength": rope_theta(config),
+        **attention,
+        "rotary_dim": attention["head_dim"] if rotates else 0,
         "scale": config.get("attention_multiplier", 1.0),
-        "use_bias": config.get("attention_bias", False),
     }
 
 
 def config(backbone_config: Mapping[str, Any]) -> dict[str, Any] | None:
     blocks, sublayers = backbone_config["blocks"], backbone_config["sublayers"]
-    d = backbone_config["hidden_dim"]
     mixer, attention = sublayers.get("mamba2"), sublayers.get("attention")
     if mixer is None or attention is None or not set(blocks[::2]) <= {"mamba2", "attention"}:
         return None
@@ -114,36 +84,20 @@ def config(backbone_config: Mapping[str, Any]) -> dict[str, Any] | None:
     return {
         "architectures": ["GraniteMoeHybridForCausalLM"],
         "model_type": "granitemoehybrid",
-        "vocab_size": backbone_config["vocabulary_size"],
-        UNPADDED_KEY: backbone_config["unpadded_vocabulary_size"],
-        "hidden_size": d,
+        **shared_keys.written_outside(backbone_config),
+        **shared_keys.written_attention(attention),
+        **shared_keys.written_mixer(mixer, backbone_config["hidden_dim"]),
         "num_hidden_layers": len(blocks) // 2,
         "layer_types": [kinds.get(name, name) for name in blocks[::2]],
         "intermediate_size": experts.get("intermediate_dim", sublayers["mlp"]["intermediate_dim"]),
         "shared_intermediate_size": sublayers["mlp"]["intermediate_dim"],
         "num_local_experts": experts.get("num_experts", 0),
         "num_experts_per_tok": experts.get("num_experts_per_token", 0),
-        "hidden_act": "silu",
-        "num_attention_heads": attention["num_query_heads"],
-        "num_key_value_heads": attention["num_key_value_heads"],
         "attention_multiplier": attention.get("scale"),
-        "attention_bias": attention.get("use_bias", False),
         "position_embedding_type": "rope" if attention.get("rotary_dim") else "nope",
-        "rope_theta": attention.get("rope_max_wavelength", 10_000.0),
-        "mamba_n_heads": round(mixer.get("expansion", 2) * d) // mixer["head_dim"],
-        "mamba_d_head": mixer["head_dim"],
-        "mamba_n_groups": mixer.get("num_groups", 1),
-        "mamba_d_state": mixer["state_dim"],
-        "mamba_d_conv": mixer.get("conv_kernel_size", 4),
-        "mamba_expand": mixer.get("expansion", 2),
-        "mamba_conv_bias": mixer.get("use_conv_bias", True),
-        "mamba_proj_bias": mixer.get("use_bias", False),
-        "time_step_limit": written_limits(mixer.get("time_step_limit")),
         "embedding_multiplier": backbone_config["embedding_multiplier"],
         "residual_multiplier": backbone_config["residual_multiplier"],
         "logits_scaling": _scaling(backbone_config["logits_multiplier"]),
-        "rms_norm_eps": backbone_config["layer_norm_epsilon"],
-        "tie_word_embeddings": backbone_config["tie_word_embeddings"],
     }
 
 

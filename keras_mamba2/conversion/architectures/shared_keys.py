@@ -1,0 +1,85 @@
+"""Keys of `config.json` that several families of transformers share, read and written."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from keras_mamba2.conversion.architectures.values import UNPADDED_KEY
+from keras_mamba2.conversion.architectures.values import limits
+from keras_mamba2.conversion.architectures.values import rope_theta
+from keras_mamba2.conversion.architectures.values import whole
+from keras_mamba2.conversion.architectures.values import written_limits
+
+# Argument of `Mamba2Mixer` -> key, and what transformers takes without it.
+MIXER_KEYS = {
+    "state_dim": ("mamba_d_state", 256),
+    "num_groups": ("mamba_n_groups", 1),
+    "conv_kernel_size": ("mamba_d_conv", 4),
+    "use_bias": ("mamba_proj_bias", False),
+    "use_conv_bias": ("mamba_conv_bias", True),
+}
+DEFAULTS = {"num_groups": 1, "conv_kernel_size": 4, "use_bias": False, "use_conv_bias": True}
+
+
+def mixer(config: Mapping[str, Any], inner: int | None = None) -> dict[str, Any]:
+    """The arguments of a mixer of `inner` channels, by default `mamba_expand * hidden_size`."""
+    d, heads = config["hidden_size"], config.get("mamba_n_heads", 128)
+    inner = config.get("mamba_expand", 2) * d if inner is None else inner
+    head_dim = config.get("mamba_d_head", "auto")
+    head_dim = inner // heads if head_dim == "auto" else head_dim
+    if heads * head_dim != inner:
+        raise ValueError(
+            "mamba_n_heads * mamba_d_head must be mamba_expand * hidden_size, or mamba_d_ssm. "
+            f"Received: {heads} * {head_dim} and {inner}"
+        )
+    return {
+        **{argument: config.get(*key) for argument, key in MIXER_KEYS.items()},
+        "head_dim": head_dim,
+        "expansion": whole(inner / d),
+        "time_step_limit": limits(config.get("time_step_limit")),
+    }
+
+
+def written_mixer(mixer: Mapping[str, Any], hidden_dim: int) -> dict[str, Any]:
+    """`mixer` reversed."""
+    expansion, arguments = mixer.get("expansion", 2), {**DEFAULTS, **mixer}
+    return {
+        **{key: arguments[argument] for argument, (key, _) in MIXER_KEYS.items()},
+        "mamba_expand": expansion,
+        "mamba_n_heads": round(expansion * hidden_dim) // mixer["head_dim"],
+        "mamba_d_head": mixer["head_dim"],
+        "time_step_limit": written_limits(mixer.get("time_step_limit")),
+    }
+
+
+def attention(config: Mapping[str, Any]) -> dict[str, Any]:
+    heads = config["num_attention_heads"]
+    return {
+        "num_query_heads": heads,
+        "num_key_value_heads": config.get("num_key_value_heads") or heads,
+        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
+        "rope_max_wavelength": rope_theta(config),
+        "use_bias": config.get("attention_bias", False),
+    }
+
+
+def written_attention(attention: Mapping[str, Any]) -> dict[str, Any]:
+    """`attention` reversed."""
+    return {
+        "num_attention_heads": attention["num_query_heads"],
+        "num_key_value_heads": attention["num_key_value_heads"],
+        "head_dim": attention["head_dim"],
+        "rope_theta": attention.get("rope_max_wavelength", 10_000.0),
+        "attention_bias": attention.get("use_bias", False),
+    }
+
+
+def written_outside(backbone_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What is not of one layer."""
+    return {
+        "vocab_size": backbone_config["vocabulary_size"],
+        UNPADDED_KEY: backbone_config["unpadded_vocabulary_size"],
+        "hidden_size": backbone_config["hidden_dim"],
+        "hidden_act": "silu",
+        "rms_norm_eps": backbone_config["layer_norm_epsilon"],
+        "tie_word_embeddings": backbone_config["tie_word_embeddings"],
+    }
