@@ -56,6 +56,7 @@ def config(backbone_config: Mapping[str, Any]) -> dict[str, Any] | None:
         **shared_keys.written_outside(backbone_config),
         **shared_keys.written_attention(attention),
         **shared_keys.written_mixer(mixer, backbone_config["hidden_dim"]),
+        "mamba_expand": mixer.get("expansion", 2),
         "num_hidden_layers": len(blocks) // 2,
         "attn_layer_indices": [i for i, name in enumerate(blocks[::2]) if name == "attention"],
         "partial_rotary_factor": attention.get("rotary_dim", 0) / attention["head_dim"],

@@ -87,6 +87,7 @@ def config(backbone_config: Mapping[str, Any]) -> dict[str, Any] | None:
         **shared_keys.written_outside(backbone_config),
         **shared_keys.written_attention(attention),
         **shared_keys.written_mixer(mixer, backbone_config["hidden_dim"]),
+        "mamba_expand": mixer.get("expansion", 2),
         "num_hidden_layers": len(blocks) // 2,
         "layer_types": [kinds.get(name, name) for name in blocks[::2]],
         "intermediate_size": experts.get("intermediate_dim", sublayers["mlp"]["intermediate_dim"]),

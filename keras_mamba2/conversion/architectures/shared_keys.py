@@ -40,12 +40,11 @@ def mixer(config: Mapping[str, Any], inner: int | None = None) -> dict[str, Any]
 
 
 def written_mixer(mixer: Mapping[str, Any], hidden_dim: int) -> dict[str, Any]:
-    """`mixer` reversed."""
-    expansion, arguments = mixer.get("expansion", 2), {**DEFAULTS, **mixer}
+    """`mixer` reversed, but for its size, which families write in other ways."""
+    arguments = {**DEFAULTS, **mixer}
     return {
         **{key: arguments[argument] for argument, (key, _) in MIXER_KEYS.items()},
-        "mamba_expand": expansion,
-        "mamba_n_heads": round(expansion * hidden_dim) // mixer["head_dim"],
+        "mamba_n_heads": round(mixer.get("expansion", 2) * hidden_dim) // mixer["head_dim"],
         "mamba_d_head": mixer["head_dim"],
         "time_step_limit": written_limits(mixer.get("time_step_limit")),
     }
