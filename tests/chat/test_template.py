@@ -83,7 +83,11 @@ def pair(request):
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("prompt", [False, True])
-@pytest.mark.parametrize("tools", [None, [], [SEARCH], [SEARCH, weather, cancel]], ids=str)
+@pytest.mark.parametrize(
+    "tools",
+    [None, [], [SEARCH], [SEARCH, weather, cancel]],
+    ids=["no tools", "an empty list", "a schema", "functions too"],
+)
 def test_text_is_that_of_transformers(pair, conversation, prompt, tools):
     ours, theirs = pair
     messages = CONVERSATIONS[conversation]
