@@ -44,7 +44,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
             try:
                 with backup_at(self, *self._files(backups.pop())):
                     return super().on_train_begin(logs)
-            except OSError:
+            except (OSError, ValueError):  # damaged: the one before it may be whole
                 if not backups:
                     raise
         return super().on_train_begin(logs)  # a backup of Keras' own callback, or none

@@ -330,7 +330,7 @@ def test_what_is_not_in_the_vocabulary_is_named(lm, rows, change, message):
 
 
 NOTHING = {
-    "no texts": ([], "No text has two tokens to learn from. Received 0 texts"),
+    "no texts": ([], "There is no sample in the data"),
     "empty texts": (["", ""], "No text has two tokens to learn from. Received 2 texts"),
     "tf.data": (tf.data.Dataset.from_tensor_slices(TEXTS[:0]).batch(2), "dataset is empty"),
     "grain map": (grain.MapDataset.source([]).batch(2), "dataset is empty"),
