@@ -246,10 +246,11 @@ def mixer(x, weights, config, state=(None, None)):
         initial_state=state[1],
     )
     y = y.reshape(b, t, e)
-    if config["gated_norm"] == "none":
+    gated_norm = config.get("gated_norm", "after_gate")
+    if gated_norm == "none":
         y = y * silu(z)
     else:
-        before = config["gated_norm"] == "before_gate"
+        before = gated_norm == "before_gate"
         scale, epsilon = weights["norm/scale"], config["layer_norm_epsilon"]
         y = gated_rms_normalization(y, scale, z, g, epsilon, before)
     return dense(y, weights, "out_proj"), (conv_state, ssm_state)

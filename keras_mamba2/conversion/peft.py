@@ -86,7 +86,7 @@ def read_peft_adapter(
     folder = adapter_folder(preset)
     config = read_json(folder / ADAPTER_CONFIG_FILE)
     file = next(folder / name for name in ADAPTER_WEIGHTS if (folder / name).is_file())
-    with errors_naming(folder / ADAPTER_CONFIG_FILE):
+    with errors_naming(folder):
         _check_config(config)
         tensors = read_file(file)
         _check_sound(file, tensors)
@@ -124,7 +124,7 @@ def _check_config(config: Mapping[str, Any]) -> None:
         if config.get(key, values[0]) not in values:
             raise ValueError(
                 f"`{key}` must be one of {values} in {ADAPTER_CONFIG_FILE}. "
-                f"Received: {key}={shortened(config[key])}"
+                f"Received: {key}={shortened(repr(config[key]))}"
             )
     for key, value in config.items():
         if key not in KNOWN_KEYS and value:
@@ -143,9 +143,11 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
         if not isinstance(pattern, Mapping):
             raise ValueError(f"A pattern must be an object. Received: {shortened(pattern)}")
         for value in (config.get(key, DEFAULT_RANK), *pattern.values()):
-            is_number = type(value) in (int, float) and math.isfinite(value) and value > 0
-            if not is_number or (key == "r" and type(value) is not int):
-                raise ValueError(f"`{key}` must be positive. Received: {key}={shortened(value)}")
+            # An alpha of 0 turns an adapter off.
+            is_number = type(value) in (int, float) and math.isfinite(value) and value >= 0
+            if not is_number or (key == "r" and (type(value) is not int or value < 1)):
+                words = "a positive whole number" if key == "r" else "finite and not negative"
+                raise ValueError(f"`{key}` must be {words}. Received: {key}={shortened(value)}")
         for name in pattern:
             if len(re.findall(r"[*+{]", name)) > MOST_REPETITIONS or re.search(r"\)[*+?{]", name):
                 raise ValueError(

@@ -220,9 +220,9 @@ def test_a_session_that_was_written_by_others(name, session, guard):
 
 
 ADAPTERS = {
-    "a rank of zero": ({"r": 0}, "`r` must be positive"),
-    "a rank that is a text": ({"r": "x"}, "`r` must be positive"),
-    "an alpha of NaN": ({"lora_alpha": float("nan")}, "`lora_alpha` must be positive"),
+    "a rank of zero": ({"r": 0}, "`r` must be a positive whole number"),
+    "a rank that is a text": ({"r": "x"}, "`r` must be a positive whole number"),
+    "an alpha of NaN": ({"lora_alpha": float("nan")}, "`lora_alpha` must be finite"),
     "a pattern that is a list": ({"rank_pattern": [1]}, "must be an object"),
     "a pattern that takes for ever": ({"rank_pattern": {"((a+)+)+$": 2}}, "too complex"),
     "many repetitions": ({"alpha_pattern": {".*.*.*.*.*.*x": 2}}, "too complex"),

@@ -277,7 +277,7 @@ class TestScore:
         [
             (lambda lm: lm.perplexity(["ab", "a"]), "Text 1 has fewer than two tokens: 'a'"),
             (lambda lm: lm.perplexity("abc", stride=1), "stride=1"),
-            (lambda lm: lm.score(np.ones((1, 3)), scoring_mode="x"), "Received: 'x'"),
+            (lambda lm: lm.score(np.ones((1, 3)), scoring_mode="x"), "Received: scoring_mode='x'"),
             (lambda lm: lm.score(np.ones((1, 3)), scoring_mode="loss"), "needs `target_ids`"),
         ],
     )
