@@ -153,6 +153,13 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
                 raise ValueError(
                     f"A pattern for names of modules is too complex: {shortened(name)!r}"
                 )
+            try:
+                re.compile(name)
+            except re.error as error:
+                raise ValueError(
+                    f"`{of_modules}` in {ADAPTER_CONFIG_FILE} has a pattern that is none: {error}. "
+                    f"Received: {shortened(name)!r}"
+                ) from error
 
 
 def _pairs(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
