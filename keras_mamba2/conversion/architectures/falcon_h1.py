@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from keras_mamba2.conversion import names
 from keras_mamba2.conversion.architectures import shared_keys
 from keras_mamba2.conversion.architectures.architecture import Architecture
+from keras_mamba2.conversion.architectures.bamba import BAMBA
 from keras_mamba2.conversion.architectures.values import only
 from keras_mamba2.conversion.architectures.values import required
 from keras_mamba2.conversion.architectures.values import vocabulary
@@ -105,20 +105,6 @@ FALCON_H1 = Architecture(
     name="Falcon-H1",
     model_type="falcon_h1",
     arguments=arguments,
-    names=names.Names(
-        names.outside("model.embed_tokens.weight", "model.final_layernorm.weight"),
-        "model.layers.{}.",
-        [
-            {
-                "norm/scale": names.Weight("input_layernorm.weight"),
-                **names.mixer("mamba2", "mamba"),
-                **names.attention("attention", "self_attn"),
-            },
-            {
-                "norm/scale": names.Weight("pre_ff_layernorm.weight"),
-                **names.mlp("mlp", "feed_forward"),
-            },
-        ],
-    ),
+    names=BAMBA.names,  # the same names for the same parts
     config=config,
 )
