@@ -68,10 +68,7 @@ def decode(model, sampler, rows: Rows, num_steps, capacity: int, with_logprobs: 
 
 
 def next_logits(model):
-    """A function `step(state, going, i)`: the logits `(b v)` after each last token, and the state.
-
-    On JAX the loop may not read variables: the weights are constants of the loop.
-    """
+    """A function `step(state, going, i)`: logits `(b v)` after each last token, and the state."""
 
     def step(state, going, i):
         logits, _, state = model.call_with_cache(
@@ -79,16 +76,24 @@ def next_logits(model):
         )
         return logits[:, -1], state
 
+    return inside_loop(model_variables(model), step)
+
+
+def inside_loop(variables: list[keras.Variable], function):
+    """`function`, which reads `variables`, for the body of a loop.
+
+    On JAX the loop may not read variables: their values are constants of the loop.
+    """
     if keras.config.backend() != "jax":
-        return step
+        return function
 
-    weights = [(v, ops.convert_to_tensor(v)) for v in model_variables(model)]
+    values = [(v, ops.convert_to_tensor(v)) for v in variables]
 
-    def pure_step(*args):
-        with keras.StatelessScope(state_mapping=weights):
-            return step(*args)
+    def pure(*args):
+        with keras.StatelessScope(state_mapping=values):
+            return function(*args)
 
-    return pure_step
+    return pure
 
 
 def logprob(logits, token_ids):

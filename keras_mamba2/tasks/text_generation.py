@@ -9,6 +9,7 @@ from keras_mamba2.arguments import BOOLEAN
 from keras_mamba2.arguments import optional
 from keras_mamba2.generation import Decoding
 from keras_mamba2.generation import Generator
+from keras_mamba2.generation import Proposer
 from keras_mamba2.generation import padded
 from keras_mamba2.generation import picks_tokens
 from keras_mamba2.generation import prompts_of
@@ -33,6 +34,7 @@ class TextGeneration:
     backbone: ResidualBackbone
     preprocessor: Any  # or None
     sampler: Any
+    speculation: Proposer | None = None
     generate_function: Any  # a `Generator`, or None
 
     def make_generate_function(self) -> Generator:
