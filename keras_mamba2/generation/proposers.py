@@ -151,7 +151,9 @@ class PromptLookup(Proposer):
         place = ops.arange(c, dtype="int32")
         run = ops.where(place < length[:, None] - 1, run, -1)
         longest = ops.max(run, axis=1, keepdims=True)
-        return ops.max(ops.where(run == longest, place, 0), axis=1, keepdims=True)
+        last = ops.max(ops.where(run == longest, place, 0), axis=1, keepdims=True)
+        # Nothing occurred before: the last token is proposed again.
+        return ops.where(longest > 0, last, length[:, None] - 2)
 
     def accept(self, drafted: Text, tokens: Any, count: Any) -> Text:
         token_ids, length = drafted
