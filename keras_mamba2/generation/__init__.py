@@ -10,6 +10,7 @@ from keras_mamba2.generation.decoding import Decoding as Decoding
 from keras_mamba2.generation.generator import Generator as Generator
 from keras_mamba2.generation.generator import padded as padded
 from keras_mamba2.generation.generator import prompts_of as prompts_of
+from keras_mamba2.generation.picking import needs_history as needs_history
 from keras_mamba2.generation.picking import picks_tokens as picks_tokens
 from keras_mamba2.generation.picking import sampler_of as sampler_of
 from keras_mamba2.generation.picking import sampling_of as sampling_of

@@ -53,7 +53,7 @@ class Decoding:
         if missing <= 0:
             raise StopIteration
         num_steps = min(next(self._run_lengths, DECODE_CAPACITY), missing, DECODE_CAPACITY)
-        rows, *found = self._advance(num_steps)
+        rows, *found = self.advance(num_steps)
         tokens, logprobs = map(ops.convert_to_numpy, found)
         self.rows = Rows(*rows)
         self._check_finite(tokens)
@@ -65,7 +65,7 @@ class Decoding:
                 self._logprobs[i].append(logprobs[i][is_token[i]])
         return new
 
-    def _advance(self, num_steps: int):
+    def advance(self, num_steps: int):
         return self.generator.advance(self.rows, num_steps, self._with_logprobs)
 
     def all_tokens(self) -> list[np.ndarray]:

@@ -29,10 +29,10 @@ class SpeculativeDecoding(Decoding):
         self._pace = Pace(proposer.num_tokens, proposer.cost(self.generator.model))
         self._unread: list[list[np.ndarray]] = [[] for _ in self.rows.remaining]
 
-    def _advance(self, num_steps: int):
+    def advance(self, num_steps: int):
         k = self._pace.num_tokens
         if not k:
-            rows, tokens, logprobs = super()._advance(min(num_steps, self._pace.pause))
+            rows, tokens, logprobs = super().advance(min(num_steps, self._pace.pause))
             self._keep(ops.convert_to_numpy(tokens))
             self._pace.rest(num_steps)
             return rows, tokens, logprobs

@@ -1,7 +1,11 @@
 from collections.abc import Iterator
 
+import numpy as np
+
 from keras_mamba2.arguments import SIZE
+from keras_mamba2.generation import needs_history
 from keras_mamba2.state import Mamba2State
+from keras_mamba2.tasks.generation_options import GenerationOptions
 from keras_mamba2.tasks.text_stream import TextStreams
 
 
@@ -52,7 +56,19 @@ class Mamba2Session:
 
     def stream(self, text: str = "", **kwargs) -> Iterator[str]:
         """As `generate`, piece by piece. If it is left early, the text ends with the last piece."""
-        return self._collect(text, self.lm.stream([text], state=self.state, **kwargs))
+        options = GenerationOptions.checked(self.lm, state=self.state, **kwargs)
+        return self._collect(text, self.lm.stream_text([text], options, self._history(options)))
+
+    def _history(self, options: GenerationOptions) -> list[np.ndarray] | None:
+        """The tokens so far, for a penalty on their repetition and for proposals.
+
+        Text that was cut inside a word may have been read as other tokens, which matters to
+        neither.
+        """
+        penalty = options.parameters.get("repetition_penalty") or 1
+        if penalty == 1 and not needs_history(self.lm.sampler) and self.lm.speculation is None:
+            return None
+        return [np.array(self.lm.preprocessor.tokenizer(self.text), "int32")]
 
     def _collect(self, text: str, streams: TextStreams) -> Iterator[str]:
         shown, is_whole = "", False

@@ -202,8 +202,6 @@ class TextGeneration:
             ValueError: as `generate`, before the first piece is asked for; for logits that are
                 not finite when they come.
         """
-        if self.preprocessor is None:
-            raise ValueError("`stream` yields text, which needs a `preprocessor`.")
         options = GenerationOptions.checked(
             self,
             max_length,
@@ -218,10 +216,19 @@ class TextGeneration:
             min_p=min_p,
             repetition_penalty=repetition_penalty,
         )
-        prompts, limits = self._read(texts_of(inputs), options)
-        decoding = self._decoding(prompts, limits, options, run_lengths())
-        run = self._streams(decoding, options)
+        run = self.stream_text(texts_of(inputs), options)
         return (piece for [piece] in run) if is_one_text(inputs) else run
+
+    def stream_text(
+        self,
+        texts: Sequence[str],
+        options: GenerationOptions,
+        history: Sequence[np.ndarray] | None = None,
+    ) -> TextStreams:
+        """What follows `texts`, of which `history` are the tokens before, if they are known."""
+        prompts, limits = self._read(texts, options)
+        decoding = self._decoding(prompts, limits, options, run_lengths(), history=history)
+        return self._streams(decoding, options)
 
     def prefill(self, inputs, state: Mamba2State | None = None) -> Mamba2State:
         """Reads text without generating any.
