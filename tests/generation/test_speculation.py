@@ -276,7 +276,7 @@ class TestPace:
         while tokens < 3000:
             k = pace.num_tokens
             if k:
-                steps += pace.rounds * (1 + speculative_decoding.COST_OF_A_ROW * k)
+                steps += pace.rounds * speculative_decoding.cost_of_a_round(k)
                 tokens += pace.rounds
                 pace.record(0, pace.rounds)
             else:
