@@ -5,10 +5,9 @@ from keras import ops
 from keras import tree
 
 from keras_mamba2.generation.picking import pick
-from keras_mamba2.generation.rows import Rows
-from keras_mamba2.state import NO_TOKEN
-
-NOT_FINITE = -2  # instead of a token: the logits were NaN or infinite
+from keras_mamba2.host.rows import NO_TOKEN
+from keras_mamba2.host.rows import NOT_FINITE
+from keras_mamba2.host.rows import Rows
 
 
 def decode(model, sampler, rows: Rows, num_steps, capacity: int, with_logprobs: bool = False):

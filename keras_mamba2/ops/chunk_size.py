@@ -1,5 +1,9 @@
 """The chunk size of `ssd` that is fast on the platform. It changes results by rounding only."""
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
 import keras
 
 # A prefill of 512 on two CPU cores, tokens/s at chunk 32 / 64 / 128 / 256:
@@ -11,10 +15,22 @@ import keras
 # checkpoints were trained with; it was not measured here.
 FASTEST = {"cpu": 64, "gpu": 256, "tpu": 256}
 
+_platform = contextvars.ContextVar[str | None]("platform", default=None)
+
 
 def default_chunk_size() -> int:
     if keras.config.backend() != "jax":
         return FASTEST["cpu"]
     import jax
 
-    return FASTEST.get(jax.default_backend(), FASTEST["gpu"])
+    return FASTEST.get(_platform.get() or jax.default_backend(), FASTEST["gpu"])
+
+
+@contextlib.contextmanager
+def compiling_for(platform: str) -> Iterator[None]:
+    """Programs that are traced here run on `platform`, whatever JAX runs on now."""
+    token = _platform.set(platform)
+    try:
+        yield
+    finally:
+        _platform.reset(token)
