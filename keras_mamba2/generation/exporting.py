@@ -38,10 +38,17 @@ class Program(NamedTuple):
 
 
 def programs(model, batch_size: int) -> Iterator[Program]:
-    """What a loader needs to generate: `prefill_*` for each size of blocks, `decode*`."""
+    """What a loader needs to generate: `prefill_*` for each size of blocks, `decode*`.
+
+    Where states have room for a number of tokens, that number is a symbol.
+    """
+    from jax import export
+
     b, v = batch_size, model.backbone.vocabulary_size
     specs = tree.flatten(model.backbone.state_spec())
-    state = [_array((b, *spec.shape), spec.dtype) for spec in specs]
+    (room,) = export.symbolic_shape("room")
+    shapes = [[room if size is None else size for size in spec.shape] for spec in specs]
+    state = [_array((b, *shape), spec.dtype) for shape, spec in zip(shapes, specs, strict=True)]
     state += [_array((b,), "int32")] * 3
 
     def of_flat(leaves) -> Mamba2State:

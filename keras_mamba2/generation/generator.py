@@ -33,13 +33,13 @@ from keras_mamba2.host.prompts import after_tokens
 from keras_mamba2.host.prompts import check_prompts
 from keras_mamba2.host.prompts import padded
 from keras_mamba2.host.prompts import seen_ids
+from keras_mamba2.host.room import room_for
 from keras_mamba2.host.rows import DECODE_CAPACITY
 from keras_mamba2.host.rows import Rows
 from keras_mamba2.host.rows import stop_tokens
 from keras_mamba2.state import Mamba2State
 from keras_mamba2.state.files import check_belongs
 from keras_mamba2.state.room import needs_room
-from keras_mamba2.state.room import room_for
 from keras_mamba2.state.room import room_of
 from keras_mamba2.state.room import with_room
 
@@ -55,7 +55,9 @@ class Generator:
         model: a `Mamba2CausalLM` after `compile`.
     """
 
+    # For `Decoding`.
     to_numpy = staticmethod(ops.convert_to_numpy)
+    decode_capacity = DECODE_CAPACITY
 
     def __init__(self, model):
         self.model = model

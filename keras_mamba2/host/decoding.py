@@ -4,7 +4,6 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from keras_mamba2.host.rows import DECODE_CAPACITY
 from keras_mamba2.host.rows import NO_TOKEN
 from keras_mamba2.host.rows import NOT_FINITE
 from keras_mamba2.host.rows import Rows
@@ -20,9 +19,9 @@ class Decoding:
     It ends when all rows have stopped. Between runs `rows` holds their progress.
 
     Args:
-        generator: what runs it: `advance`, and `to_numpy` for its arrays.
+        generator: what runs it, a `Generator` or an `Engine`.
         rows: `Rows`, the progress of each row.
-        run_lengths: ints, the number of tokens of each run; `DECODE_CAPACITY` after the last.
+        run_lengths: ints, the number of tokens of each run; as many as it can after the last.
         with_logprobs: bool, whether to keep log probabilities for `likely_tokens`.
 
     Raises:
@@ -50,7 +49,8 @@ class Decoding:
         missing = int(self.generator.to_numpy(self.rows.remaining).max())
         if missing <= 0:
             raise StopIteration
-        num_steps = min(next(self._run_lengths, DECODE_CAPACITY), missing, DECODE_CAPACITY)
+        capacity = self.generator.decode_capacity
+        num_steps = min(next(self._run_lengths, capacity), missing, capacity)
         rows, *found = self.generator.advance(self.rows, num_steps, self._with_logprobs)
         tokens, logprobs = map(self.generator.to_numpy, found)
         self.rows = Rows(*rows)

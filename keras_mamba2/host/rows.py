@@ -28,9 +28,11 @@ class Rows(NamedTuple):
     sampling: Any  # `Sampling` `(b)`; empty for a sampler without such parameters
 
 
-def stop_tokens(stop_token_ids: Sequence[int], batch_size: int) -> np.ndarray:
-    """The same stop tokens for every row, `(b s)`."""
-    size = -(-max(len(stop_token_ids), 1) // STOP_TOKEN_CAPACITY) * STOP_TOKEN_CAPACITY
+def stop_tokens(
+    stop_token_ids: Sequence[int], batch_size: int, capacity: int = STOP_TOKEN_CAPACITY
+) -> np.ndarray:
+    """The same stop tokens for every row, `(b s)`, where s is a multiple of `capacity`."""
+    size = -(-max(len(stop_token_ids), 1) // capacity) * capacity
     stops = np.full((batch_size, size), NO_TOKEN, "int32")
     stops[:, : len(stop_token_ids)] = stop_token_ids
     return stops

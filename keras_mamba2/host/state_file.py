@@ -95,6 +95,13 @@ def read(
     return tensors, metadata["text"]
 
 
+def filled(leaf, spec: TensorSpec, length: int):
+    """The part of one tensor of a state, with its batch axis, that `length` tokens have filled."""
+    if spec.room_axis is None:
+        return leaf
+    return leaf[(slice(None),) * (spec.room_axis + 1) + (slice(length),)]
+
+
 def stored_dtype(spec: TensorSpec) -> str:
     """Floats are stored as float32, which holds every bfloat16 exactly."""
     return "float32" if "float" in spec.dtype else spec.dtype

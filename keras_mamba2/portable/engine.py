@@ -12,6 +12,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from keras_mamba2.host.blocks import feed
+from keras_mamba2.host.room import room_for
 from keras_mamba2.host.rows import Rows
 from keras_mamba2.portable.manifest import Manifest
 from keras_mamba2.portable.manifest import program_file
@@ -29,6 +30,7 @@ class Engine:
         weights: list of arrays; empty if they are inside of the programs.
     """
 
+    # For `Decoding`.
     to_numpy = staticmethod(np.asarray)
 
     def __init__(
@@ -40,6 +42,7 @@ class Engine:
         weights: Sequence[Any],
     ):
         self.batch_size = batch_size
+        self.decode_capacity = manifest.decode_capacity
         self._manifest = manifest
         self._folder = folder
         self._platform = platform
@@ -54,15 +57,17 @@ class Engine:
         before = [np.asarray(prompt[:-1], "int32") for prompt in prompts]
         last = [prompt[-1] if len(prompt) else 0 for prompt in prompts]
         # The programs reuse the memory of their argument.
-        state = feed(_copied(state), before, self._prefill_block, self._prefill_row)
+        state = _copied(_with_room(state, [len(prompt) for prompt in prompts]))
+        sizes = self._manifest.block_sizes
+        state = feed(state, before, self._prefill_block, self._prefill_row, sizes)
         return dataclasses.replace(state, token=np.array(last, "int32"))
 
     def advance(self, rows: Rows, num_steps: int, with_logprobs: bool = False):
         """As `Generator.advance`: the new rows, the tokens, and no log probabilities."""
-        name = "decode" if rows.sampling else "decode_as_compiled"
-        program = self._program(name)
+        program = self._program("decode" if rows.sampling else "decode_as_compiled")
+        given = _with_room(rows.state, num_steps)
         state, remaining, seen, tokens = program(
-            _flat(rows.state),
+            _flat(given),
             rows.remaining,
             rows.stop_token_ids,
             rows.seen,
@@ -70,15 +75,15 @@ class Engine:
             list(rows.sampling),
             np.array(num_steps, "int32"),
         )
-        rows = rows._replace(state=_of_flat(state), remaining=remaining, seen=seen)
+        rows = rows._replace(state=_like(given, state), remaining=remaining, seen=seen)
         return rows, tokens, np.zeros((self.batch_size, 0), "float32")
 
     def _prefill_block(self, state, token_ids, padding_mask) -> ProgramState:
         program = self._program(f"prefill_{token_ids.shape[1]}")
-        return _of_flat(program(_flat(state), token_ids, padding_mask))
+        return _like(state, program(_flat(state), token_ids, padding_mask))
 
     def _prefill_row(self, state, row, token_ids) -> ProgramState:
-        return _of_flat(self._program("prefill_row")(_flat(state), row, token_ids))
+        return _like(state, self._program("prefill_row")(_flat(state), row, token_ids))
 
     def _program(self, name: str) -> Callable:
         if name not in self._compiled:
@@ -112,9 +117,18 @@ def _flat(state: ProgramState) -> list[Any]:
     return [*state.layers, state.token, state.length, state.digest]
 
 
-def _of_flat(leaves: Sequence[Any]) -> ProgramState:
+def _like(state: ProgramState, leaves: Sequence[Any]) -> ProgramState:
+    """The state of a program's result, in the form of another state."""
     *layers, token, length, digest = leaves
-    return ProgramState(tuple(layers), token, length, digest)
+    return ProgramState(tuple(layers), token, length, digest, state.specs)
+
+
+def _with_room(state: ProgramState, num_tokens: int | Sequence[int]) -> ProgramState:
+    """`state` with room for `num_tokens` more in each row, if it needs room."""
+    if state.room is None:
+        return state
+    needed = int(np.max(np.asarray(state.length) + np.asarray(num_tokens)))
+    return state if needed <= state.room else state.with_room(room_for(needed))
 
 
 @jax.jit

@@ -9,6 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 from typing import NamedTuple
 
+from keras_mamba2.arguments import BOOLEAN
+from keras_mamba2.arguments import SIZE
+from keras_mamba2.arguments import STRING
+from keras_mamba2.arguments import choice
+from keras_mamba2.arguments import integer
+from keras_mamba2.arguments import optional
+from keras_mamba2.arguments import several
 from keras_mamba2.untrusted import check_file
 from keras_mamba2.untrusted import read_json
 from keras_mamba2.untrusted import shortened
@@ -32,9 +39,9 @@ class StoredTensorSpec(NamedTuple):
     """One tensor of a state, without its batch axis."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int | None, ...]  # None for the room, the number of tokens that it has place for
     dtype: str
-    room_axis: None = None  # its size is fixed
+    room_axis: int | None = None
 
 
 class Sampler(NamedTuple):
@@ -115,10 +122,13 @@ class Manifest:
         if set(content) != set(names):
             odd = sorted(set(content) ^ set(names))
             raise ValueError(f"{file} is damaged: {shortened(odd)} is missing, or of no use.")
-        try:
-            return cls(**{name: _READ[name](content[name]) for name in names})
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{file} is damaged: {shortened(str(error))}") from error
+        read = {}
+        for name in names:
+            try:
+                read[name] = _READ[name](content[name])
+            except (TypeError, ValueError, OverflowError) as error:
+                raise ValueError(f"{file} is damaged: {name}={shortened(content[name])}") from error
+        return cls(**read)
 
     def check(self, folder: pathlib.Path, name: str) -> pathlib.Path:
         """The path of a file of `folder`.
@@ -148,70 +158,58 @@ def _plain(value: Any) -> Any:
     return [_plain(part) for part in value] if isinstance(value, tuple) else value
 
 
-def _of(cls: type) -> Callable[[Any], Any]:
-    def read(value):
-        if not isinstance(value, cls) or (isinstance(value, bool) and cls is int):
-            raise TypeError(f"{value!r} is no {cls.__name__}")
-        return value
+def _one(cls: type[tuple]) -> Callable[[Any], Any]:
+    """Reads a named tuple from the object of its parts."""
+
+    def read(parts):
+        if set(parts) != set(cls._fields):
+            raise ValueError(f"{shortened(parts)} is no {cls.__name__}")
+        return cls(**{name: _PARTS[name](value) for name, value in parts.items()})
 
     return read
 
 
-def _tuple_of(read: Callable[[Any], Any]) -> Callable[[Any], tuple]:
-    return lambda values: tuple(read(value) for value in _of(list)(values))
+def _object(value: Any) -> dict:
+    if not isinstance(value, dict):
+        raise TypeError(f"{shortened(value)} is no object")
+    return value
 
 
-def _optional(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return lambda value: None if value is None else read(value)
+def _tensors(values: Any) -> tuple[StoredTensorSpec, ...]:
+    return tuple(map(_one(StoredTensorSpec), values))
 
 
-def _state_tensor(value: dict) -> StoredTensorSpec:
-    return StoredTensorSpec(
-        _text(value["name"]), _tuple_of(_count)(value["shape"]), _text(value["dtype"])
-    )
-
-
-def _sampler(value: dict) -> Sampler:
-    return Sampler(
-        _text(value["name"]),
-        _optional(_of(dict))(value["parameters"]),
-        _of(bool)(value["needs_history"]),
-        _count(value["num_generators"]),
-        _text(value["generator_dtype"]),
-    )
-
-
-def _tokens(value: dict) -> Tokens:
-    return Tokens(*(_tuple_of(_count)(value[name]) for name in Tokens._fields))
-
-
-def _one_of(*names: str) -> Callable[[Any], str]:
-    def read(value):
-        if value not in names:
-            raise ValueError(f"{value!r} is none of {names}")
-        return value
-
-    return read
-
-
-_text, _count = _of(str), _of(int)
+_count = integer(at_least=0)
+_PARTS: dict[str, Callable[[Any], Any]] = {
+    "name": STRING.standard,
+    "shape": several(optional(_count)).standard,
+    "dtype": STRING.standard,
+    "room_axis": optional(_count).standard,
+    "parameters": lambda value: None if value is None else _object(value),
+    "needs_history": BOOLEAN.standard,
+    "num_generators": _count.standard,
+    "generator_dtype": STRING.standard,
+    "start": several(_count).standard,
+    "end": several(_count).standard,
+    "special": several(_count).standard,
+}
 _READ: dict[str, Callable[[Any], Any]] = {
-    "keras_mamba2": _text,
-    "jax": _text,
-    "calling_convention": _count,
-    "platforms": _tuple_of(_one_of(*PLATFORMS)),
-    "batch_sizes": _tuple_of(_count),
-    "block_sizes": _tuple_of(_count),
-    "decode_capacity": _count,
-    "stop_token_capacity": _count,
-    "weights": _one_of(*WEIGHTS),
-    "weight_names": _tuple_of(_text),
-    "model": _text,
-    "fingerprint": _text,
-    "vocabulary_size": _count,
-    "sequence_length": _optional(_count),
-    "state": _tuple_of(_state_tensor),
-    "sampler": _sampler,
-    "tokens": _optional(_tokens),
-    "sha256": _of(dict),
+    "keras_mamba2": STRING.standard,
+    "jax": STRING.standard,
+    "calling_convention": _count.standard,
+    "platforms": several(choice(*PLATFORMS)).standard,
+    "batch_sizes": several(SIZE, in_order=True).standard,
+    "block_sizes": several(SIZE).standard,
+    "decode_capacity": SIZE.standard,
+    "stop_token_capacity": SIZE.standard,
+    "weights": choice(*WEIGHTS).standard,
+    "weight_names": several(STRING).standard,
+    "model": STRING.standard,
+    "fingerprint": STRING.standard,
+    "vocabulary_size": SIZE.standard,
+    "sequence_length": optional(SIZE).standard,
+    "state": _tensors,
+    "sampler": _one(Sampler),
+    "tokens": lambda value: None if value is None else _one(Tokens)(value),
+    "sha256": _object,
 }

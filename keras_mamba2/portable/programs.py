@@ -26,6 +26,7 @@ from keras_mamba2.host.prompts import after_tokens
 from keras_mamba2.host.prompts import check_prompts
 from keras_mamba2.host.prompts import padded
 from keras_mamba2.host.prompts import seen_ids
+from keras_mamba2.host.room import LEAST_ROOM
 from keras_mamba2.host.rows import Rows
 from keras_mamba2.host.rows import stop_tokens
 from keras_mamba2.host.sampling import KINDS
@@ -264,9 +265,11 @@ class Programs:
             manifest.fingerprint,
             manifest.vocabulary_size,
         )
-        layers = tuple(tensors[spec.name].astype(spec.dtype) for spec in manifest.state)
+        dtypes = (jax.numpy.dtype(spec.dtype) for spec in manifest.state)
+        named = zip(manifest.state, dtypes, strict=True)
+        layers = tuple(tensors[spec.name].astype(dtype) for spec, dtype in named)
         counts = (tensors[name] for name in state_file.COUNTS)
-        return Mamba2Session(self, text, ProgramState(layers, *counts))
+        return Mamba2Session(self, text, ProgramState(layers, *counts, manifest.state))
 
     def save_state(self, file, state: ProgramState, text: str = "") -> None:
         """Writes a state to a safetensors file, and a text beside it.
@@ -274,13 +277,13 @@ class Programs:
         `Mamba2CausalLM.resume` reads it too, with the model that was exported.
         """
         self._check_state(state)
-        arrays = (*state.layers, state.token, state.length, state.digest)
-        names = (*(spec.name for spec in self.manifest.state), *state_file.COUNTS)
-        dtypes = (*map(state_file.stored_dtype, self.manifest.state), *["int32"] * 3)
-        tensors = {
-            name: np.ascontiguousarray(np.asarray(array).astype(dtype))
-            for name, array, dtype in zip(names, arrays, dtypes, strict=True)
-        }
+        longest = int(np.max(state.length, initial=0))
+        tensors = {}
+        for leaf, spec in zip(state.layers, state.specs, strict=True):
+            array = state_file.filled(np.asarray(leaf), spec, longest)
+            tensors[spec.name] = np.ascontiguousarray(array.astype(state_file.stored_dtype(spec)))
+        for name in state_file.COUNTS:
+            tensors[name] = np.asarray(getattr(state, name))
         state_file.write(file, tensors, self.manifest.model, self.manifest.fingerprint, text)
 
     def _prompts(self, inputs, state: ProgramState | None) -> list[np.ndarray]:
@@ -307,9 +310,8 @@ class Programs:
         return prompts
 
     def _check_state(self, state: ProgramState) -> None:
-        expected = [spec.shape for spec in self.manifest.state]
-        if [leaf.shape[1:] for leaf in STATE("state", state).layers] != expected:
-            raise ValueError("The state belongs to other programs: its shapes are others.")
+        if STATE("state", state).specs != self.manifest.state:
+            raise ValueError("The state belongs to other programs: its tensors are others.")
 
     def _read(
         self,
@@ -365,7 +367,7 @@ class Programs:
                 Rows(
                     state=engine.prefill(part, rows),
                     remaining=_padded(remaining[where], b),
-                    stop_token_ids=stop_tokens(stop_ids, b),
+                    stop_token_ids=stop_tokens(stop_ids, b, self.manifest.stop_token_capacity),
                     seen=_padded(seen_ids(prompts[where], size), b),
                     keys=_padded(keys[where], b),
                     sampling=() if sampling is None else Sampling.of_rows(b, **sampling),
@@ -401,7 +403,7 @@ class Programs:
             where = slice(begin, begin + self.batch_sizes[-1])
             rows = prompts[where]
             b = next(size for size in self.batch_sizes if size >= len(rows))
-            part = ProgramState.zeros(self.manifest.state, b)
+            part = ProgramState.zeros(self.manifest.state, b, LEAST_ROOM)
             if state is not None:
                 given = state if len(rows) == state.batch_size else state[where]
                 part = (

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import numpy as jnp
 
 from keras_mamba2.arguments import SIZE
 from keras_mamba2.arguments import instance
@@ -19,7 +20,7 @@ from keras_mamba2.portable.manifest import StoredTensorSpec
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["layers", "token", "length", "digest"],
-    meta_fields=[],
+    meta_fields=["specs"],
 )
 @dataclasses.dataclass(frozen=True)
 class ProgramState:
@@ -28,23 +29,31 @@ class ProgramState:
     Made by `Programs.prefill`. It stays as it was when a text is continued from it.
 
     Args:
-        layers: tuple of arrays, batch-first, in the order of the manifest.
+        layers: tuple of arrays, batch-first.
         token: int32 `(b)`, the last token, which the layers have not read yet; -1 for none.
         length: int32 `(b)`, how many tokens the layers have read.
         digest: int32 `(b)`, a number for these tokens, which tells texts apart.
+        specs: tuple, what each of `layers` is.
     """
 
     layers: tuple[Any, ...]
     token: Any
     length: Any
     digest: Any
+    specs: tuple[StoredTensorSpec, ...]
 
     @classmethod
-    def zeros(cls, specs: Sequence[StoredTensorSpec], batch_size: int) -> "ProgramState":
-        """The state before the first token."""
+    def zeros(
+        cls, specs: Sequence[StoredTensorSpec], batch_size: int, room: int | None = None
+    ) -> "ProgramState":
+        """The state before the first token, with room for some tokens where it needs room."""
         counts = np.zeros(batch_size, "int32")
-        layers = (np.zeros((batch_size, *spec.shape), spec.dtype) for spec in specs)
-        return cls(tuple(layers), counts + np.int32(NO_TOKEN), counts, counts)
+        shapes = [[room if size is None else size for size in spec.shape] for spec in specs]
+        layers = (
+            np.zeros((batch_size, *shape), jnp.dtype(spec.dtype))
+            for shape, spec in zip(shapes, specs, strict=True)
+        )
+        return cls(tuple(layers), counts + np.int32(NO_TOKEN), counts, counts, tuple(specs))
 
     @property
     def batch_size(self) -> int:
@@ -54,6 +63,24 @@ class ProgramState:
     def nbytes(self) -> int:
         """Bytes of all rows together."""
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in self.layers)
+
+    @property
+    def room(self) -> int | None:
+        """How many tokens it has room for; None if its size does not depend on that."""
+        for leaf, spec in zip(self.layers, self.specs, strict=True):
+            if spec.room_axis is not None:
+                return leaf.shape[spec.room_axis + 1]
+        return None
+
+    def with_room(self, room: int | None) -> "ProgramState":
+        """The same state with room for at least `room` tokens."""
+        if self.room is None or room is None or room <= self.room:
+            return self
+        layers = tuple(
+            leaf if spec.room_axis is None else _padded(leaf, spec.room_axis + 1, room)
+            for leaf, spec in zip(self.layers, self.specs, strict=True)
+        )
+        return dataclasses.replace(self, layers=layers)
 
     def __getitem__(self, rows: int | slice) -> "ProgramState":
         """The state of one row, as a batch of one, or of a slice of rows."""
@@ -71,6 +98,8 @@ class ProgramState:
     @staticmethod
     def concatenate(states: Sequence["ProgramState"]) -> "ProgramState":
         """The rows of all `states` in one batch."""
+        room = max((state.room for state in states if state.room is not None), default=None)
+        states = [state.with_room(room) for state in states]
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *states)
 
     def _of_rows(self, rows: np.ndarray) -> "ProgramState":
@@ -78,6 +107,12 @@ class ProgramState:
 
     def __repr__(self) -> str:
         return f"ProgramState(batch size {self.batch_size}, {self.nbytes} bytes)"
+
+
+def _padded(leaf, axis: int, size: int) -> np.ndarray:
+    widths = [(0, 0)] * leaf.ndim
+    widths[axis] = (0, size - leaf.shape[axis])
+    return np.pad(np.asarray(leaf), widths)
 
 
 STATE = instance(ProgramState, "a `ProgramState`, which `Programs.prefill` returns")

@@ -17,9 +17,9 @@ from keras_mamba2.host import state_file
 from keras_mamba2.host.rows import NO_TOKEN as NO_TOKEN
 from keras_mamba2.host.state_file import COUNTS
 from keras_mamba2.host.state_file import checksum as checksum
+from keras_mamba2.host.state_file import filled
 from keras_mamba2.host.state_file import stored_dtype
 from keras_mamba2.layers.sublayer import StateTensor
-from keras_mamba2.state.room import filled
 
 # Enough of every weight to tell two models apart, without reading gigabytes.
 FINGERPRINT_SAMPLES = 256

@@ -35,7 +35,6 @@ from keras_mamba2.portable.manifest import StoredTensorSpec
 from keras_mamba2.portable.manifest import Tokens
 from keras_mamba2.portable.manifest import program_file
 from keras_mamba2.state import files as state_files
-from keras_mamba2.state.room import needs_room
 
 # One file of `jax.export` holds at most this many bytes.
 LARGEST_PROGRAM = 2**31 - 1
@@ -79,7 +78,7 @@ class ProgramExport:
 
         Raises:
             ValueError: on another backend than JAX, for a folder with files in it, arguments out
-                of range, a hybrid with attention, and a sampler with a loop of its own.
+                of range, and a sampler with a loop of its own.
         """
         PATH("folder", folder)
         platforms = several(choice(*PLATFORMS))("platforms", platforms)
@@ -113,11 +112,6 @@ class ProgramExport:
             raise ValueError(
                 f"{type(self.sampler).__name__} searches with a loop of its own, which is not "
                 "exported. Compile the model with a sampler that draws."
-            )
-        if needs_room(self.backbone):
-            raise ValueError(
-                "The state of attention grows with the text, and programs that are exported have "
-                "states of one size: only models without attention are exported."
             )
         nbytes = sum(v.value.nbytes for v in self.weights)
         if weights == "inside" and nbytes > LARGEST_PROGRAM:
@@ -154,7 +148,10 @@ class ProgramExport:
             fingerprint=state_files.fingerprint(self.backbone),
             vocabulary_size=self.backbone.vocabulary_size,
             sequence_length=None if preprocessor is None else preprocessor.sequence_length,
-            state=tuple(StoredTensorSpec(n, spec.shape, spec.dtype) for n, spec in specs.items()),
+            state=tuple(
+                StoredTensorSpec(name, tuple(spec.shape), spec.dtype, spec.room_axis)
+                for name, spec in specs.items()
+            ),
             sampler=_sampler(self.sampler),
             tokens=None if preprocessor is None else _tokens(preprocessor),
         )

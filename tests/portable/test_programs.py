@@ -12,6 +12,8 @@ import pytest
 import keras_mamba2
 from keras_mamba2 import FilterSampler
 from keras_mamba2 import Mamba2CausalLM
+from keras_mamba2 import ProgramState
+from tests import reference
 
 PROMPTS = ["ROMEO: hello, you", "To be", "O", "Once upon a time"]
 
@@ -163,7 +165,13 @@ def test_weights_inside_give_the_same_text(lm, programs, tmp_path):
     assert inside.generate("To be", **arguments) == programs.generate("To be", **arguments)
 
 
-@pytest.mark.parametrize("variant", ["int8", "bfloat16", "lora", "without tokenizer"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("int8", "bfloat16", "lora")),
+        "without tokenizer",
+    ],
+)
 def test_models_are_exported_as_they_are(preset_folder, tmp_path, variant):
     options = {
         "bfloat16": {"dtype": "bfloat16"},
@@ -186,6 +194,41 @@ def test_models_are_exported_as_they_are(preset_folder, tmp_path, variant):
     if variant == "without tokenizer":
         with pytest.raises(ValueError, match="exported without a tokenizer"):
             programs.generate("To be")
+
+
+@pytest.mark.slow
+def test_a_hybrid_makes_room_as_the_text_grows(byte_tokenizer, tmp_path):
+    lm = Mamba2CausalLM(
+        keras_mamba2.Mamba2HybridBackbone(
+            vocabulary_size=257,
+            hidden_dim=32,
+            blocks=["mamba2", "attention", "mlp"],
+            sublayers={
+                "mamba2": {"state_dim": 8, "head_dim": 8, "chunk_size": 16},
+                "attention": {"num_query_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
+                "mlp": {"intermediate_dim": 48},
+            },
+        ),
+        keras_mamba2.Mamba2CausalLMPreprocessor(byte_tokenizer),
+    )
+    reference.randomize(lm.backbone)
+    lm.compile(sampler=FilterSampler(temperature=0))
+    lm.export_programs(tmp_path / "programs", platforms=["cpu", "tpu"], batch_sizes=[2])
+    programs = keras_mamba2.load_programs(tmp_path / "programs")
+    texts = ["To be, or not to be, that is the question. " * 5, "To be"]
+    expected = lm.generate(texts, max_new_tokens=60)
+    assert programs.generate(texts, max_new_tokens=60) == expected
+    states = [programs.prefill(text) for text in texts * 3]
+    assert {state.room for state in states} == {256}
+    found = programs.generate([""] * 6, state=ProgramState.concatenate(states), max_new_tokens=60)
+    assert [text + new for text, new in zip(texts * 3, found, strict=True)] == expected * 3
+    session = programs.start(texts[0])
+    session.generate(max_new_tokens=20)
+    session.save(tmp_path / "session.safetensors")
+    for generator in (lm, programs):
+        resumed = generator.resume(tmp_path / "session.safetensors")
+        resumed.generate(max_new_tokens=40)
+        assert resumed.text == expected[0]
 
 
 WITHOUT_KERAS = """
