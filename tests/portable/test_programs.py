@@ -1,10 +1,13 @@
 """Exported programs beside the model that they come from."""
 
 import json
+import pathlib
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 
+import keras
 import keras_hub
 import numpy as np
 import pytest
@@ -13,8 +16,11 @@ import keras_mamba2
 from keras_mamba2 import FilterSampler
 from keras_mamba2 import Mamba2CausalLM
 from keras_mamba2 import ProgramState
+from keras_mamba2.ops.chunk_size import compiling_for
+from keras_mamba2.ops.chunk_size import default_chunk_size
 from tests import reference
 
+HERE = pathlib.Path(__file__).parent
 PROMPTS = ["ROMEO: hello, you", "To be", "O", "Once upon a time"]
 
 
@@ -250,6 +256,30 @@ def test_nothing_of_keras_is_imported(programs, folder):
     assert result.stdout.strip() == repr(programs.generate("To be", max_new_tokens=20, seed=1))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not find_spec("libtpu"), reason="libtpu is not installed")
+def test_the_compiler_of_tpus_takes_the_programs(folder):
+    """As they lie in the folder: it was exported here, where there is no TPU."""
+    names = ("prefill_64_batch_2", "decode_batch_2", "decode_as_compiled_batch_1")
+    files = [str(folder / "programs" / "tpu" / f"{name}.bin") for name in names]
+    command = [sys.executable, str(HERE / "compile_for_tpu.py"), *files]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    found = [line.split() for line in result.stdout.splitlines()]
+    assert [name for name, *_ in found] == list(names)
+    weights = (folder / "weights.safetensors").stat().st_size
+    assert all(int(arguments) > 0.9 * weights for _, arguments, _ in found)
+
+
+def test_each_platform_has_its_own_size_of_chunks():
+    assert default_chunk_size() == 64
+    with compiling_for("tpu"):
+        assert default_chunk_size() == 256
+    with compiling_for("cuda"):
+        assert default_chunk_size() == 256
+    assert default_chunk_size() == 64
+
+
 def test_what_is_not_as_it_was_written_is_named(folder, tmp_path):
     def copied(name, change):
         copy = tmp_path / "copy"
@@ -354,10 +384,14 @@ def test_bad_arguments_of_an_export_leave_nothing(lm, tmp_path, arguments, messa
     assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_exported_says_so(preset_folder, folder, tmp_path):
+def test_what_cannot_be_exported_says_so(preset_folder, folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="BeamSampler searches with a loop of its own"):
         model(preset_folder, sampler="beam").export_programs(tmp_path / "programs")
     before = sorted(folder.rglob("*"))
     with pytest.raises(ValueError, match="exists already and is not an empty folder"):
         model(preset_folder).export_programs(folder)
     assert sorted(folder.rglob("*")) == before
+    lm = model(preset_folder)
+    monkeypatch.setattr(keras.config, "backend", lambda: "torch")
+    with pytest.raises(ValueError, match="Keras runs on torch here. Set KERAS_BACKEND=jax"):
+        lm.export_programs(tmp_path / "programs")
