@@ -46,7 +46,7 @@ def programs(model, batch_size: int) -> Iterator[Program]:
 
     b, v = batch_size, model.backbone.vocabulary_size
     specs = tree.flatten(model.backbone.state_spec())
-    (room,) = export.symbolic_shape("room")
+    room: Any = export.symbolic_shape("room")[0]
     shapes = [[room if size is None else size for size in spec.shape] for spec in specs]
     state = [_array((b, *shape), spec.dtype) for shape, spec in zip(shapes, specs, strict=True)]
     state += [_array((b,), "int32")] * 3

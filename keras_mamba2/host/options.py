@@ -47,8 +47,9 @@ def checked_stop_strings(
     if stop_strings is None:
         return ()
     is_one = isinstance(stop_strings, str) or not isinstance(stop_strings, Iterable)
-    stop_strings = (stop_strings,) if is_one else tuple(stop_strings)
-    several(STRING)("stop_strings", stop_strings)
+    stop_strings = several(STRING)(
+        "stop_strings", (stop_strings,) if is_one else tuple(stop_strings)
+    )
     if not all(stop_strings):
         raise ValueError("A stop string is empty. Pass `stop_strings=()` for none.")
     if stop_strings and not has_text:

@@ -43,6 +43,10 @@ class StoredTensorSpec(NamedTuple):
     dtype: str
     room_axis: int | None = None
 
+    def sizes(self, room: int) -> tuple[int, ...]:
+        """The shape with room for so many tokens."""
+        return tuple(room if size is None else size for size in self.shape)
+
 
 class Sampler(NamedTuple):
     """How the model picked tokens when it was exported."""
@@ -158,7 +162,7 @@ def _plain(value: Any) -> Any:
     return [_plain(part) for part in value] if isinstance(value, tuple) else value
 
 
-def _one(cls: type[tuple]) -> Callable[[Any], Any]:
+def _one(cls: Any) -> Callable[[Any], Any]:
     """Reads a named tuple from the object of its parts."""
 
     def read(parts):

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tokenizers
 
 from keras_mamba2.arguments import BOOLEAN
 from keras_mamba2.arguments import PATH
@@ -37,6 +36,7 @@ from keras_mamba2.host.text_stream import TextStreams
 from keras_mamba2.host.text_stream import run_lengths
 from keras_mamba2.host.texts import is_one_text
 from keras_mamba2.host.texts import texts_of
+from keras_mamba2.portable.codec import Codec
 from keras_mamba2.portable.engine import COMPATIBILITY
 from keras_mamba2.portable.engine import Engine
 from keras_mamba2.portable.manifest import TOKENIZER_FILE
@@ -90,10 +90,9 @@ class Programs:
         folder = pathlib.Path(PATH("folder", folder)).absolute()
         self.manifest = manifest = Manifest.read(folder)
         platform = _platform(manifest, folder)
-        self._tokenizer = None
+        self._codec_or_none = None
         if manifest.tokens is not None:
-            file = manifest.check(folder, TOKENIZER_FILE)
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+            self._codec_or_none = Codec(manifest.check(folder, TOKENIZER_FILE), manifest.tokens)
         weights = _weights(manifest, folder) if manifest.weights == "beside" else []
         self._engines = {
             size: Engine(manifest, folder, platform, size, weights) for size in manifest.batch_sizes
@@ -165,14 +164,16 @@ class Programs:
         if stop_strings:
             runs = (self._streams(run, n, stop_ids, stop_strings) for run, n in decodings)
             new_texts = [text for run in runs for text in run.all_texts()]
-            texts = [old + new for old, new in zip(self._texts(before), new_texts, strict=True)]
+            texts = [
+                old + new for old, new in zip(self._codec.texts(before), new_texts, strict=True)
+            ]
             return texts[0] if is_one_text(inputs) else texts
         new = [row for run, n in decodings for row in run.all_tokens()[:n]]
         rows = [np.concatenate(pair) for pair in zip(before, new, strict=True)]
         if isinstance(inputs, Mapping):
             size = np.shape(standard_names(inputs)["token_ids"])[1]
             return padded(rows, max(size, *map(len, rows)))
-        texts = self._texts(rows)
+        texts = self._codec.texts(rows)
         return texts[0] if is_one_text(inputs) else texts
 
     def stream(
@@ -268,8 +269,8 @@ class Programs:
         dtypes = (jax.numpy.dtype(spec.dtype) for spec in manifest.state)
         named = zip(manifest.state, dtypes, strict=True)
         layers = tuple(tensors[spec.name].astype(dtype) for spec, dtype in named)
-        counts = (tensors[name] for name in state_file.COUNTS)
-        return Mamba2Session(self, text, ProgramState(layers, *counts, manifest.state))
+        counts = {name: tensors[name] for name in state_file.COUNTS}
+        return Mamba2Session(self, text, ProgramState(layers, **counts, specs=manifest.state))
 
     def save_state(self, file, state: ProgramState, text: str = "") -> None:
         """Writes a state to a safetensors file, and a text beside it.
@@ -286,6 +287,14 @@ class Programs:
             tensors[name] = np.asarray(getattr(state, name))
         state_file.write(file, tensors, self.manifest.model, self.manifest.fingerprint, text)
 
+    @property
+    def _codec(self) -> Codec:
+        if self._codec_or_none is None:
+            raise ValueError(
+                "The model was exported without a tokenizer: pass a dict of token ids and mask."
+            )
+        return self._codec_or_none
+
     def _prompts(self, inputs, state: ProgramState | None) -> list[np.ndarray]:
         waiting = None
         if state is not None:
@@ -295,17 +304,8 @@ class Programs:
             named = standard_names(inputs)
             masks = np.asarray(named["padding_mask"]).astype(bool)
             prompts = [row[m] for row, m in zip(np.asarray(named["token_ids"]), masks, strict=True)]
-        elif self._tokenizer is None or self.manifest.tokens is None:
-            raise ValueError(
-                "The model was exported without a tokenizer: pass a dict of token ids and mask."
-            )
         else:
-            texts = texts_of(inputs)
-            continued = state is not None
-            first = () if continued else self.manifest.tokens.start
-            encode = self._tokenizer.encode_batch_fast
-            rows = encode(texts, add_special_tokens=not continued)
-            prompts = [np.array([*first, *row.ids], "int32") for row in rows]
+            prompts = self._codec.encode(texts_of(inputs), continued=state is not None)
         check_prompts(prompts, self.manifest.vocabulary_size, waiting)
         return prompts
 
@@ -341,7 +341,7 @@ class Programs:
         return ids
 
     def _stop_strings(self, inputs, stop_strings) -> tuple[str, ...]:
-        stop_strings = checked_stop_strings(stop_strings, self._tokenizer is not None)
+        stop_strings = checked_stop_strings(stop_strings, self._codec_or_none is not None)
         if stop_strings and isinstance(inputs, Mapping):
             raise ValueError("`stop_strings` need prompts of text. Received: a dict of token ids")
         return stop_strings
@@ -416,16 +416,9 @@ class Programs:
     def _streams(
         self, decoding: Decoding, n: int, stop_ids: Sequence[int], stop_strings: Sequence[str]
     ) -> TextStreams:
-        skip = (*stop_ids, *self.manifest.tokens.special)
-        streams = [TextStream(self._decode, skip, stop_strings) for _ in range(n)]
+        skip = (*stop_ids, *self._codec.tokens.special)
+        streams = [TextStream(self._codec.decode, skip, stop_strings) for _ in range(n)]
         return TextStreams(decoding, streams)
-
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
-
-    def _texts(self, rows: Sequence[np.ndarray]) -> list[str]:
-        special = self.manifest.tokens.special
-        return [self._decode([int(id) for id in row if id not in special]) for row in rows]
 
 
 # Of the state of a `FilterSampler`'s random generator.

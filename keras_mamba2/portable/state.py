@@ -43,15 +43,11 @@ class ProgramState:
     specs: tuple[StoredTensorSpec, ...]
 
     @classmethod
-    def zeros(
-        cls, specs: Sequence[StoredTensorSpec], batch_size: int, room: int | None = None
-    ) -> "ProgramState":
+    def zeros(cls, specs: Sequence[StoredTensorSpec], batch_size: int, room: int) -> "ProgramState":
         """The state before the first token, with room for some tokens where it needs room."""
         counts = np.zeros(batch_size, "int32")
-        shapes = [[room if size is None else size for size in spec.shape] for spec in specs]
         layers = (
-            np.zeros((batch_size, *shape), jnp.dtype(spec.dtype))
-            for shape, spec in zip(shapes, specs, strict=True)
+            np.zeros((batch_size, *spec.sizes(room)), jnp.dtype(spec.dtype)) for spec in specs
         )
         return cls(tuple(layers), counts + np.int32(NO_TOKEN), counts, counts, tuple(specs))
 
