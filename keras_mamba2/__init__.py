@@ -20,7 +20,9 @@ if importlib.util.find_spec("keras") is not None:
     from keras_mamba2 import training as training
     from keras_mamba2.chat import ChatTemplate as ChatTemplate
     from keras_mamba2.conversion import register as register
+    from keras_mamba2.generation import DraftModel as DraftModel
     from keras_mamba2.generation import FilterSampler as FilterSampler
+    from keras_mamba2.generation import PromptLookup as PromptLookup
     from keras_mamba2.models import Mamba2Backbone as Mamba2Backbone
     from keras_mamba2.models import Mamba2HybridBackbone as Mamba2HybridBackbone
     from keras_mamba2.models import Mamba2State as Mamba2State

@@ -30,6 +30,26 @@ Dtype = Annotated[
 ]
 
 
+Draft = Annotated[
+    str | None,
+    typer.Option(help="A smaller preset that proposes tokens: the same text, sooner."),
+]
+PromptLookup = Annotated[
+    bool, typer.Option("--prompt-lookup", help="Propose tokens from the text before.")
+]
+
+
+def speculation_of(draft: str | None, prompt_lookup: bool, dtype: str):
+    """Who proposes tokens, as the options say."""
+    import keras_mamba2
+
+    if draft is not None and prompt_lookup:
+        raise ValueError("Pass --draft or --prompt-lookup, not both.")
+    if draft is not None:
+        return keras_mamba2.DraftModel(keras_mamba2.Mamba2CausalLM.from_preset(draft, dtype=dtype))
+    return keras_mamba2.PromptLookup() if prompt_lookup else None
+
+
 @app.callback()
 def main() -> None:
     """Mamba-2 language models in Keras."""
@@ -81,6 +101,8 @@ def generate(
         pathlib.Path | None,
         typer.Option(help="A session's file: goes on from it if it is there, and is written."),
     ] = None,
+    draft: Draft = None,
+    prompt_lookup: PromptLookup = False,
     dtype: Dtype = "auto",
     compilation_cache: Annotated[
         str | None, typer.Option(help="A folder where compiled programs are kept.")
@@ -93,6 +115,7 @@ def generate(
     with errors_on_one_line():
         for text in (prompt, *(stop or ())):
             check_text("prompt" if text is prompt else "--stop", text)
+        speculation = speculation_of(draft, prompt_lookup, dtype)
         lm = Mamba2CausalLM.from_preset(preset, dtype=dtype)
         sampler = FilterSampler(
             temperature=temperature,
@@ -101,7 +124,7 @@ def generate(
             repetition_penalty=repetition_penalty,
             seed=seed,
         )
-        lm.compile(sampler=sampler, compilation_cache=compilation_cache)
+        lm.compile(sampler=sampler, speculation=speculation, compilation_cache=compilation_cache)
         if state is not None and state.exists():
             session = lm.resume(state)
         else:
@@ -159,6 +182,8 @@ def chat(
         float | None, typer.Option(min=1.0, help="Above 1: fewer.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Makes the replies reproducible.")] = None,
+    draft: Draft = None,
+    prompt_lookup: PromptLookup = False,
     dtype: Dtype = "auto",
     compilation_cache: Annotated[
         str | None, typer.Option(help="A folder where compiled programs are kept.")
@@ -185,8 +210,9 @@ def chat(
     with errors_on_one_line():
         preprocessor = Mamba2CausalLMPreprocessor.from_preset(preset)
         preprocessor.chat_template  # noqa: B018  raises, before the weights are read
+        speculation = speculation_of(draft, prompt_lookup, dtype)
         lm = Mamba2CausalLM.from_preset(preset, dtype=dtype, preprocessor=preprocessor)
-        lm.compile(compilation_cache=compilation_cache)
+        lm.compile(speculation=speculation, compilation_cache=compilation_cache)
         conversation = lm.start_chat(system, **options)
         if load is not None:
             conversation = lm.resume_chat(load, **options)

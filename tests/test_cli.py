@@ -50,6 +50,21 @@ def test_a_session_goes_on_in_its_file(preset_folder, tmp_path):
     assert second.stdout.startswith(first.stdout.removesuffix("\n") + " But soft")
 
 
+@pytest.mark.parametrize("speculation", [("--prompt-lookup",), ("--draft",)])
+def test_proposed_tokens_change_no_text(preset_folder, speculation):
+    options = ("to be", "--preset", preset_folder, "--max-new-tokens", 20, "--seed", 3)
+    speculation += (preset_folder,) * (speculation == ("--draft",))
+    speculative = run(*options, *speculation)
+    assert speculative.exit_code == 0, speculative.output
+    assert speculative.stdout == run(*options).stdout
+
+
+def test_one_proposer_is_enough(preset_folder):
+    result = run("to be", "--draft", preset_folder, "--prompt-lookup")
+    assert result.exit_code == 2
+    assert result.stderr == "error: Pass --draft or --prompt-lookup, not both.\n"
+
+
 @pytest.mark.parametrize("to", ["keras", "transformers"])
 def test_convert_there_and_back(preset_folder, tmp_path, to):
     result = run_app("convert", preset_folder, tmp_path / "new", "--to", to)

@@ -22,6 +22,8 @@ from keras_mamba2.generation.rows import put
 from keras_mamba2.generation.sampler import FilterSampler
 from keras_mamba2.generation.score import block_loss
 from keras_mamba2.generation.search import search
+from keras_mamba2.generation.speculate import speculate
+from keras_mamba2.generation.speculative_decoding import SpeculativeDecoding
 from keras_mamba2.host.blocks import LONG_PROMPT
 from keras_mamba2.host.blocks import blocks
 from keras_mamba2.host.blocks import feed
@@ -89,6 +91,13 @@ class Generator:
             sampler = self._filters if rows.sampling else model.sampler
             return decode(model, sampler, rows, num_steps, DECODE_CAPACITY, with_logprobs)
 
+        def speculate_rows(rows, num_rounds, num_tokens=1, with_logprobs=False):
+            rows = Rows(*rows)
+            proposer = model.speculation
+            sampler = self._filters if rows.sampling else model.sampler
+            arguments = proposer, num_tokens, num_rounds, DECODE_CAPACITY, with_logprobs
+            return speculate(model, sampler, rows, *arguments)
+
         def search_rows(token_ids, padding_mask, stop_token_ids):
             return search(model, model.sampler, token_ids, padding_mask, stop_token_ids)
 
@@ -100,6 +109,13 @@ class Generator:
         self._prefill_row = compiled(model, prefill_one, donate=True)
         self._block_loss = compiled(model, loss, donate=True)
         self._decode = compiled(model, decode_rows, donate=True, static=("with_logprobs",))
+        self._speculate = compiled(
+            model,
+            speculate_rows,
+            donate=True,
+            static=("num_tokens", "with_logprobs"),
+            read=lambda: model.speculation.variables,
+        )
         self._put = compiled(model, put, donate=True)
         self._search = compiled(
             model, search_rows, static=("stop_token_ids",), assigned=sampler.variables
@@ -138,7 +154,7 @@ class Generator:
         else:
             prompts = after_tokens(ops.convert_to_numpy(state.token), prompts)
             state = self._copy(state)  # the programs below reuse the memory of their argument
-            state = self._with_room(state, [len(prompt) for prompt in prompts])
+            state = self.with_room(state, [len(prompt) for prompt in prompts])
         state = self._feed(state, [np.asarray(prompt[:-1], "int32") for prompt in prompts])
         last = np.array([prompt[-1] for prompt in prompts], "int32")
         return state.with_token(last)
@@ -147,7 +163,7 @@ class Generator:
         """The room of a new state for `prompts`, if it needs room."""
         return {"room": room_for(max(map(len, prompts)))} if self._needs_room else {}
 
-    def _with_room(self, state: Mamba2State, num_tokens: int | Sequence[int]) -> Mamba2State:
+    def with_room(self, state: Mamba2State, num_tokens: int | Sequence[int]) -> Mamba2State:
         """`state` with room for `num_tokens` more in each row."""
         if not self._needs_room:
             return state
@@ -198,6 +214,7 @@ class Generator:
         if size and history:
             seen |= seen_ids(history, size)
         after = self.prefill(prompts, state)
+        context = self._context(prompts, after, history)
         before = () if state is None else map(ops.convert_to_numpy, (state.digest, state.token))
         texts = [text for text in row_texts(prompts, *before) for _ in range(n)]
         generators = sampler.variables
@@ -213,7 +230,21 @@ class Generator:
                 generators[0].dtype if generators else "int32",
             ),
             sampling=sampling,
+            context=tree.map_structure(lambda leaf: ops.repeat(leaf, n, axis=0), context),
         )
+
+    def _context(self, prompts, state: Mamba2State, history) -> Any:
+        """What the proposer of tokens, if there is one, knows of the texts before the first token.
+
+        Of a text that a state stands for it knows what `history` says, or nothing.
+        """
+        if self.model.speculation is None:
+            return ()
+        last = ops.convert_to_numpy(state.token)[:, None]
+        texts = [prompt if len(prompt) else row for prompt, row in zip(prompts, last, strict=True)]
+        if history is not None:
+            texts = [np.concatenate(pair) for pair in zip(history, texts, strict=True)]
+        return self.model.speculation.start(texts)
 
     def insert(self, rows: Rows, index: int, row: Rows) -> Rows:
         """`rows` with `row`, a batch of one, at `index`. The given `rows` cannot be used any more.
@@ -235,13 +266,29 @@ class Generator:
         `(b DECODE_CAPACITY)`, with -1 after a row has stopped, -2 where its logits are not
         finite; and log probabilities of the same shape, if asked for.
         """
-        rows = rows._replace(state=self._with_room(rows.state, num_steps))
+        rows = rows._replace(state=self.with_room(rows.state, num_steps))
         return self._decode(rows, np.array(num_steps, "int32"), with_logprobs=with_logprobs)
+
+    def speculate(self, rows: Rows, num_rounds: int, num_tokens: int, with_logprobs: bool = False):
+        """As `advance`, in at most `num_rounds` rounds with `num_tokens` proposals.
+
+        Returns also the `Outcome`. A row gets at most `DECODE_CAPACITY` tokens.
+        """
+        most = min(num_rounds * (num_tokens + 1), DECODE_CAPACITY)
+        rows = rows._replace(
+            state=self.with_room(rows.state, most),
+            context=self.model.speculation.with_room(rows.context, most),
+        )
+        return self._speculate(
+            rows, np.array(num_rounds, "int32"), num_tokens=num_tokens, with_logprobs=with_logprobs
+        )
 
     def decode(
         self, rows: Rows, run_lengths: Iterable[int] = (), with_logprobs: bool = False
     ) -> Decoding:
         """An iterator over the new tokens of the rows, until all have stopped."""
+        if self.model.speculation is not None:
+            return SpeculativeDecoding(self, rows, run_lengths, with_logprobs)
         return Decoding(self, rows, run_lengths, with_logprobs)
 
     def generate(

@@ -51,7 +51,7 @@ class Decoding:
             raise StopIteration
         capacity = self.generator.decode_capacity
         num_steps = min(next(self._run_lengths, capacity), missing, capacity)
-        rows, *found = self.generator.advance(self.rows, num_steps, self._with_logprobs)
+        rows, *found = self.advance(num_steps)
         tokens, logprobs = map(self.generator.to_numpy, found)
         self.rows = Rows(*rows)
         self._check_finite(tokens)
@@ -62,6 +62,9 @@ class Decoding:
             if self._with_logprobs:
                 self._logprobs[i].append(logprobs[i][is_token[i]])
         return new
+
+    def advance(self, num_steps: int):
+        return self.generator.advance(self.rows, num_steps, self._with_logprobs)
 
     def all_tokens(self) -> list[np.ndarray]:
         """Runs to the end. Returns the tokens of each row."""

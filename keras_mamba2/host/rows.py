@@ -26,6 +26,7 @@ class Rows(NamedTuple):
     seen: Any  # (b v) bool, which ids occurred in a row, if the sampler needs it; else (b 0)
     keys: Any  # (b r) int, a seed for each random generator of the sampler
     sampling: Any  # `Sampling` `(b)`; empty for a sampler without such parameters
+    context: Any = ()  # what a proposer of tokens knows of the text; empty without one
 
 
 def stop_tokens(

@@ -52,7 +52,7 @@ class Mamba2Session:
 
     def stream(self, text: str = "", **kwargs) -> Iterator[str]:
         """As `generate`, piece by piece. If it is left early, the text ends with the last piece."""
-        return self._collect(text, self.lm.stream([text], state=self.state, **kwargs))
+        return self._collect(text, self.lm.stream_on(self, text, **kwargs))
 
     def _collect(self, text: str, streams: TextStreams) -> Iterator[str]:
         shown, is_whole = "", False

@@ -1,5 +1,7 @@
 import pathlib
 import secrets
+from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -211,6 +213,41 @@ class Programs:
         Returns:
             Iterator over strings, or over lists with a string, maybe empty, for each row.
         """
+        run = self._stream(
+            inputs,
+            max_length,
+            max_new_tokens,
+            stop_token_ids,
+            stop_strings,
+            state,
+            seed,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+        )
+        return (piece for [piece] in run) if is_one_text(inputs) else run
+
+    def stream_on(self, session: Mamba2Session, text: str, **kwargs) -> TextStreams:
+        """What follows the text of a session and `text`. For `Mamba2Session.stream`."""
+        # For a penalty on repetition. Without the tokens that `encode` puts before a text.
+        history = self._codec.encode([session.text], continued=False)[0]
+        history = history[len(self._codec.tokens.start) :]
+        return self._stream([text], state=session.state, history=[history], **kwargs)
+
+    def _stream(
+        self,
+        inputs,
+        max_length: int | None = None,
+        max_new_tokens: int | None = None,
+        stop_token_ids: Sequence[int] | str | None = "auto",
+        stop_strings: Sequence[str] | str | None = (),
+        state: ProgramState | None = None,
+        seed: int | None = None,
+        history: Sequence[np.ndarray] | None = None,
+        **parameters: float | None,
+    ) -> TextStreams:
         if isinstance(inputs, Mapping):
             raise ValueError("`stream` yields text. Received: a dict of token ids")
         prompts, limits = self._read(inputs, max_length, max_new_tokens, state)
@@ -223,20 +260,9 @@ class Programs:
         stop_ids = self._stop_ids(stop_token_ids)
         stop_strings = self._stop_strings(inputs, stop_strings)
         [(decoding, n)] = self._decodings(
-            prompts,
-            limits,
-            stop_ids,
-            state,
-            seed,
-            run_lengths,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
+            prompts, limits, stop_ids, state, seed, run_lengths, history, **parameters
         )
-        run = self._streams(decoding, n, stop_ids, stop_strings)
-        return (piece for [piece] in run) if is_one_text(inputs) else run
+        return self._streams(decoding, n, stop_ids, stop_strings)
 
     def prefill(self, inputs, state: ProgramState | None = None) -> ProgramState:
         """Reads text without generating any. See `Mamba2CausalLM.prefill`.
@@ -347,7 +373,15 @@ class Programs:
         return stop_strings
 
     def _decodings(
-        self, prompts, limits, stop_ids, state, seed, lengths, **parameters: float | None
+        self,
+        prompts: list[np.ndarray],
+        limits: np.ndarray,
+        stop_ids: Sequence[int],
+        state: ProgramState | None,
+        seed: int | None,
+        lengths: Callable[[], Iterable[int]],
+        history: Sequence[np.ndarray] | None = None,
+        **parameters: float | None,
     ) -> Iterator[tuple[Decoding, int]]:
         """The loops of all batches that the prompts are cut into, and their numbers of rows."""
         optional(integer())("seed", seed)
@@ -358,6 +392,9 @@ class Programs:
         keys = row_keys(seed, texts, num_generators, dtype)
         needs_history = sampling is not None or self.manifest.sampler.needs_history
         size = self.manifest.vocabulary_size if needs_history else 0
+        seen = seen_ids(prompts, size)
+        if history is not None:
+            seen |= seen_ids(history, size)
         remaining = np.minimum(limits, np.iinfo("int32").max).astype("int32")
 
         def decoding(engine: Engine, where: slice, part: ProgramState, rows: list[np.ndarray]):
@@ -368,7 +405,7 @@ class Programs:
                     state=engine.prefill(part, rows),
                     remaining=_padded(remaining[where], b),
                     stop_token_ids=stop_tokens(stop_ids, b, self.manifest.stop_token_capacity),
-                    seen=_padded(seen_ids(prompts[where], size), b),
+                    seen=_padded(seen[where], b),
                     keys=_padded(keys[where], b),
                     sampling=() if sampling is None else Sampling.of_rows(b, **sampling),
                 ),

@@ -30,12 +30,12 @@ class GenerationOptions(NamedTuple):
     def checked(
         cls,
         model,
-        max_length: int | None,
-        max_new_tokens: int | None,
-        stop_token_ids: Sequence[int] | str | None,
-        stop_strings: Sequence[str] | str | None,
-        state: Mamba2State | None,
-        seed: int | None,
+        max_length: int | None = None,
+        max_new_tokens: int | None = None,
+        stop_token_ids: Sequence[int] | str | None = "auto",
+        stop_strings: Sequence[str] | str | None = (),
+        state: Mamba2State | None = None,
+        seed: int | None = None,
         num_return_sequences: int = 1,
         **parameters: float | None,
     ) -> "GenerationOptions":

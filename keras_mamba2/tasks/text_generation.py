@@ -9,6 +9,8 @@ from keras_mamba2.arguments import BOOLEAN
 from keras_mamba2.arguments import optional
 from keras_mamba2.generation import Decoding
 from keras_mamba2.generation import Generator
+from keras_mamba2.generation import Proposer
+from keras_mamba2.generation import needs_history
 from keras_mamba2.generation import padded
 from keras_mamba2.generation import picks_tokens
 from keras_mamba2.generation import prompts_of
@@ -34,6 +36,7 @@ class TextGeneration:
     backbone: ResidualBackbone
     preprocessor: Any  # or None
     sampler: Any
+    speculation: Proposer | None = None
     generate_function: Any  # a `Generator`, or None
 
     def make_generate_function(self) -> Generator:
@@ -201,8 +204,6 @@ class TextGeneration:
             ValueError: as `generate`, before the first piece is asked for; for logits that are
                 not finite when they come.
         """
-        if self.preprocessor is None:
-            raise ValueError("`stream` yields text, which needs a `preprocessor`.")
         options = GenerationOptions.checked(
             self,
             max_length,
@@ -217,10 +218,35 @@ class TextGeneration:
             min_p=min_p,
             repetition_penalty=repetition_penalty,
         )
-        prompts, limits = self._read(texts_of(inputs), options)
-        decoding = self._decoding(prompts, limits, options, run_lengths())
-        run = self._streams(decoding, options)
+        run = self.stream_text(texts_of(inputs), options)
         return (piece for [piece] in run) if is_one_text(inputs) else run
+
+    def stream_text(
+        self,
+        texts: Sequence[str],
+        options: GenerationOptions,
+        history: Sequence[np.ndarray] | None = None,
+    ) -> TextStreams:
+        """What follows `texts`, of which `history` are the tokens before, if they are known."""
+        prompts, limits = self._read(texts, options)
+        decoding = self._decoding(prompts, limits, options, run_lengths(), history=history)
+        return self._streams(decoding, options)
+
+    def stream_on(self, session: Mamba2Session, text: str, **kwargs) -> TextStreams:
+        """What follows the text of a session and `text`. For `Mamba2Session.stream`."""
+        options = GenerationOptions.checked(self, state=session.state, **kwargs)
+        return self.stream_text([text], options, self._history(session.text, options))
+
+    def _history(self, text: str, options: GenerationOptions) -> list[np.ndarray] | None:
+        """The tokens of a text so far, for a penalty on their repetition and for proposals.
+
+        Text that was cut inside a word may have been read as other tokens, which matters to
+        neither.
+        """
+        penalty = options.parameters.get("repetition_penalty") or 1
+        if penalty == 1 and not needs_history(self.sampler) and self.speculation is None:
+            return None
+        return [np.array(self.preprocessor.tokenizer(text), "int32")]
 
     def prefill(self, inputs, state: Mamba2State | None = None) -> Mamba2State:
         """Reads text without generating any.
