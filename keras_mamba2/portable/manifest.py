@@ -16,6 +16,7 @@ from keras_mamba2.arguments import choice
 from keras_mamba2.arguments import integer
 from keras_mamba2.arguments import optional
 from keras_mamba2.arguments import several
+from keras_mamba2.host.sampling import KINDS
 from keras_mamba2.untrusted import check_file
 from keras_mamba2.untrusted import read_json
 from keras_mamba2.untrusted import shortened
@@ -130,7 +131,7 @@ class Manifest:
         for name in names:
             try:
                 read[name] = _READ[name](content[name])
-            except (TypeError, ValueError, OverflowError) as error:
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
                 raise ValueError(f"{file} is damaged: {name}={shortened(content[name])}") from error
         return cls(**read)
 
@@ -179,6 +180,17 @@ def _object(value: Any) -> dict:
     return value
 
 
+def _parameters(value: Any) -> dict[str, float]:
+    return {name: KINDS[name].standard(number) for name, number in _object(value).items()}
+
+
+def _batch_sizes(value: Any) -> tuple[int, ...]:
+    sizes = several(SIZE, in_order=True).standard(value)
+    if not sizes:
+        raise ValueError("there is none")
+    return sizes
+
+
 def _tensors(values: Any) -> tuple[StoredTensorSpec, ...]:
     return tuple(map(_one(StoredTensorSpec), values))
 
@@ -189,7 +201,7 @@ _PARTS: dict[str, Callable[[Any], Any]] = {
     "shape": several(optional(_count)).standard,
     "dtype": STRING.standard,
     "room_axis": optional(_count).standard,
-    "parameters": lambda value: None if value is None else _object(value),
+    "parameters": lambda value: None if value is None else _parameters(value),
     "needs_history": BOOLEAN.standard,
     "num_generators": _count.standard,
     "generator_dtype": STRING.standard,
@@ -202,7 +214,7 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "jax": STRING.standard,
     "calling_convention": _count.standard,
     "platforms": several(choice(*PLATFORMS)).standard,
-    "batch_sizes": several(SIZE, in_order=True).standard,
+    "batch_sizes": _batch_sizes,
     "block_sizes": several(SIZE).standard,
     "decode_capacity": SIZE.standard,
     "stop_token_capacity": SIZE.standard,

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
+from jax import numpy as jnp
 
 from keras_mamba2.arguments import BOOLEAN
 from keras_mamba2.arguments import PATH
@@ -27,7 +27,6 @@ from keras_mamba2.host.prompts import after_tokens
 from keras_mamba2.host.prompts import check_prompts
 from keras_mamba2.host.prompts import padded
 from keras_mamba2.host.prompts import seen_ids
-from keras_mamba2.host.room import LEAST_ROOM
 from keras_mamba2.host.rows import Rows
 from keras_mamba2.host.rows import stop_tokens
 from keras_mamba2.host.sampling import KINDS
@@ -39,10 +38,10 @@ from keras_mamba2.host.text_stream import run_lengths
 from keras_mamba2.host.texts import is_one_text
 from keras_mamba2.host.texts import texts_of
 from keras_mamba2.portable.codec import Codec
-from keras_mamba2.portable.engine import COMPATIBILITY
 from keras_mamba2.portable.engine import Engine
+from keras_mamba2.portable.loading import platform_of
+from keras_mamba2.portable.loading import read_weights
 from keras_mamba2.portable.manifest import TOKENIZER_FILE
-from keras_mamba2.portable.manifest import WEIGHTS_FILE
 from keras_mamba2.portable.manifest import Manifest
 from keras_mamba2.portable.state import STATE
 from keras_mamba2.portable.state import ProgramState
@@ -91,11 +90,11 @@ class Programs:
     def __init__(self, folder):
         folder = pathlib.Path(PATH("folder", folder)).absolute()
         self.manifest = manifest = Manifest.read(folder)
-        platform = _platform(manifest, folder)
+        platform = platform_of(manifest, folder)
         self._codec_or_none = None
         if manifest.tokens is not None:
             self._codec_or_none = Codec(manifest.check(folder, TOKENIZER_FILE), manifest.tokens)
-        weights = _weights(manifest, folder) if manifest.weights == "beside" else []
+        weights = read_weights(manifest, folder) if manifest.weights == "beside" else []
         self._engines = {
             size: Engine(manifest, folder, platform, size, weights) for size in manifest.batch_sizes
         }
@@ -292,7 +291,7 @@ class Programs:
             manifest.fingerprint,
             manifest.vocabulary_size,
         )
-        dtypes = (jax.numpy.dtype(spec.dtype) for spec in manifest.state)
+        dtypes = (jnp.dtype(spec.dtype) for spec in manifest.state)
         named = zip(manifest.state, dtypes, strict=True)
         layers = tuple(tensors[spec.name].astype(dtype) for spec, dtype in named)
         counts = {name: tensors[name] for name in state_file.COUNTS}
@@ -440,15 +439,14 @@ class Programs:
             where = slice(begin, begin + self.batch_sizes[-1])
             rows = prompts[where]
             b = next(size for size in self.batch_sizes if size >= len(rows))
-            part = ProgramState.zeros(self.manifest.state, b, LEAST_ROOM)
-            if state is not None:
-                given = state if len(rows) == state.batch_size else state[where]
-                part = (
-                    given
-                    if len(rows) == b
-                    else ProgramState.concatenate([given, part[len(rows) :]])
-                )
-            yield self._engines[b], where, part, rows + [np.zeros(0, "int32")] * (b - len(rows))
+            missing = b - len(rows)
+            zeros = ProgramState.zeros(self.manifest.state, b if state is None else missing)
+            if state is None:
+                part = zeros
+            else:
+                part = state if len(rows) == state.batch_size else state[where]
+                part = ProgramState.concatenate([part, zeros]) if missing else part
+            yield self._engines[b], where, part, rows + [np.zeros(0, "int32")] * missing
 
     def _streams(
         self, decoding: Decoding, n: int, stop_ids: Sequence[int], stop_strings: Sequence[str]
@@ -465,35 +463,3 @@ GENERATOR_DTYPE = "uint32"
 def _padded(rows: np.ndarray, batch_size: int) -> np.ndarray:
     """`rows` and zeros after them: a row of which nothing is asked."""
     return np.concatenate([rows, np.zeros((batch_size - len(rows), *rows.shape[1:]), rows.dtype)])
-
-
-def _platform(manifest: Manifest, folder: pathlib.Path) -> str:
-    """The name that `jax.export` has for what JAX runs on here; checks that it can."""
-    from jax import export
-
-    oldest = export.minimum_supported_calling_convention_version
-    newest = export.maximum_supported_calling_convention_version
-    if not oldest <= manifest.calling_convention <= newest:
-        raise ValueError(
-            f"{folder} was written by JAX {manifest.jax}, in version {manifest.calling_convention} "
-            f"of the calling convention of `jax.export`. JAX {jax.__version__} reads {oldest} to "
-            f"{newest}. {COMPATIBILITY}"
-        )
-    backend = jax.default_backend()
-    names = ("cuda", "rocm") if backend == "gpu" else (backend,)
-    found = [name for name in names if name in manifest.platforms]
-    if not found:
-        raise ValueError(
-            f"{folder} has programs for {', '.join(manifest.platforms)}, and JAX runs on {backend} "
-            "here. Export them for it, or set JAX_PLATFORMS."
-        )
-    return found[0]
-
-
-def _weights(manifest: Manifest, folder: pathlib.Path) -> list[Any]:
-    """The weights on the device, in the order that the programs take them."""
-    from safetensors import safe_open
-
-    file = manifest.check(folder, WEIGHTS_FILE)
-    with safe_open(file, "flax") as stored:
-        return [stored.get_tensor(name) for name in manifest.weight_names]

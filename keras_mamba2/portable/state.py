@@ -13,6 +13,7 @@ from jax import numpy as jnp
 
 from keras_mamba2.arguments import SIZE
 from keras_mamba2.arguments import instance
+from keras_mamba2.host.room import LEAST_ROOM
 from keras_mamba2.host.rows import NO_TOKEN
 from keras_mamba2.portable.manifest import StoredTensorSpec
 
@@ -43,7 +44,9 @@ class ProgramState:
     specs: tuple[StoredTensorSpec, ...]
 
     @classmethod
-    def zeros(cls, specs: Sequence[StoredTensorSpec], batch_size: int, room: int) -> "ProgramState":
+    def zeros(
+        cls, specs: Sequence[StoredTensorSpec], batch_size: int, room: int = LEAST_ROOM
+    ) -> "ProgramState":
         """The state before the first token, with room for some tokens where it needs room."""
         counts = np.zeros(batch_size, "int32")
         layers = (

@@ -318,8 +318,9 @@ def test_what_is_not_as_it_was_written_is_named(folder, tmp_path):
         run(copied("manifest.json", lambda file: file.write_text('{"a":')))
     with pytest.raises(ValueError, match="format_version=1. Received: 99"):
         run(damaged_manifest(format_version=99))
-    with pytest.raises(ValueError, match="manifest.json is damaged"):
-        run(damaged_manifest(batch_sizes="many"))
+    for changes in ({"batch_sizes": "many"}, {"batch_sizes": []}, {"state": [{}]}, {"more": 1}):
+        with pytest.raises(ValueError, match="manifest.json is damaged"):
+            run(damaged_manifest(**changes))
     with pytest.raises(ValueError, match="calling convention.*Export it again"):
         run(damaged_manifest(calling_convention=99))
     with pytest.raises(ValueError, match="has programs for cuda, and JAX runs on cpu"):
