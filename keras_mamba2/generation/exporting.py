@@ -16,6 +16,7 @@ from keras import ops
 from keras import tree
 
 from keras_mamba2.generation.decode import decode
+from keras_mamba2.generation.decode import default_steps_a_write
 from keras_mamba2.generation.picking import needs_history
 from keras_mamba2.generation.prefill import prefill_block
 from keras_mamba2.generation.prefill import prefill_row
@@ -25,7 +26,7 @@ from keras_mamba2.host.rows import DECODE_CAPACITY
 from keras_mamba2.host.rows import STOP_TOKEN_CAPACITY
 from keras_mamba2.host.rows import Rows
 from keras_mamba2.host.sampling import Sampling
-from keras_mamba2.ops.chunk_size import compiling_for
+from keras_mamba2.ops.platform import compiling_for
 from keras_mamba2.state import Mamba2State
 
 
@@ -69,7 +70,10 @@ def programs(model, batch_size: int) -> Iterator[Program]:
         def decode_rows(state, remaining, stops, seen, keys, sampling, num_steps):
             sampling = Sampling(*sampling) if sampling else ()
             rows = Rows(of_flat(state), remaining, stops, seen, keys, sampling)
-            rows, tokens, _ = decode(model, sampler, rows, num_steps, DECODE_CAPACITY)
+            steps = default_steps_a_write(b)
+            rows, tokens, _ = decode(
+                model, sampler, rows, num_steps, DECODE_CAPACITY, steps_a_write=steps
+            )
             return flat(rows.state), rows.remaining, rows.seen, tokens
 
         return decode_rows

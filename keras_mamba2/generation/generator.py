@@ -11,6 +11,7 @@ from keras import ops
 from keras import tree
 
 from keras_mamba2.generation.decode import decode
+from keras_mamba2.generation.decode import default_steps_a_write
 from keras_mamba2.generation.picking import needs_history
 from keras_mamba2.generation.picking import picks_tokens
 from keras_mamba2.generation.picking import run_seed
@@ -55,13 +56,15 @@ class Generator:
 
     Args:
         model: a `Mamba2CausalLM` after `compile`.
+        steps_a_write: int, after how many steps of decoding the state is written. `None` for what
+            is fast on the platform.
     """
 
     # For `Decoding`.
     to_numpy = staticmethod(ops.convert_to_numpy)
     decode_capacity = DECODE_CAPACITY
 
-    def __init__(self, model):
+    def __init__(self, model, steps_a_write: int | None = None):
         self.model = model
 
         def zeros(like, room=None):
@@ -89,7 +92,9 @@ class Generator:
         def decode_rows(rows, num_steps, with_logprobs=False):
             rows = Rows(*rows)
             sampler = self._filters if rows.sampling else model.sampler
-            return decode(model, sampler, rows, num_steps, DECODE_CAPACITY, with_logprobs)
+            steps = steps_a_write or default_steps_a_write(rows.remaining.shape[0])
+            arguments = num_steps, DECODE_CAPACITY, with_logprobs, steps
+            return decode(model, sampler, rows, *arguments)
 
         def speculate_rows(rows, num_rounds, num_tokens=1, with_logprobs=False):
             rows = Rows(*rows)

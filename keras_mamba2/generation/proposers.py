@@ -52,6 +52,10 @@ class Proposer:
     def check(self, model) -> None:
         """Raises if it cannot propose tokens to `model`."""
 
+    def empty(self, batch_size: int) -> Any:
+        """The context before any token."""
+        raise NotImplementedError
+
     def start(self, texts: Sequence[np.ndarray]) -> Any:
         """The context after `texts`, rows of token ids. The last of each is not read yet."""
         raise NotImplementedError
@@ -116,6 +120,9 @@ class PromptLookup(Proposer):
         super().__init__(num_tokens)
         self.max_ngram = max_ngram
         check_attributes(self, max_ngram=SIZE)
+
+    def empty(self, batch_size: int) -> Text:
+        return _text([np.zeros(0, "int32")] * batch_size, room_for(0))
 
     def start(self, texts: Sequence[np.ndarray]) -> Text:
         return _text(texts, room_for(max(map(len, texts))))
@@ -213,6 +220,9 @@ class DraftModel(Proposer):
                 "The draft model must have the tokenizer of the model. The first difference: "
                 f"{difference}"
             )
+
+    def empty(self, batch_size: int) -> Any:
+        return self.model.backbone.initial_state(batch_size)
 
     def start(self, texts: Sequence[np.ndarray]) -> Any:
         return self._generator.prefill([self._known(text) for text in texts])

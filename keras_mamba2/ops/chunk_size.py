@@ -1,10 +1,8 @@
 """The chunk size of `ssd` that is fast on the platform. It changes results by rounding only."""
 
-import contextlib
-import contextvars
-from collections.abc import Iterator
-
 import keras
+
+from keras_mamba2.ops.platform import platform
 
 # A prefill of 512 on two CPU cores, tokens/s at chunk 32 / 64 / 128 / 256:
 #   130M, float32             1027 / 1185 / 1165 / 944
@@ -15,22 +13,8 @@ import keras
 # checkpoints were trained with; it was not measured here.
 FASTEST = {"cpu": 64, "gpu": 256, "tpu": 256}
 
-_platform = contextvars.ContextVar[str | None]("platform", default=None)
-
 
 def default_chunk_size() -> int:
     if keras.config.backend() != "jax":
         return FASTEST["cpu"]
-    import jax
-
-    return FASTEST.get(_platform.get() or jax.default_backend(), FASTEST["gpu"])
-
-
-@contextlib.contextmanager
-def compiling_for(platform: str) -> Iterator[None]:
-    """Programs that are traced here run on `platform`, whatever JAX runs on now."""
-    token = _platform.set(platform)
-    try:
-        yield
-    finally:
-        _platform.reset(token)
+    return FASTEST.get(platform(), FASTEST["gpu"])

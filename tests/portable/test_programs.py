@@ -16,8 +16,9 @@ import keras_mamba2
 from keras_mamba2 import FilterSampler
 from keras_mamba2 import Mamba2CausalLM
 from keras_mamba2 import ProgramState
-from keras_mamba2.ops.chunk_size import compiling_for
+from keras_mamba2.generation.decode import default_steps_a_write
 from keras_mamba2.ops.chunk_size import default_chunk_size
+from keras_mamba2.ops.platform import compiling_for
 from tests import reference
 
 HERE = pathlib.Path(__file__).parent
@@ -271,12 +272,10 @@ def test_the_compiler_of_tpus_takes_the_programs(folder):
     assert all(int(arguments) > 0.9 * weights for _, arguments, _ in found)
 
 
-def test_each_platform_has_its_own_size_of_chunks():
-    assert default_chunk_size() == 64
-    with compiling_for("tpu"):
-        assert default_chunk_size() == 256
-    with compiling_for("cuda"):
-        assert default_chunk_size() == 256
+def test_programs_are_what_is_fast_on_their_platform():
+    for name, chunk_size, steps in (("cpu", 64, 1), ("tpu", 256, 12), ("cuda", 256, 12)):
+        with compiling_for(name):
+            assert (default_chunk_size(), default_steps_a_write(16)) == (chunk_size, steps)
     assert default_chunk_size() == 64
 
 
