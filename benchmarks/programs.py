@@ -15,9 +15,9 @@ from keras_mamba2 import Mamba2CausalLM
 from keras_mamba2.conversion.deferred import deferred_initialization
 from keras_mamba2.generation import Generator
 from keras_mamba2.generation.decode import model_variables
-from keras_mamba2.generation.prefill import blocks
-from keras_mamba2.generation.rows import STOP_TOKEN_CAPACITY
-from keras_mamba2.generation.rows import Rows
+from keras_mamba2.host.blocks import blocks
+from keras_mamba2.host.rows import STOP_TOKEN_CAPACITY
+from keras_mamba2.host.rows import Rows
 from keras_mamba2.state import NO_TOKEN
 
 Place = Callable[..., jax.ShapeDtypeStruct]  # (shape, dtype) -> argument

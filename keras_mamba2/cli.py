@@ -20,6 +20,11 @@ class Format(enum.StrEnum):
     transformers = "transformers"
 
 
+class Weights(enum.StrEnum):
+    beside = "beside"
+    inside = "inside"
+
+
 Dtype = Annotated[
     str, typer.Option(help="Of the weights, such as bfloat16. auto: that of the files.")
 ]
@@ -239,6 +244,41 @@ def convert(
         else:
             lm.export_to_transformers(temporary)
     print(f"{folder}: {lm.backbone.count_params():,} parameters, {to} format", file=sys.stderr)
+
+
+@app.command()
+def export_programs(
+    source: Annotated[
+        str, typer.Argument(help="The name of a preset, a folder, or hf://user/name.")
+    ],
+    folder: Annotated[pathlib.Path, typer.Argument(help="Where to write; must not exist yet.")],
+    platform: Annotated[
+        list[str] | None, typer.Option(help="cpu, cuda, rocm or tpu; repeatable.")
+    ] = None,
+    batch_size: Annotated[
+        list[int] | None, typer.Option(min=1, help="Rows of a program; repeatable.")
+    ] = None,
+    weights: Annotated[
+        Weights, typer.Option(help="One file beside the programs, or inside of each.")
+    ] = Weights.beside,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="The default of calls; 0 is greedy.")
+    ] = 0.8,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="The default of calls.")] = 0.95,
+    dtype: Dtype = "auto",
+) -> None:
+    """Writes programs that `keras_mamba2.load_programs` runs without Keras, on any machine."""
+    from keras_mamba2 import FilterSampler
+    from keras_mamba2 import Mamba2CausalLM
+
+    with errors_on_one_line():
+        lm = Mamba2CausalLM.from_preset(source, dtype=dtype)
+        lm.compile(sampler=FilterSampler(temperature=temperature, top_p=top_p))
+        given: dict[str, Any] = {"platforms": platform, "batch_sizes": batch_size}
+        given = {name: values for name, values in given.items() if values}
+        lm.export_programs(folder, weights=weights.value, **given)
+    nbytes = sum(path.stat().st_size for path in folder.rglob("*"))
+    print(f"{folder}: {nbytes / 1e6:,.1f} MB", file=sys.stderr)
 
 
 @app.command()

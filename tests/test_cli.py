@@ -119,6 +119,22 @@ def test_convert_leaves_nothing_half_done(preset_folder, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
+def test_export_programs_writes_what_is_loaded(preset_folder, tmp_path):
+    folder = tmp_path / "programs"
+    options = ("--platform", "cpu", "--batch-size", 1, "--temperature", 0)
+    result = run_app("export-programs", preset_folder, folder, *options)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.rstrip().endswith("MB")
+    programs = keras_mamba2.load_programs(folder)
+    assert programs.batch_sizes == (1,)
+    text = programs.generate("To be", max_new_tokens=9)
+    greedy = ("--preset", preset_folder, "--temperature", 0, "--max-new-tokens", 9)
+    assert run("To be", *greedy).stdout == text + "\n"
+    again = run_app("export-programs", preset_folder, folder, *options)
+    assert again.exit_code == 2
+    assert "exists already and is not an empty folder" in again.stderr
+
+
 def test_inspect_tells_sizes_without_weights(preset_folder, tmp_path):
     backbone = keras_mamba2.Mamba2Backbone.from_preset(preset_folder)
     result = run_app("inspect", preset_folder)

@@ -6,9 +6,7 @@ parameters and random numbers (`picking.py`). `Generator` calls them. Samplers w
 their own run as in KerasHub (`search.py`).
 """
 
-from keras_mamba2.generation.decoding import Decoding as Decoding
 from keras_mamba2.generation.generator import Generator as Generator
-from keras_mamba2.generation.generator import padded as padded
 from keras_mamba2.generation.generator import prompts_of as prompts_of
 from keras_mamba2.generation.picking import needs_history as needs_history
 from keras_mamba2.generation.picking import picks_tokens as picks_tokens
@@ -21,3 +19,5 @@ from keras_mamba2.generation.proposers import Proposer as Proposer
 from keras_mamba2.generation.proposers import check_speculation as check_speculation
 from keras_mamba2.generation.sampler import FilterSampler as FilterSampler
 from keras_mamba2.generation.search import search as search
+from keras_mamba2.host.decoding import Decoding as Decoding
+from keras_mamba2.host.prompts import padded as padded

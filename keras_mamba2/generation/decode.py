@@ -5,11 +5,12 @@ from keras import ops
 from keras import tree
 
 from keras_mamba2.generation.picking import pick
-from keras_mamba2.generation.rows import Rows
-from keras_mamba2.state import NO_TOKEN
+from keras_mamba2.host.rows import NO_TOKEN
+from keras_mamba2.host.rows import NOT_FINITE
+from keras_mamba2.host.rows import Rows
+from keras_mamba2.ops.platform import platform
 from keras_mamba2.state.digest import digest_after
 
-NOT_FINITE = -2  # instead of a token: the logits were NaN or infinite
 # From so many rows on most of a step's traffic is the state, and a step that only reads it moves a
 # quarter less in all on a TPU: benchmarks/README.md. On a CPU nothing is gained.
 MANY_ROWS, STEPS_A_WRITE = 16, 12
@@ -116,9 +117,7 @@ def default_steps_a_write(batch_size: int) -> int:
     """The `steps_a_write` that is fast on the platform. It changes results by rounding only."""
     if keras.config.backend() != "jax" or batch_size < MANY_ROWS:
         return 1
-    import jax
-
-    return 1 if jax.default_backend() == "cpu" else STEPS_A_WRITE
+    return 1 if platform() == "cpu" else STEPS_A_WRITE
 
 
 def next_logits(model):

@@ -12,38 +12,40 @@ from keras import tree
 
 from keras_mamba2.generation.decode import decode
 from keras_mamba2.generation.decode import default_steps_a_write
-from keras_mamba2.generation.decoding import DECODE_CAPACITY
-from keras_mamba2.generation.decoding import NOT_FINITE_REASON
-from keras_mamba2.generation.decoding import Decoding
 from keras_mamba2.generation.picking import needs_history
 from keras_mamba2.generation.picking import picks_tokens
-from keras_mamba2.generation.picking import row_keys
 from keras_mamba2.generation.picking import run_seed
 from keras_mamba2.generation.picking import sampling_of
-from keras_mamba2.generation.prefill import BLOCK_SIZES
-from keras_mamba2.generation.prefill import blocks
-from keras_mamba2.generation.prefill import blocks_alone
 from keras_mamba2.generation.prefill import prefill_block
 from keras_mamba2.generation.prefill import prefill_row
 from keras_mamba2.generation.programs import compiled
-from keras_mamba2.generation.rows import Rows
 from keras_mamba2.generation.rows import put
-from keras_mamba2.generation.rows import stop_tokens
 from keras_mamba2.generation.sampler import FilterSampler
 from keras_mamba2.generation.score import block_loss
 from keras_mamba2.generation.search import search
 from keras_mamba2.generation.speculate import speculate
 from keras_mamba2.generation.speculative_decoding import SpeculativeDecoding
-from keras_mamba2.state import NO_TOKEN
+from keras_mamba2.host.blocks import LONG_PROMPT
+from keras_mamba2.host.blocks import blocks
+from keras_mamba2.host.blocks import feed
+from keras_mamba2.host.decoding import NOT_FINITE_REASON
+from keras_mamba2.host.decoding import Decoding
+from keras_mamba2.host.keys import row_keys
+from keras_mamba2.host.keys import row_texts
+from keras_mamba2.host.prompts import after_tokens
+from keras_mamba2.host.prompts import check_prompts
+from keras_mamba2.host.prompts import padded
+from keras_mamba2.host.prompts import seen_ids
+from keras_mamba2.host.room import room_for
+from keras_mamba2.host.rows import DECODE_CAPACITY
+from keras_mamba2.host.rows import Rows
+from keras_mamba2.host.rows import stop_tokens
 from keras_mamba2.state import Mamba2State
 from keras_mamba2.state.files import check_belongs
 from keras_mamba2.state.room import needs_room
-from keras_mamba2.state.room import room_for
 from keras_mamba2.state.room import room_of
 from keras_mamba2.state.room import with_room
 
-# A longer prompt has a progress bar.
-LONG_PROMPT = 100_000
 MOST_TOKENS = np.iinfo("int32").max
 # A search holds whole rows in memory: the prompt and all tokens that may follow.
 MOST_SEARCHED = 1_000_000
@@ -57,6 +59,10 @@ class Generator:
         steps_a_write: int, after how many steps of decoding the state is written. `None` for what
             is fast on the platform.
     """
+
+    # For `Decoding`.
+    to_numpy = staticmethod(ops.convert_to_numpy)
+    decode_capacity = DECODE_CAPACITY
 
     def __init__(self, model, steps_a_write: int | None = None):
         self.model = model
@@ -151,11 +157,7 @@ class Generator:
         if state is None:
             state = self._zeros(np.zeros(len(prompts), "int8"), **self._room(prompts))
         else:
-            waiting = ops.convert_to_numpy(state.token)
-            prompts = [
-                prompt if token == NO_TOKEN else np.concatenate([[token], prompt])
-                for token, prompt in zip(waiting, prompts, strict=True)
-            ]
+            prompts = after_tokens(ops.convert_to_numpy(state.token), prompts)
             state = self._copy(state)  # the programs below reuse the memory of their argument
             state = self.with_room(state, [len(prompt) for prompt in prompts])
         state = self._feed(state, [np.asarray(prompt[:-1], "int32") for prompt in prompts])
@@ -177,21 +179,7 @@ class Generator:
 
     def _feed(self, state: Mamba2State, prompts: list[np.ndarray]) -> Mamba2State:
         """The state after all tokens of `prompts`. `state` cannot be used any more."""
-        longest = max(len(prompt) for prompt in prompts)
-        bar = tqdm.auto.tqdm(total=longest, unit=" tokens", disable=longest <= LONG_PROMPT)
-        counts = blocks_alone([len(prompt) for prompt in prompts])
-        for i, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
-            cuts = np.arange(1, count + 1) * BLOCK_SIZES[0]
-            *alone, prompts[i] = np.split(prompt, cuts)
-            for piece in alone:
-                state = self._prefill_row(state, np.array(i, "int32"), piece[None])
-        for token_ids, padding_mask in blocks(prompts):
-            state = self._prefill_block(state, token_ids, padding_mask)
-            if not bar.disable:
-                ops.convert_to_numpy(state.length)  # waits for the device, so that the bar is right
-                bar.update(token_ids.shape[1])
-        bar.close()
-        return state
+        return feed(state, prompts, self._prefill_block, self._prefill_row)
 
     def start(
         self,
@@ -227,24 +215,24 @@ class Generator:
         penalizes = sampling and (sampling.repetition_penalty != 1).any()
         size = self.model.backbone.vocabulary_size
         size = size if penalizes or (not sampling and needs_history(sampler)) else 0
-        seen = np.zeros((len(prompts), size), bool)
-        if size:
-            for row, prompt in zip(seen, prompts, strict=True):
-                row[prompt] = True
-            for row, tokens in zip(seen, history or (), strict=bool(history)):
-                row[tokens] = True
+        seen = seen_ids(prompts, size)
+        if size and history:
+            seen |= seen_ids(history, size)
         after = self.prefill(prompts, state)
         context = self._context(prompts, after, history)
-        texts = _texts(prompts, state)
+        before = () if state is None else map(ops.convert_to_numpy, (state.digest, state.token))
+        texts = [text for text in row_texts(prompts, *before) for _ in range(n)]
+        generators = sampler.variables
         return Rows(
             state=after if n == 1 else after.repeat(n),
             remaining=np.repeat(np.minimum(limits, MOST_TOKENS).astype("int32"), n),
             stop_token_ids=stop_tokens(stop_token_ids, b),
             seen=np.repeat(seen, n, axis=0),
             keys=row_keys(
-                sampler,
                 run_seed(sampler) if seed is None else seed,
-                [text for text in texts for _ in range(n)],
+                texts,
+                len(generators),
+                generators[0].dtype if generators else "int32",
             ),
             sampling=sampling,
             context=tree.map_structure(lambda leaf: ops.repeat(leaf, n, axis=0), context),
@@ -369,29 +357,11 @@ class Generator:
         return total
 
     def _check_prompts(self, prompts: list[np.ndarray], state: Mamba2State | None) -> None:
-        if not prompts:
-            raise ValueError("There is nothing to generate from: the batch of prompts is empty.")
-        has_token = np.zeros(len(prompts), bool)
+        waiting = None
         if state is not None:
             check_belongs(state, self.model.backbone)
-            if state.batch_size != len(prompts):
-                raise ValueError(
-                    f"The state has {state.batch_size} rows, but there are {len(prompts)} "
-                    "prompts. `state.repeat(n)` continues one text several times."
-                )
-            has_token = ops.convert_to_numpy(state.token) != NO_TOKEN
-        size = self.model.backbone.vocabulary_size
-        for i, prompt in enumerate(prompts):
-            if not len(prompt) and not has_token[i]:
-                raise ValueError(
-                    f"Prompt {i} has no tokens. A prompt needs at least one: write some text, or "
-                    "set `add_start_token=True` on the preprocessor."
-                )
-            if len(prompt) and (prompt.min() < 0 or prompt.max() >= size):
-                bad = prompt[(prompt < 0) | (prompt >= size)][0]
-                raise ValueError(
-                    f"Prompt {i} has token id {bad}, outside the model's vocabulary of {size}."
-                )
+            waiting = ops.convert_to_numpy(state.token)
+        check_prompts(prompts, self.model.backbone.vocabulary_size, waiting)
 
 
 def prompts_of(inputs: Mapping[str, Any]) -> tuple[list[np.ndarray], np.ndarray]:
@@ -400,22 +370,3 @@ def prompts_of(inputs: Mapping[str, Any]) -> tuple[list[np.ndarray], np.ndarray]
     padding_mask = np.asarray(ops.convert_to_numpy(inputs["padding_mask"])).astype(bool)
     prompts = [row[mask] for row, mask in zip(token_ids, padding_mask, strict=True)]
     return prompts, token_ids.shape[1] - padding_mask.sum(axis=1)
-
-
-def padded(rows: Sequence[np.ndarray], size: int) -> dict[str, np.ndarray]:
-    """Rows of token ids as a dict of arrays `(b size)`, padded on the right."""
-    token_ids = np.zeros((len(rows), size), "int32")
-    padding_mask = np.zeros((len(rows), size), bool)
-    for i, row in enumerate(rows):
-        token_ids[i, : len(row)] = row
-        padding_mask[i, : len(row)] = True
-    return {"token_ids": token_ids, "padding_mask": padding_mask}
-
-
-def _texts(prompts: list[np.ndarray], state: Mamba2State | None) -> list[tuple[Any, ...]]:
-    """A key for the text of each row: its tokens, and the digest of a text that they continue."""
-    tokens = [np.asarray(prompt, "int32").tobytes() for prompt in prompts]
-    if state is None:
-        return [(row,) for row in tokens]
-    before = map(ops.convert_to_numpy, (state.digest, state.token))
-    return [(int(d), int(token), row) for d, token, row in zip(*before, tokens, strict=True)]

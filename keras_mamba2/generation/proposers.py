@@ -16,10 +16,10 @@ from keras_mamba2.arguments import optional
 from keras_mamba2.generation.decode import model_variables
 from keras_mamba2.generation.picking import pick
 from keras_mamba2.generation.picking import picks_tokens
-from keras_mamba2.generation.rows import Rows
 from keras_mamba2.generation.speculate import append
+from keras_mamba2.host.room import room_for
+from keras_mamba2.host.rows import Rows
 from keras_mamba2.state.digest import digest_after
-from keras_mamba2.state.room import room_for
 
 # More rows than this in one product cost as much as several products.
 MOST_TOKENS = 63

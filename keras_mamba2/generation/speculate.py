@@ -19,12 +19,12 @@ from typing import NamedTuple
 from keras import ops
 from keras import tree
 
-from keras_mamba2.generation.decode import NOT_FINITE
 from keras_mamba2.generation.decode import inside_loop
 from keras_mamba2.generation.decode import logprob
 from keras_mamba2.generation.decode import model_variables
 from keras_mamba2.generation.picking import pick
-from keras_mamba2.generation.rows import Rows
+from keras_mamba2.host.rows import NOT_FINITE
+from keras_mamba2.host.rows import Rows
 from keras_mamba2.state import NO_TOKEN
 from keras_mamba2.state.digest import digest_after
 

@@ -3,8 +3,8 @@
 import numpy as np
 from keras import ops
 
-from keras_mamba2.generation.decoding import DECODE_CAPACITY
-from keras_mamba2.generation.decoding import Decoding
+from keras_mamba2.host.decoding import Decoding
+from keras_mamba2.host.rows import DECODE_CAPACITY
 
 # How many tokens may be proposed, each number being a program.
 CHOICES = (3, 7)

@@ -9,10 +9,8 @@ from keras import ops
 from keras import tree
 
 from keras_mamba2.arguments import check_keywords
+from keras_mamba2.host.room import LEAST_ROOM
 from keras_mamba2.layers.projection import Projection
-
-# Tokens. Room is made by doubling, so that there are few compilations.
-LEAST_ROOM = 256
 
 
 @dataclasses.dataclass(frozen=True)

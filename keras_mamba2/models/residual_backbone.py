@@ -22,13 +22,13 @@ from keras_mamba2.conversion import WholeWeights
 from keras_mamba2.conversion import building
 from keras_mamba2.conversion import load_preset
 from keras_mamba2.conversion import open_preset
+from keras_mamba2.host.inputs import standard_names
 from keras_mamba2.layers.gated_rms_normalization import GatedRMSNormalization
 from keras_mamba2.layers.residual_block import ResidualBlock
 from keras_mamba2.layers.reversible_embedding import ReversibleEmbedding
 from keras_mamba2.layers.sublayer import Sublayer
 from keras_mamba2.models import lora
 from keras_mamba2.models import quantization
-from keras_mamba2.models.inputs import standard_names
 from keras_mamba2.models.layout import check_layout
 from keras_mamba2.models.layout import layout_map
 from keras_mamba2.ops.open_chunk import put_tokens

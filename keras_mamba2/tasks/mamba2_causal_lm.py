@@ -30,6 +30,7 @@ from keras_mamba2.tasks.adapters import Adapters
 from keras_mamba2.tasks.chatting import Chatting
 from keras_mamba2.tasks.compile_config import compile_from_config
 from keras_mamba2.tasks.compile_config import with_optimizer_built
+from keras_mamba2.tasks.exporting import ProgramExport
 from keras_mamba2.tasks.mamba2_causal_lm_preprocessor import Mamba2CausalLMPreprocessor
 from keras_mamba2.tasks.push_to_hub import PushToHub
 from keras_mamba2.tasks.scoring import Scoring
@@ -50,6 +51,7 @@ class Mamba2CausalLM(
     TrainingData,
     Scoring,
     Adapters,
+    ProgramExport,
     PushToHub,
     AtomicPreset,
     AtomicSave,

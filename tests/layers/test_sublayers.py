@@ -14,13 +14,13 @@ import pytest
 from keras import ops
 from keras import tree
 
+from keras_mamba2.host.room import LEAST_ROOM
 from keras_mamba2.layers import MLP
 from keras_mamba2.layers import Attention
 from keras_mamba2.layers import Mamba2Mixer
 from keras_mamba2.layers import MixtureOfExperts
 from keras_mamba2.layers import Parallel
 from keras_mamba2.layers import SharedTransformer
-from keras_mamba2.layers.sublayer import LEAST_ROOM
 from tests import reference
 
 EPS = np.finfo(np.float32).eps

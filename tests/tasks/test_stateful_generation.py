@@ -12,7 +12,7 @@ from keras import ops
 from keras import tree
 
 import keras_mamba2
-from keras_mamba2.tasks.text_stream import TextStream
+from keras_mamba2.host.text_stream import TextStream
 from tests.laws import examples
 
 TEXT = "First Citizen: Before we proceed any further, hear me speak."
