@@ -359,7 +359,7 @@ class Mamba2Mixer(Sublayer):
             ssm=commit_chunk(*self._inputs(chunk), state=state.ssm, count=count),
         )
 
-    def _inputs(self, chunk: MixerChunk):
+    def _inputs(self, chunk: MixerChunk) -> tuple[Any, Any, Any, Any]:
         """x, dt, A and B of the tokens of an open chunk, as `ssd` takes them."""
         b, q = ops.shape(chunk.x)[:2]
         x = ops.reshape(chunk.x, (b, q, self.num_heads, self.head_dim))
