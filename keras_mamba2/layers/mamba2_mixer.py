@@ -25,14 +25,14 @@ from keras_mamba2.layers.projection import Projection
 from keras_mamba2.layers.sublayer import StateTensor
 from keras_mamba2.layers.sublayer import Sublayer
 from keras_mamba2.ops import causal_conv1d
-from keras_mamba2.ops import causal_conv1d_commit
-from keras_mamba2.ops import causal_conv1d_extend
 from keras_mamba2.ops import causal_conv1d_step
-from keras_mamba2.ops import commit_chunk
-from keras_mamba2.ops import open_chunk_output
 from keras_mamba2.ops import ssd_step
+from keras_mamba2.ops.causal_conv import causal_conv1d_commit
+from keras_mamba2.ops.causal_conv import causal_conv1d_extend
 from keras_mamba2.ops.checks import float32_at_least
 from keras_mamba2.ops.chunk_size import default_chunk_size
+from keras_mamba2.ops.open_chunk import commit_chunk
+from keras_mamba2.ops.open_chunk import open_chunk_output
 from keras_mamba2.ops.open_chunk import put_tokens
 
 
