@@ -140,7 +140,6 @@ def tpu(
     from benchmarks import programs
     from benchmarks import tpu_aot  # first: it sets what JAX reads when it is imported
     from benchmarks.workload import of_size
-    from keras_mamba2.generation.decode import STEPS_A_WRITE
 
     def model(size, layers, speculation=None):
         workload = of_size(size, dtype="bfloat16", chunk_size=tpu_aot.CHUNK_SIZE)
@@ -163,7 +162,7 @@ def tpu(
         for t in tokens:
             traced = programs.speculative_program(lm, t - 1, tpu_aot.on_tpu)
             found[f"{name}, {t} tokens"] = describe(traced)
-    for steps in (1, STEPS_A_WRITE):
+    for steps in (1, steps_a_write()):
         traced = programs.decode_program(lm, 64, tpu_aot.on_tpu, steps)
         found[f"64 rows, {steps} steps a write"] = describe(traced)
     print(json.dumps(found, indent=1))
@@ -174,12 +173,15 @@ def tpu(
 def report():
     """Writes the table of the README, and the plot of speed by acceptance."""
     found = json.loads(FILE.read_text())
-    lines = ["| | share of a step |", "| --- | --- |"]
-    lines += [f"| {name} | {value} |" for name, value in found["blocks"].items()]
+    lines = ["| | 2 tokens | 4 | 8 | 16 |", "| --- |" + " --- |" * len(TOKENS)]
+    for name in dict.fromkeys(key.split(",")[0] for key in found["blocks"]):
+        cells = [f"{found['blocks'][f'{name}, {t} tokens']:.2f}" for t in TOKENS]
+        lines.append(f"| a block of `{name}`, in steps | {' | '.join(cells)} |")
+    lines += ["", "| | |", "| --- | --- |"]
+    lines += [f"| text that {name}, 130M, speed | {v:.2f}x |" for name, v in found["texts"].items()]
     lines += [
-        f"| text that {name}, of plain decoding | {v}x |" for name, v in found["texts"].items()
+        f"| proposals accepted: {name} | {v:.0%} |" for name, v in found["acceptance"].items()
     ]
-    lines += [f"| accepted: {name} | {v:.0%} |" for name, v in found["acceptance"].items()]
     write_table("\n".join(lines), HERE / "README.md", "speculation")
     plot(found["blocks"])
 
@@ -261,6 +263,12 @@ def looked_up(prompts: list[str], outputs: list[str]) -> float:
             accepted, rejected = accepted + count, rejected + (count < len(right))
             end += count + 1
     return share(accepted, rejected)
+
+
+def steps_a_write() -> int:
+    from keras_mamba2.generation.decode import STEPS_A_WRITE
+
+    return STEPS_A_WRITE
 
 
 def share(accepted, rejected) -> float:
