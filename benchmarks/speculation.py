@@ -249,7 +249,7 @@ def generate(lm, prompt, count: int) -> None:
 def looked_up(prompts: list[str], outputs: list[str]) -> float:
     """The acceptance of a lookup of 7, if the model writes exactly `outputs`."""
     import keras_mamba2
-    from keras_mamba2.generation.rows import Rows
+    from keras_mamba2.host.rows import Rows
 
     proposer, k = keras_mamba2.PromptLookup(7), 7
     accepted = rejected = 0
