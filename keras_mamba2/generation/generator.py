@@ -368,5 +368,10 @@ def prompts_of(inputs: Mapping[str, Any]) -> tuple[list[np.ndarray], np.ndarray]
     """The rows without their padding, and how many tokens fit after each."""
     token_ids = np.asarray(ops.convert_to_numpy(inputs["token_ids"]))
     padding_mask = np.asarray(ops.convert_to_numpy(inputs["padding_mask"])).astype(bool)
+    if token_ids.ndim != 2 or token_ids.shape != padding_mask.shape:
+        raise ValueError(
+            "`token_ids` and `padding_mask` must have one shape, (b t). Received: "
+            f"token_ids.shape={token_ids.shape}, padding_mask.shape={padding_mask.shape}"
+        )
     prompts = [row[mask] for row, mask in zip(token_ids, padding_mask, strict=True)]
     return prompts, token_ids.shape[1] - padding_mask.sum(axis=1)
