@@ -27,13 +27,16 @@ from keras_mamba2.generation.prefill import prefill_row
 from keras_mamba2.generation.programs import compiled
 from keras_mamba2.generation.rows import Rows
 from keras_mamba2.generation.rows import put
+from keras_mamba2.generation.rows import select
 from keras_mamba2.generation.rows import stop_tokens
 from keras_mamba2.generation.sampler import FilterSampler
+from keras_mamba2.generation.sampling import Sampling
 from keras_mamba2.generation.score import block_loss
 from keras_mamba2.generation.search import search
 from keras_mamba2.state import NO_TOKEN
 from keras_mamba2.state import Mamba2State
 from keras_mamba2.state.files import check_belongs
+from keras_mamba2.state.host import with_room_on_host
 from keras_mamba2.state.room import needs_room
 from keras_mamba2.state.room import room_for
 from keras_mamba2.state.room import room_of
@@ -95,6 +98,7 @@ class Generator:
         self._block_loss = compiled(model, loss, donate=True)
         self._decode = compiled(model, decode_rows, donate=True, static=("with_logprobs",))
         self._put = compiled(model, put, donate=True)
+        self._select = compiled(model, select)
         self._search = compiled(
             model, search_rows, static=("stop_token_ids",), assigned=sampler.variables
         )
@@ -227,6 +231,67 @@ class Generator:
             sampling=sampling,
         )
 
+    def empty_state(self, num_tokens: int) -> Mamba2State:
+        """The state of one row that has read nothing, with room for `num_tokens`."""
+        room = {"room": room_for(num_tokens)} if self._needs_room else {}
+        return self._zeros(np.zeros(1, "int8"), **room)
+
+    def restored(self, state: Mamba2State, num_tokens: int) -> Mamba2State:
+        """A copy on the device of a state of `state.host.on_host`, as `empty_state` has room."""
+        if self._needs_room:
+            state = with_room_on_host(state, self.model.backbone, room_for(num_tokens))
+        return self._copy(state)
+
+    def read(self, state: Mamba2State, token_ids: np.ndarray) -> Mamba2State:
+        """The state of one row after `token_ids`, all of them. `state` cannot be used any more.
+
+        A long prompt may be read in pieces, with other work between them.
+        """
+        state = self._feed(state, [token_ids])
+        ops.convert_to_numpy(state.length)  # waits for the device
+        return state
+
+    def sequences(
+        self,
+        state: Mamba2State,
+        prompt: np.ndarray,
+        limit: int,
+        stop_token_ids: Sequence[int] = (),
+        count: int = 1,
+        seed: int = 0,
+        **parameters: float | None,
+    ) -> list[Rows]:
+        """`count` rows, each for `insert`, that continue `prompt` from one `state`.
+
+        They get the tokens that rows of `start` get. Their arrays have the same shapes whatever
+        the arguments are, so that all can take any place in one loop.
+
+        Args:
+            state: the `Mamba2State` of one row after all of the prompt but its last token.
+            prompt: token ids, all of them.
+            limit: int, how many tokens a row may get.
+            stop_token_ids: as in `start`, at most `STOP_TOKEN_CAPACITY`.
+            count: int, the number of sequences.
+            seed: int, as there.
+            **parameters: of `FilterSampler`, whatever the model's sampler is.
+        """
+        seen = np.zeros((1, self.model.backbone.vocabulary_size), bool)
+        seen[0, prompt] = True
+        row = Rows(
+            state=state.with_token(np.array(prompt[-1:], "int32")),
+            remaining=np.array([limit], "int32"),
+            stop_token_ids=stop_tokens(stop_token_ids, 1),
+            seen=seen,
+            keys=(),
+            sampling=Sampling.of_rows(1, **parameters),
+        )
+        keys = row_keys(self._filters, seed, [()] * count)
+        return [row._replace(keys=keys[i : i + 1]) for i in range(count)]
+
+    def select(self, rows: Any, indices: Sequence[int]) -> Any:
+        """The rows at `indices`, of `Rows` or of a state. The given ones stay as they were."""
+        return self._select(rows, np.array(indices, "int32"))
+
     def insert(self, rows: Rows, index: int, row: Rows) -> Rows:
         """`rows` with `row`, a batch of one, at `index`. The given `rows` cannot be used any more.
 
@@ -247,7 +312,9 @@ class Generator:
         `(b DECODE_CAPACITY)`, with -1 after a row has stopped, -2 where its logits are not
         finite; and log probabilities of the same shape, if asked for.
         """
-        rows = rows._replace(state=self._with_room(rows.state, num_steps))
+        if self._needs_room:
+            new = np.minimum(ops.convert_to_numpy(rows.remaining), num_steps)
+            rows = rows._replace(state=self._with_room(rows.state, new))
         return self._decode(rows, np.array(num_steps, "int32"), with_logprobs=with_logprobs)
 
     def decode(
