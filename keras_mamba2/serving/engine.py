@@ -15,6 +15,10 @@ from keras_mamba2.serving.requests import Request
 from keras_mamba2.serving.scheduler import Counts
 from keras_mamba2.serving.scheduler import Scheduler
 from keras_mamba2.serving.slots import Slots
+from keras_mamba2.state.room import needs_room
+
+MOST_TOKENS = 32_768
+MOST_WITH_ROOM = 4_096
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +38,8 @@ class Engine:
         lm: a `Mamba2CausalLM`.
         max_sequences: int, how many sequences run at once.
         max_waiting: int, how many requests may wait.
-        max_tokens: int, how many tokens a sequence may have, prompt included.
+        max_tokens: int, how many tokens a sequence may have, prompt included. Attention reserves
+            room for them. `None` for 32,768, for a model with attention 4,096.
         prefix_cache_bytes: int, of the states that are kept for prompts to come.
         prefix_cache_folder: path, where these states are kept when the engine is closed.
         block_size: int, how many tokens of a prompt are read at once: 8, 64 or 512. `None`
@@ -54,7 +59,7 @@ class Engine:
         lm,
         max_sequences: int = 8,
         max_waiting: int = 64,
-        max_tokens: int = 32_768,
+        max_tokens: int | None = None,
         prefix_cache_bytes: int = 2**30,
         prefix_cache_folder: pathlib.Path | None = None,
         block_size: int | None = None,
@@ -62,6 +67,8 @@ class Engine:
         self.lm = lm
         self.max_sequences = SIZE("max_sequences", max_sequences)
         self.max_waiting = SIZE("max_waiting", max_waiting)
+        if max_tokens is None:
+            max_tokens = MOST_WITH_ROOM if needs_room(lm.backbone) else MOST_TOKENS
         self.max_tokens = integer(at_least=2)("max_tokens", max_tokens)
         prefix_cache_bytes = integer(at_least=0)("prefix_cache_bytes", prefix_cache_bytes)
         if block_size is not None and block_size not in BLOCK_SIZES:
@@ -85,9 +92,7 @@ class Engine:
         """
         try:
             slots = Slots(self._generator, self.max_sequences, self.max_tokens)
-            self._scheduler = Scheduler(
-                self._generator, self.prefix_cache, slots, self._block_size
-            )
+            self._scheduler = Scheduler(self._generator, self.prefix_cache, slots, self._block_size)
             self._scheduler.warm_up()
         except Exception as error:
             if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):

@@ -13,6 +13,7 @@ from keras_mamba2.state import NO_TOKEN
 from keras_mamba2.state import Mamba2State
 from keras_mamba2.state import files
 from keras_mamba2.state.host import on_host
+from keras_mamba2.tasks.known_prefixes import common_length
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class PrefixCache:
 
         Remembers them for the next call.
         """
-        shared = max((_common(token_ids, prompt) for prompt in self._prompts), default=0)
+        shared = max((common_length(token_ids, prompt) for prompt in self._prompts), default=0)
         self._prompts.append(token_ids)
         return shared
 
@@ -157,10 +158,3 @@ class PrefixCache:
 
 def _key(token_ids: np.ndarray) -> bytes:
     return hashlib.sha256(np.ascontiguousarray(token_ids, "<i4").tobytes()).digest()
-
-
-def _common(a: np.ndarray, b: np.ndarray) -> int:
-    """How many tokens two texts begin with both."""
-    size = min(len(a), len(b))
-    differ = np.flatnonzero(a[:size] != b[:size])
-    return int(differ[0]) if len(differ) else size

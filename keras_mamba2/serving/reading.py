@@ -16,9 +16,7 @@ class Reading:
         max_tokens: int, how many tokens the state has room for.
     """
 
-    def __init__(
-        self, request: Request, generator: Generator, cache: PrefixCache, max_tokens: int
-    ):
+    def __init__(self, request: Request, generator: Generator, cache: PrefixCache, max_tokens: int):
         self.request = request
         self._generator = generator
         self._cache = cache
