@@ -7,6 +7,7 @@ their own run as in KerasHub (`search.py`).
 """
 
 from keras_mamba2.generation.decode import NOT_FINITE as NOT_FINITE
+from keras_mamba2.generation.decode import Likely as Likely
 from keras_mamba2.generation.decoding import DECODE_CAPACITY as DECODE_CAPACITY
 from keras_mamba2.generation.decoding import NOT_FINITE_REASON as NOT_FINITE_REASON
 from keras_mamba2.generation.decoding import Decoding as Decoding

@@ -81,10 +81,19 @@ class Generator:
         sampler = model.sampler
         self._filters = sampler if isinstance(sampler, FilterSampler) else FilterSampler()
 
-        def decode_rows(rows, num_steps, with_logprobs=False):
+        def decode_rows(rows, num_steps, asked=None, with_logprobs=False, num_likely=0):
             rows = Rows(*rows)
             sampler = self._filters if rows.sampling else model.sampler
-            return decode(model, sampler, rows, num_steps, DECODE_CAPACITY, with_logprobs)
+            return decode(
+                model,
+                sampler,
+                rows,
+                num_steps,
+                DECODE_CAPACITY,
+                with_logprobs,
+                num_likely,
+                asked,
+            )
 
         def search_rows(token_ids, padding_mask, stop_token_ids):
             return search(model, model.sampler, token_ids, padding_mask, stop_token_ids)
@@ -96,7 +105,9 @@ class Generator:
         self._prefill_block = compiled(model, prefill, donate=True)
         self._prefill_row = compiled(model, prefill_one, donate=True)
         self._block_loss = compiled(model, loss, donate=True)
-        self._decode = compiled(model, decode_rows, donate=True, static=("with_logprobs",))
+        self._decode = compiled(
+            model, decode_rows, donate=True, static=("with_logprobs", "num_likely")
+        )
         self._put = compiled(model, put, donate=True)
         self._select = compiled(model, select)
         self._search = compiled(
@@ -259,7 +270,7 @@ class Generator:
         stop_token_ids: Sequence[int] = (),
         count: int = 1,
         seed: int = 0,
-        **parameters: float | None,
+        **parameters: Any,
     ) -> list[Rows]:
         """`count` rows, each for `insert`, that continue `prompt` from one `state`.
 
@@ -312,10 +323,33 @@ class Generator:
         `(b DECODE_CAPACITY)`, with -1 after a row has stopped, -2 where its logits are not
         finite; and log probabilities of the same shape, if asked for.
         """
-        if self._needs_room:
-            new = np.minimum(ops.convert_to_numpy(rows.remaining), num_steps)
-            rows = rows._replace(state=self._with_room(rows.state, new))
-        return self._decode(rows, np.array(num_steps, "int32"), with_logprobs=with_logprobs)
+        num_steps = np.array(num_steps, "int32")
+        *results, _ = self._decode(
+            self._roomy(rows, num_steps), num_steps, with_logprobs=with_logprobs
+        )
+        return tuple(results)
+
+    def advance_telling(self, rows: Rows, num_steps: int, num_likely: int, asked: bool):
+        """As `advance`, by one program whether log probabilities are asked for or not.
+
+        Returns the new rows; the tokens; log probabilities of the same shape; and a `Likely`, with
+        the `num_likely` likeliest tokens at each place. The last two are zeros, unless `asked`.
+        """
+        num_steps = np.array(num_steps, "int32")
+        return self._decode(
+            self._roomy(rows, num_steps),
+            num_steps,
+            np.array(asked),
+            with_logprobs=True,
+            num_likely=num_likely,
+        )
+
+    def _roomy(self, rows: Rows, num_steps) -> Rows:
+        """`rows` with room for the tokens of a run."""
+        if not self._needs_room:
+            return rows
+        new = np.minimum(ops.convert_to_numpy(rows.remaining), num_steps)
+        return rows._replace(state=self._with_room(rows.state, new))
 
     def decode(
         self, rows: Rows, run_lengths: Iterable[int] = (), with_logprobs: bool = False

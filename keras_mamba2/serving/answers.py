@@ -12,6 +12,7 @@ from keras_mamba2.serving.engine import Engine
 from keras_mamba2.serving.prompts import Prompt
 from keras_mamba2.serving.prompts import Prompts
 from keras_mamba2.serving.requests import Delivery
+from keras_mamba2.serving.requests import LikelyTokens
 from keras_mamba2.serving.requests import Request
 from keras_mamba2.tasks.text_stream import TextStream
 
@@ -146,6 +147,7 @@ class Answer:
                     stop_token_ids=asked.stop_token_ids,
                     seed=seed,
                     count=len(mine),
+                    with_likely=self._num_likely is not None,
                     keep=asked.keep,
                 )
             )
@@ -159,7 +161,7 @@ class Answer:
         return receive
 
     def _piece(self, which: int, delivery: Delivery) -> Piece:
-        number = self._numbers[which][delivery.index]
+        number = self._numbers[which][delivery.sequence]
         choice = self.choices[number]
         if choice.finish_reason is not None:
             return Piece(number, "", [], None)
@@ -170,7 +172,7 @@ class Answer:
             choice.num_tokens += len(delivery.token_ids)
         if choice.stream.stopped:
             choice.finish_reason = "stop"
-            self._engine.cancel(self._requests[which], delivery.index)
+            self._engine.cancel(self._requests[which], delivery.sequence)
         elif delivery.finish_reason is not None:
             choice.finish_reason = delivery.finish_reason
             text += choice.stream.finish()
@@ -180,13 +182,18 @@ class Answer:
     def _one_by_one(self, choice: Choice, delivery: Delivery) -> tuple[str, list[LikelyToken]]:
         """Takes tokens up to the one that completes a stop string, however many came at once."""
         text, likely = "", []
-        for token_id, logprob in zip(delivery.token_ids, delivery.logprobs, strict=True):
+        for i, token_id in enumerate(delivery.token_ids.tolist()):
             choice.num_tokens += 1
-            if self._num_likely is not None and token_id not in choice.stop_token_ids:
-                alone = self._prompts.token_text(int(token_id))
+            if delivery.likely is not None and token_id not in choice.stop_token_ids:
                 offset = choice.num_characters + len(text)
-                likely.append(LikelyToken(alone, float(logprob), offset, []))
+                likely.append(self._likely_token(token_id, offset, delivery.likely, i))
             text += choice.stream.push([token_id])
             if choice.stream.stopped:
                 break
         return text, likely
+
+    def _likely_token(self, token_id: int, offset: int, found: LikelyTokens, i: int) -> LikelyToken:
+        text_of = self._prompts.token_text
+        top = zip(found.top_ids[i].tolist(), found.top_logprobs[i].tolist(), strict=True)
+        top = [(text_of(id), logprob) for id, logprob in list(top)[: self._num_likely]]
+        return LikelyToken(text_of(token_id), float(found.logprobs[i]), offset, top)

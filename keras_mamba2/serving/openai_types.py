@@ -79,6 +79,11 @@ class Generation(BaseModel):
         return self
 
     @property
+    def num_likely(self) -> int | None:
+        """How many of the likeliest tokens are asked for; `None` for no log probabilities."""
+        raise NotImplementedError
+
+    @property
     def count(self) -> int:
         return self.n or 1
 
@@ -91,7 +96,7 @@ class Generation(BaseModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
     @property
-    def sampling(self) -> dict[str, float | None]:
+    def sampling(self) -> dict[str, Any]:
         """The parameters of `FilterSampler` that were given."""
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
@@ -122,11 +127,10 @@ class CompletionRequest(Generation):
     def prompts(self) -> list[str] | list[list[int]]:
         """One or several, as a list in any case."""
         is_one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
-        return [self.prompt] if is_one else self.prompt  # type: ignore[list-item,return-value]
+        return [self.prompt] if is_one else self.prompt  # type: ignore[return-value]
 
     @property
     def num_likely(self) -> int | None:
-        """How many of the likeliest tokens are asked for; `None` for no log probabilities."""
         return self.logprobs
 
     @property
@@ -170,7 +174,6 @@ class ChatRequest(Generation):
 
     @property
     def num_likely(self) -> int | None:
-        """As of a `CompletionRequest`."""
         return self.top_logprobs or 0 if self.logprobs else None
 
     @property

@@ -25,7 +25,7 @@ class Prompt:
     token_ids: np.ndarray
     text: str  # what `echo` repeats
     limit: int
-    parameters: dict[str, float | None]
+    parameters: dict[str, Any]
     stop_token_ids: tuple[int, ...]
     skip: tuple[int, ...]  # token ids that are no text
     stop_strings: tuple[str, ...]

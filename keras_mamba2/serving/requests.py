@@ -7,13 +7,24 @@ from typing import NamedTuple
 
 import numpy as np
 
+# How many of the likeliest tokens are known in each place; OpenAI's most.
+NUM_LIKELY = 20
+
+
+class LikelyTokens(NamedTuple):
+    """The model's log probabilities, before temperature and filters, for n tokens."""
+
+    logprobs: np.ndarray  # (n), of the tokens themselves
+    top_ids: np.ndarray  # (n k), the likeliest tokens in their places
+    top_logprobs: np.ndarray  # (n k)
+
 
 class Delivery(NamedTuple):
     """New tokens of one sequence of a request, or its end."""
 
-    index: int  # which of the request's sequences
-    token_ids: np.ndarray
-    logprobs: np.ndarray
+    sequence: int  # which of those of the request
+    token_ids: np.ndarray  # (n)
+    likely: LikelyTokens | None = None  # if the request asks for them
     finish_reason: str | None = None  # "stop" at a stop token, "length" at the limit
     error: Exception | None = None  # which has ended the sequence
 
@@ -30,6 +41,7 @@ class Request:
         stop_token_ids: token ids that end a sequence, at most `STOP_TOKEN_CAPACITY`.
         seed: int, for the random numbers.
         count: int, the number of sequences.
+        with_likely: bool, whether log probabilities are delivered.
         keep: how many tokens of the prompt other prompts are likely to begin with. States are
             kept there. `None` for all of it.
     """
@@ -41,6 +53,7 @@ class Request:
     stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
     count: int = 1
+    with_likely: bool = False
     keep: tuple[int, ...] | None = None
 
     cached_tokens: int = dataclasses.field(default=0, init=False)  # known, and so not read

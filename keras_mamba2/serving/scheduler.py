@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 RUN_SECONDS = 0.05
 # While sequences run, prompts are read between two runs for at most so many times a run.
 READING_SHARE = 2.0
-NOTHING = np.zeros(0, "int32"), np.zeros(0, "float32")
+NOTHING = np.zeros(0, "int32")
 
 
 @dataclasses.dataclass
@@ -74,7 +74,8 @@ class Scheduler:
         self.reading: list[Reading] = []
         self._generator = generator
         self._cache = cache
-        self._block_size = block_size
+        self._block_size = block_size or min(BLOCK_SIZES)
+        self._measures = block_size is None
         self._block_seconds = 0.0
         self._reads_shortest = False
         self._run_seconds = 0.0
@@ -85,7 +86,7 @@ class Scheduler:
         self.slots.warm_up()
         self._generator.restored(self._empty_state(), self.slots.max_tokens)
         seconds = {size: self._seconds_to_read(size) for size in BLOCK_SIZES}
-        if self._block_size is None:
+        if self._measures:
             quick = [s for s in BLOCK_SIZES if seconds[s] <= READING_SHARE * RUN_SECONDS]
             self._block_size = max(quick, default=min(BLOCK_SIZES))
         self._block_seconds = seconds[self._block_size]
@@ -129,7 +130,7 @@ class Scheduler:
             self.fail(reading.request, error)
         self.reading = []
         for sequence in self.slots.owners:
-            self._deliver(sequence, Delivery(sequence.index, *NOTHING, error=error))
+            self._deliver(sequence, Delivery(sequence.index, NOTHING, error=error))
             self.counts.failed += 1
         self.slots.reset()
 
@@ -180,7 +181,8 @@ class Scheduler:
         if not self.slots.used:
             return
         begun = time.perf_counter()
-        results = self.slots.advance(self._num_steps())
+        asked = any(sequence.request.with_likely for sequence in self.slots.owners)
+        results = self.slots.advance(self._num_steps(), asked)
         self._run_seconds = time.perf_counter() - begun
         steps = max(len(result.token_ids) for result in results)
         self._step_seconds[self.slots.num_rows] = self._run_seconds / max(steps, 1)
@@ -197,10 +199,11 @@ class Scheduler:
         sequence: Sequence = result.owner
         sequence.token_ids += result.token_ids.tolist()
         self.counts.new_tokens += len(result.token_ids)
-        delivery = Delivery(sequence.index, result.token_ids, result.logprobs)
+        likely = result.likely if sequence.request.with_likely else None
+        delivery = Delivery(sequence.index, result.token_ids, likely)
         if not result.is_finite:
             error = ValueError(f"The logits are not finite. {NOT_FINITE_REASON}")
-            delivery = Delivery(sequence.index, *NOTHING, error=error)
+            delivery = Delivery(sequence.index, NOTHING, error=error)
             self.counts.failed += 1
         elif result.has_stopped:
             stopped = sequence.token_ids[-1] in sequence.request.stop_token_ids
@@ -221,7 +224,7 @@ class Scheduler:
     def fail(self, request: Request, error: Exception) -> None:
         self.counts.failed += request.count
         for index in range(request.count):
-            self._deliver(Sequence(request, index), Delivery(index, *NOTHING, error=error))
+            self._deliver(Sequence(request, index), Delivery(index, NOTHING, error=error))
 
     def _deliver(self, sequence: Sequence, delivery: Delivery) -> None:
         """A receiver that fails has gone: it ends its sequence, and no other."""

@@ -6,10 +6,13 @@ from typing import NamedTuple
 
 import numpy as np
 from keras import ops
+from keras import tree
 
 from keras_mamba2.generation import NOT_FINITE
 from keras_mamba2.generation import Generator
 from keras_mamba2.generation import Rows
+from keras_mamba2.serving.requests import NUM_LIKELY
+from keras_mamba2.serving.requests import LikelyTokens
 from keras_mamba2.state import NO_TOKEN
 from keras_mamba2.state import Mamba2State
 
@@ -22,7 +25,7 @@ class Advanced(NamedTuple):
 
     owner: Any
     token_ids: np.ndarray
-    logprobs: np.ndarray
+    likely: LikelyTokens | None
     has_stopped: bool
     is_finite: bool
 
@@ -89,12 +92,18 @@ class Slots:
         """The state of one sequence, a batch of one."""
         return self.generator.select(self._rows.state, [self._index(owner)])
 
-    def advance(self, num_steps: int) -> list[Advanced]:
-        """At most `num_steps` tokens for each sequence. One that has stopped keeps its place."""
+    def advance(self, num_steps: int, asked: bool) -> list[Advanced]:
+        """At most `num_steps` tokens for each sequence. One that has stopped keeps its place.
+
+        Args:
+            num_steps: int.
+            asked: bool, whether anyone asks for log probabilities.
+        """
         num_steps = min(num_steps, max(p.remaining for p in self._places if p is not None))
-        rows, *found = self.generator.advance(self._now(), num_steps, with_logprobs=True)
+        rows, tokens, *likely = self._advance(self._now(), num_steps, asked)
         self._rows = Rows(*rows)
-        tokens, logprobs = map(ops.convert_to_numpy, found)
+        tokens = ops.convert_to_numpy(tokens)
+        likely = tree.map_structure(ops.convert_to_numpy, likely) if asked else []
         results = []
         for i, place in enumerate(self._places):
             if place is None:
@@ -105,10 +114,15 @@ class Slots:
             place.remaining -= len(new)
             if len(new) < num_steps or new[-1] in place.stop_token_ids or not is_finite:
                 place.remaining = 0
-            has_stopped = place.remaining == 0
-            likely = logprobs[i, : len(new)]
-            results.append(Advanced(place.owner, new, likely, has_stopped, is_finite))
+            mine = (
+                LikelyTokens(*(a[i, : len(new)] for a in tree.flatten(likely))) if asked else None
+            )
+            results.append(Advanced(place.owner, new, mine, place.remaining == 0, is_finite))
         return results
+
+    def _advance(self, rows: Rows, num_steps: int, asked: bool):
+        num_likely = min(NUM_LIKELY, self.generator.model.backbone.vocabulary_size)
+        return self.generator.advance_telling(rows, num_steps, num_likely, asked)
 
     def shrink(self) -> None:
         """Halves the number of rows, once half has been enough for a while."""
@@ -126,7 +140,7 @@ class Slots:
         while True:
             rows = self.generator.select(one, [0] * size)
             rows = self.generator.insert(rows, 0, one)
-            rows, *_ = self.generator.advance(rows, 1, with_logprobs=True)
+            rows, *_ = self._advance(rows, 1, asked=False)
             self.generator.select(Rows(*rows).state, [0])
             for other in {self._larger(size), self._smaller(size)}:
                 self.generator.select(Rows(*rows), [0] * other)

@@ -16,7 +16,7 @@ class Collected:
         if isinstance(prompt, str):
             prompt = list(prompt.encode())
         self.deliveries = []
-        self._ended = threading.Semaphore(0)
+        self._has_ended = threading.Event()
         self._on_delivery = on_delivery
         self.request = Request(
             np.array(prompt, "int32"), limit, parameters, self._deliver, **options
@@ -26,26 +26,21 @@ class Collected:
         self.deliveries.append(delivery)
         if self._on_delivery:
             self._on_delivery(delivery)
-        if delivery.finish_reason or delivery.error:
-            self._ended.release()
+        if len(self.reasons) + len(self.errors) == self.request.count:
+            self._has_ended.set()
 
     def submit(self, engine):
         engine.submit([self.request])
         return self
 
     def wait(self):
-        for _ in range(self.request.count):
-            assert self._ended.acquire(timeout=60)
+        assert self._has_ended.wait(timeout=120)
         return self
 
-    def tokens(self, index=0):
+    def tokens(self, sequence=0):
         self.wait()
-        self._ended.release(self.request.count)
-        mine = [d.token_ids for d in self.deliveries if d.index == index]
+        mine = [d.token_ids for d in self.deliveries if d.sequence == sequence]
         return np.concatenate(mine).tolist()
-
-    def text(self, index=0):
-        return bytes(t for t in self.tokens(index) if t < 256).decode(errors="replace")
 
     @property
     def reasons(self):
@@ -54,3 +49,26 @@ class Collected:
     @property
     def errors(self):
         return [d.error for d in self.deliveries if d.error]
+
+
+def alone(lm, prompt, limit=12, count=1, **options):
+    """The new tokens of each sequence by `lm.generate`."""
+    ids = np.array([list(prompt.encode()) if isinstance(prompt, str) else prompt])
+    _, found = lm.generate(
+        {"token_ids": ids, "padding_mask": np.ones_like(ids)},
+        max_new_tokens=limit,
+        num_return_sequences=count,
+        return_logprobs=True,
+        **{"stop_token_ids": None, **options},
+    )
+    return [row["token_ids"].tolist() for row in found]
+
+
+def wait_until(condition):
+    """Waits for what another thread does."""
+    waiting = threading.Event()
+    for _ in range(6000):
+        if condition():
+            return
+        waiting.wait(0.01)
+    raise AssertionError("It did not happen within a minute.")

@@ -1,7 +1,5 @@
 """The API, by the client that its users have."""
 
-import pytest
-
 from tests.serving.conftest import NAME
 
 GREEDY = {"model": NAME, "temperature": 0, "max_tokens": 20}
