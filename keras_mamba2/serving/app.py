@@ -18,7 +18,7 @@ from keras_mamba2.serving.engine import Engine
 from keras_mamba2.serving.errors import ApiError
 from keras_mamba2.serving.errors import add_error_handlers
 from keras_mamba2.serving.limits import ApiKeys
-from keras_mamba2.serving.limits import BodyDeadline
+from keras_mamba2.serving.limits import BodyLimits
 from keras_mamba2.serving.limits import Limits
 from keras_mamba2.serving.metrics import CountRequests
 from keras_mamba2.serving.metrics import Metrics
@@ -59,10 +59,9 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,  # pages that fetch their parts from other hosts
         redoc_url=None,
-        max_body_size=limits.body_bytes,
     )
     add_error_handlers(app)
-    app.add_middleware(BodyDeadline, seconds=limits.body_seconds)
+    app.add_middleware(BodyLimits, limits=limits)
     if api_keys:
         app.add_middleware(ApiKeys, keys=api_keys)
     app.add_middleware(CountRequests, metrics=metrics)

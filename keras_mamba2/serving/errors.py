@@ -1,6 +1,7 @@
 """Errors in the form of OpenAI's API."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi import Request
@@ -75,7 +76,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def of_validation(request: Request, error: RequestValidationError) -> JSONResponse:
-        return error_response(400, *_first(error))
+        return error_response(400, *_what_is_wrong(error))
 
     @app.exception_handler(HTTPException)
     async def of_http(request: Request, error: HTTPException) -> JSONResponse:
@@ -86,15 +87,23 @@ def add_error_handlers(app: FastAPI) -> None:
         return error_response(500, f"The server failed: {error}")
 
 
-def _first(error: RequestValidationError) -> tuple[str, str | None]:
+def _what_is_wrong(error: RequestValidationError) -> tuple[str, str | None]:
     """What is wrong with a body, and with which parameter."""
-    first = error.errors()[0]
-    where = [str(part) for part in first["loc"] if part != "body"]
+    first = max(error.errors(), key=_telling)
+    message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "json_invalid":
         return f"The body is not JSON: {first['ctx']['error']}", None
+    # Without what pydantic calls the alternatives of a parameter.
+    where = [part for part in map(str, first["loc"][1:]) if part.isidentifier() or part.isdigit()]
     if not where:
-        return first["msg"].removeprefix("Value error, "), None
-    param = where[0]
+        return message, None
     if first["type"] == "extra_forbidden":
-        return f"Unrecognized request argument supplied: {'.'.join(where)}", param
-    return f"`{'.'.join(where)}`: {first['msg'].removeprefix('Value error, ')}", param
+        message = f"Unrecognized request argument supplied: {'.'.join(where)}"
+    else:
+        message = f"`{'.'.join(where)}`: {message}"
+    return message, where[0]
+
+
+def _telling(error: Mapping[str, Any]) -> tuple[bool, int]:
+    """Of the errors of all alternatives of a parameter, that of the one which was meant."""
+    return not error["type"].endswith("_type"), len(error["loc"])

@@ -31,35 +31,45 @@ class Limits:
     seconds: float = 600.0
 
 
-class BodyDeadline:
-    """Middleware that ends requests whose body does not arrive in time."""
+class BodyLimits:
+    """Middleware that ends requests whose body is too large, or does not arrive in time."""
 
-    def __init__(self, app: ASGIApp, seconds: float):
+    def __init__(self, app: ASGIApp, limits: Limits):
         self._app = app
-        self._seconds = seconds
+        self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        deadline = asyncio.get_running_loop().time() + self._seconds
-        is_whole = False
+        if scope["type"] == "http":
+            receive = self._limited(receive, Headers(scope=scope).get("content-length", "0"))
+        await self._app(scope, receive, send)
 
-        async def receive_in_time() -> Message:
-            nonlocal is_whole
+    def _limited(self, receive: Receive, announced: str) -> Receive:
+        deadline = asyncio.get_running_loop().time() + self._limits.body_seconds
+        received, is_whole = 0, False
+
+        async def receive_within_limits() -> Message:
+            nonlocal received, is_whole
             if is_whole:  # what comes now is that the client has gone, whenever it does
                 return await receive()
+            self._check_size(int(announced) if announced.isdecimal() else 0)
             try:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError:
-                raise HTTPException(
-                    408, "The body of the request did not arrive in time."
-                ) from None
+                message = "The body of the request did not arrive in time."
+                raise HTTPException(408, message, {"Connection": "close"}) from None
+            received += len(message.get("body", b""))
+            self._check_size(received)
             is_whole = not message.get("more_body", False)
             return message
 
-        await self._app(scope, receive_in_time, send)
+        return receive_within_limits
+
+    def _check_size(self, size: int) -> None:
+        if size > self._limits.body_bytes:
+            raise HTTPException(
+                413, f"A request may have a body of at most {self._limits.body_bytes} bytes."
+            )
 
 
 class ApiKeys:

@@ -11,6 +11,7 @@ import keras_mamba2
 from keras_mamba2.serving.app import create_app
 from keras_mamba2.serving.engine import Engine
 from keras_mamba2.serving.server import PatientForAWhile
+from tests.chat import templates
 
 NAME = "small"
 
@@ -35,7 +36,9 @@ def serving(app):
     """The address of a server in a thread."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(app, http=PatientForAWhile, ws="none", log_level="warning")
+        # Without its lifespan, at whose end the engine, which other tests have too, is closed.
+        options = {"http": PatientForAWhile, "ws": "none", "lifespan": "off"}
+        config = uvicorn.Config(app, **options, log_level="warning")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
@@ -64,3 +67,18 @@ def client_of(address, **options):
 def client(address):
     with client_of(address) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def keyed_address(engine):
+    app = create_app(engine, NAME, api_keys=["secret", "other"])
+    with serving(app) as address:
+        yield address
+
+
+@pytest.fixture
+def template(lm, monkeypatch):
+    """A template for the model, for the time of a test."""
+    template = keras_mamba2.ChatTemplate(templates.CHATML)
+    monkeypatch.setattr(lm.preprocessor.tokenizer, "chat_template", template)
+    return template

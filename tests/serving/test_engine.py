@@ -9,6 +9,7 @@ import pytest
 from keras import ops
 
 import keras_mamba2
+from keras_mamba2.serving import scheduler
 from keras_mamba2.serving.engine import Closed
 from keras_mamba2.serving.engine import Engine
 from keras_mamba2.serving.engine import QueueFull
@@ -185,8 +186,9 @@ class TestCompilation:
 
 
 class TestQueue:
-    def test_a_long_prompt_does_not_stop_others(self, engine):
+    def test_a_long_prompt_does_not_stop_others(self, engine, monkeypatch):
         """Between two pieces of its prompt the others get tokens, and a short one overtakes it."""
+        monkeypatch.setattr(scheduler, "RUN_SECONDS", 1e-3)  # so that there are many runs
         order = []
         running = Collected("hello", limit=3000, on_delivery=lambda d: order.append("running"))
         running.submit(engine)
@@ -198,7 +200,7 @@ class TestQueue:
         long.wait()
         engine.cancel(running.request)
         assert order.index("short") < order.index("long")
-        assert order[: order.index("long")].count("running") > 3
+        assert order[: order.index("long")].count("running") > 10
 
     def test_too_many_are_refused_and_nothing_of_them_is_taken(self, lm):
         with started(lm, max_sequences=1, max_waiting=3) as engine:
@@ -319,9 +321,7 @@ class TestFailures:
 
     def test_too_little_memory_says_what_a_sequence_needs(self, lm):
         engine = Engine(lm, max_sequences=2**32, max_tokens=100)
-        with pytest.raises(
-            ValueError, match=r"no memory for 4294967296 sequences of 6,\d\d\d bytes"
-        ):
+        with pytest.raises(ValueError, match=r"no memory for 4294967296 sequences of 6,\d+ bytes"):
             engine.start()
 
     def test_block_size(self, lm):
