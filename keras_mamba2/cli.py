@@ -15,6 +15,9 @@ import typer
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
+
+
 class Format(enum.StrEnum):
     keras = "keras"
     transformers = "transformers"
@@ -223,6 +226,13 @@ def serve(
         list[str] | None,
         typer.Option(envvar="KERAS_MAMBA2_API_KEY", help="That clients must send; repeatable."),
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A name that clients call the server by; repeatable. Default: the names of this "
+            "machine alone if it listens there, else any."
+        ),
+    ] = None,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds for an answer.")] = 600.0,
     max_body_mb: Annotated[int, typer.Option(min=1, help="Of a request.")] = 8,
     drain_seconds: Annotated[
@@ -265,7 +275,8 @@ def serve(
         print("Compiling all programs; then they serve any request.", file=sys.stderr)
         engine.start()
         limits = Limits(body_bytes=max_body_mb * 2**20, seconds=timeout)
-        web = create_app(engine, name or preset, limits, api_key or ())
+        hosts = allowed_host or (LOOPBACK if host in LOOPBACK else ("*",))
+        web = create_app(engine, name or preset, limits, api_key or (), hosts)
         run(web, host, port, drain_seconds, most_connections=max_waiting + max_sequences + 64)
 
 

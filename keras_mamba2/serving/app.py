@@ -13,6 +13,7 @@ from fastapi.responses import HTMLResponse
 from fastapi.responses import JSONResponse
 from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from keras_mamba2.serving.engine import Engine
 from keras_mamba2.serving.errors import ApiError
@@ -33,8 +34,19 @@ NO_EMBEDDINGS = (
 )
 
 
+# The page needs nothing from elsewhere, and may load nothing from there.
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self' 'unsafe-inline'; img-src data:; "
+    "frame-ancestors 'none'"
+}
+
+
 def create_app(
-    engine: Engine, name: str, limits: Limits | None = None, api_keys: Sequence[str] = ()
+    engine: Engine,
+    name: str,
+    limits: Limits | None = None,
+    api_keys: Sequence[str] = (),
+    allowed_hosts: Sequence[str] = ("*",),
 ) -> FastAPI:
     """A FastAPI application that serves one model.
 
@@ -44,6 +56,8 @@ def create_app(
         name: string, what clients call the model.
         limits: `keras_mamba2.serving.limits.Limits`.
         api_keys: strings, one of which clients must send. Without any, everyone is served.
+        allowed_hosts: strings, what the server may be called. With names of this machine alone, no
+            web page can get at it by a name of its own that leads here.
     """
     limits = limits or Limits()
     metrics = Metrics(engine)
@@ -64,6 +78,7 @@ def create_app(
     app.add_middleware(BodyLimits, limits=limits)
     if api_keys:
         app.add_middleware(ApiKeys, keys=api_keys)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(allowed_hosts))
     app.add_middleware(CountRequests, metrics=metrics)
     _add_openai_routes(app, service)
     _add_own_routes(app, engine, service, metrics)
@@ -107,9 +122,9 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
 def _add_own_routes(app: FastAPI, engine: Engine, service: Service, metrics: Metrics) -> None:
     page = PAGE.read_text(encoding="utf-8")
 
-    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
-    async def index() -> str:
-        return page
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        return HTMLResponse(page, headers=PAGE_HEADERS)
 
     @app.get("/page/model", include_in_schema=False)
     async def page_model() -> dict[str, Any]:
