@@ -82,7 +82,7 @@ class ApiKeys:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].startswith("/v1/"):
             sent = Headers(scope=scope).get("authorization", "").removeprefix("Bearer ")
-            if not self._is_known(sent.encode()):
+            if not self._is_known(sent.encode("latin-1")):  # the bytes as they came
                 message = "Send an API key of this server: `Authorization: Bearer KEY`."
                 headers = {"WWW-Authenticate": "Bearer"}
                 response = error_response(401, message, code="invalid_api_key", headers=headers)

@@ -1,6 +1,7 @@
 """What an engine delivers, collected."""
 
 import threading
+import time
 
 import numpy as np
 
@@ -64,11 +65,9 @@ def alone(lm, prompt, limit=12, count=1, **options):
     return [row["token_ids"].tolist() for row in found]
 
 
-def wait_until(condition):
+def wait_until(condition, pause=0.01):
     """Waits for what another thread does."""
-    waiting = threading.Event()
-    for _ in range(6000):
-        if condition():
-            return
-        waiting.wait(0.01)
-    raise AssertionError("It did not happen within a minute.")
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "It did not happen within a minute."
+        time.sleep(pause)

@@ -20,6 +20,11 @@ def alone(lm, prompt, **options):
     return lm.generate(prompt, strip_prompt=True, **options)
 
 
+def new_tokens(lm, prompt):
+    _, [found] = lm.generate(prompt, max_new_tokens=20, temperature=0.0, return_logprobs=True)
+    return found["token_ids"].tolist()
+
+
 class TestCompletions:
     def test_the_text_is_what_generate_gives(self, client, lm):
         answer = client.completions.create(prompt="ROMEO:", **GREEDY)
@@ -73,14 +78,15 @@ class TestCompletions:
 
     def test_stop_strings(self, client, lm):
         text = alone(lm, "ROMEO:")
-        stop = text[8:10]
+        stop = next(text[i : i + 2] for i in range(4, 19) if text[i : i + 2].isascii())
         expected = text[: text.index(stop)]
         options = {**GREEDY, "prompt": "ROMEO:", "stop": [stop, "never"]}
         answer = client.completions.create(**options)
         assert answer.choices[0].text == expected
         assert answer.choices[0].finish_reason == "stop"
         # Up to the token that completes it, however many came at once.
-        assert answer.usage.completion_tokens == text.index(stop) + 2
+        tokens = bytes(new_tokens(lm, "ROMEO:"))
+        assert answer.usage.completion_tokens == tokens.index(stop.encode()) + 2
         *chunks, last = client.completions.create(**options, **USAGE)
         assert "".join(chunk.choices[0].text for chunk in chunks) == expected
         assert last.usage == answer.usage
@@ -150,11 +156,9 @@ class TestPrefixes:
 
     def test_a_text_goes_on_from_its_end(self, client, lm):
         prompt = "Now is the winter of our discontent"
-        answer = client.completions.create(prompt=list(prompt.encode()), **GREEDY)
-        longer = prompt.encode() + alone(lm, prompt).encode()
-        if "\ufffd" in answer.choices[0].text:
-            pytest.fail("choose a prompt whose text is whole characters")
-        more = client.completions.create(prompt=list(longer), **GREEDY)
+        client.completions.create(prompt=prompt, **GREEDY)
+        longer = [*prompt.encode(), *new_tokens(lm, prompt)]
+        more = client.completions.create(prompt=longer, **GREEDY)
         assert more.usage.prompt_tokens_details.cached_tokens == len(longer) - 1
 
 
@@ -276,12 +280,13 @@ class TestConversations:
 
 class TestKeys:
     def test_only_who_has_one_is_served(self, keyed_address):
-        for key in ("wrong", "secre", "secret2", "\u00fc"):
+        for key in ("wrong", "secre", "secret2"):
             with client_of(keyed_address, api_key=key) as client:
                 with pytest.raises(openai.AuthenticationError) as error:
                     client.completions.create(prompt="ROMEO:", **GREEDY)
                 assert error.value.code == "invalid_api_key"
-        assert httpx.get(f"{keyed_address}/v1/models").status_code == 401
+        for headers in ({}, {"Authorization": b"Bearer \xfc\xff"}, {"Authorization": "Basic c2"}):
+            assert httpx.get(f"{keyed_address}/v1/models", headers=headers).status_code == 401
         for key in ("secret", "other"):
             with client_of(keyed_address, api_key=key) as client:
                 assert client.completions.create(prompt="ROMEO:", **GREEDY).choices
@@ -293,10 +298,9 @@ class TestGone:
     def test_a_client_that_goes_frees_its_place(self, address, engine, stream):
         async def go():
             async with httpx.AsyncClient(timeout=60) as client:
-                body = {"model": NAME, "prompt": "ROMEO:", "max_tokens": 4000, "stream": stream}
+                body = {**GREEDY, "prompt": "ROMEO:", "max_tokens": 4000, "stream": stream}
                 asking = asyncio.ensure_future(client.post(f"{address}/v1/completions", json=body))
-                while engine.num_running == 0:
-                    await asyncio.sleep(0.001)
+                await asyncio.to_thread(wait_until, lambda: engine.num_running, 1e-4)
                 asking.cancel()
                 await asyncio.wait([asking])
 

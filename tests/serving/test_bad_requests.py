@@ -19,7 +19,7 @@ from tests.serving.conftest import NAME
 from tests.serving.conftest import client_of
 from tests.serving.conftest import serving
 
-GOOD = {"model": NAME, "prompt": "ROMEO:", "max_tokens": 5}
+GOOD = {"model": NAME, "prompt": "ROMEO:", "max_tokens": 5, "temperature": 0}
 CHAT = {"model": NAME, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 5}
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
 

@@ -92,15 +92,12 @@ def browser():
 class TestPage:
     @pytest.fixture(autouse=True)
     def _opened(self, browser, address):
+        self.browser = browser
         browser.get(address)
         self.wait(lambda: self.find("model").text == NAME)
         yield
         problems = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
         assert problems == []
-
-    @pytest.fixture(autouse=True)
-    def _tools(self, browser):
-        self.browser = browser
 
     def find(self, name):
         return self.browser.find_element("id", name)
