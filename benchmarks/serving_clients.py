@@ -1,6 +1,6 @@
 """Clients of a server that measure what they get. A process of their own: `benchmarks/serving.py`.
 
-Reads from stdin a list of lists of bodies of `/v1/completions`, one list for each client, which asks
+Reads from stdin a list of bodies of `/v1/completions` for each client, which asks with them
 one after the other. Writes for each answer its tokens, and when they came.
 """
 

@@ -80,6 +80,7 @@ class Slots:
         """Puts a sequence of `Generator.sequences` into a free place."""
         if self.used == self.num_rows:
             self._resize(range(self.num_rows), self._larger(self.num_rows))
+            self._half_was_enough = 0
         index = self._places.index(None)
         self._rows = self.generator.insert(self._now(), index, row)
         self._places[index] = Place(owner, int(row.remaining[0]), row.stop_token_ids[0])
@@ -167,7 +168,6 @@ class Slots:
         free = num_rows - len(kept)
         self._rows = self.generator.select(self._now(), [*kept, *[0] * free])
         self._places = [*(self._places[i] for i in kept), *[None] * free]
-        self._half_was_enough = 0
 
     def _larger(self, num_rows: int) -> int:
         return min(2 * num_rows, self.most)

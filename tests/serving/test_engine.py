@@ -175,7 +175,8 @@ class TestCompilation:
         assert not any(each.errors for each in requests)
         assert compilations == []
 
-    def test_there_are_as_many_rows_as_are_needed(self, engine):
+    def test_there_are_as_many_rows_as_are_needed(self, engine, monkeypatch):
+        monkeypatch.setattr(scheduler, "RUN_SECONDS", 1e-3)  # so that there are many runs
         requests = [Collected("hello", limit=4000).submit(engine) for _ in range(4)]
         wait_until(lambda: engine.num_running == 4)
         assert engine.num_rows == 4
