@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 # A run of the loop takes about so long: text comes in small pieces, and yet what happens between
 # runs takes little time beside it. Where one token takes longer, a run is one token.
 RUN_SECONDS = 0.05
+# With a new sequence a run is short: its first text comes soon, and so do those behind it.
+FIRST_STEPS = 8
 # While sequences run, prompts are read between two runs for at most so many times a run.
 READING_SHARE = 2.0
 NOTHING = np.zeros(0, "int32")
@@ -144,8 +146,8 @@ class Scheduler:
                 self.counts.cancelled += 1
 
     def _read(self) -> None:
-        """Reads until others have waited long enough; one block, if nobody waits."""
-        budget = READING_SHARE * max(RUN_SECONDS, self._run_seconds) if self.slots.used else 0.0
+        """Reads until those that run have waited long enough; one block at least."""
+        budget = READING_SHARE * max(RUN_SECONDS, self._run_seconds)
         begun, seconds = time.perf_counter(), 0.0
         while self.reading and (not seconds or seconds + self._block_seconds <= budget):
             self._read_block(self._next_to_read())
@@ -192,7 +194,9 @@ class Scheduler:
 
     def _num_steps(self) -> int:
         seconds = self._step_seconds.get(self.slots.num_rows, RUN_SECONDS)
-        return int(min(max(RUN_SECONDS / seconds, 1), DECODE_CAPACITY))
+        is_new = any(not sequence.token_ids for sequence in self.slots.owners)
+        most = FIRST_STEPS if is_new else DECODE_CAPACITY
+        return int(min(max(RUN_SECONDS / seconds, 1), most))
 
     def _take(self, result: Advanced) -> None:
         """Delivers what a sequence has got, and frees its place if it has stopped."""
