@@ -15,9 +15,9 @@ from keras_mamba2 import Mamba2CausalLM
 from keras_mamba2.conversion.deferred import deferred_initialization
 from keras_mamba2.generation import Generator
 from keras_mamba2.generation.decode import model_variables
-from keras_mamba2.generation.prefill import blocks
-from keras_mamba2.generation.rows import STOP_TOKEN_CAPACITY
-from keras_mamba2.generation.rows import Rows
+from keras_mamba2.host.blocks import blocks
+from keras_mamba2.host.rows import STOP_TOKEN_CAPACITY
+from keras_mamba2.host.rows import Rows
 from keras_mamba2.state import NO_TOKEN
 
 Place = Callable[..., jax.ShapeDtypeStruct]  # (shape, dtype) -> argument
@@ -33,11 +33,24 @@ def abstract_model(workload: Workload, **arguments) -> Mamba2CausalLM:
     return lm
 
 
-def decode_program(lm: Mamba2CausalLM, batch_size: int, place: Place) -> Traced:
+def decode_program(
+    lm: Mamba2CausalLM, batch_size: int, place: Place, steps_a_write: int = 1
+) -> Traced:
     """The decode loop of a model that samples greedily."""
-    state = _state(lm, batch_size, place)
-    rows = _rows(state, place)
-    return Generator(lm)._decode.program.trace(_weights(lm, place), rows, (place((), "int32"),))
+    rows = _rows(_state(lm, batch_size, place), place)
+    program = Generator(lm, steps_a_write)._decode.program
+    return program.trace(_weights(lm, place), rows, (place((), "int32"),))
+
+
+def speculative_program(lm: Mamba2CausalLM, num_tokens: int, place: Place) -> Traced:
+    """The loop of one row with proposals, of a model that was compiled with `speculation`."""
+    proposer = lm.speculation
+    context = jax.eval_shape(lambda: proposer.empty(1))
+    context = jax.tree.map(lambda leaf: place(leaf.shape, leaf.dtype), context)
+    rows = _rows(_state(lm, 1, place), place)._replace(context=context)
+    weights = [*_weights(lm, place), *(place(v.shape, v.dtype) for v in proposer.variables)]
+    program = Generator(lm)._speculate.program
+    return program.trace(weights, rows, (place((), "int32"),), num_tokens=num_tokens)
 
 
 def prefill_program(lm: Mamba2CausalLM, batch_size: int, tokens: int, place: Place) -> Traced:

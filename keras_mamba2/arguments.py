@@ -20,7 +20,6 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
-import keras
 import numpy as np
 
 # What float32 holds, in which most numbers end.
@@ -239,6 +238,8 @@ def _range(at_least, above, at_most, below) -> str:
 
 
 def _policy(value):
+    import keras  # what has no Keras, such as exported programs, checks its arguments here too
+
     return value if value is None else keras.dtype_policies.get(value)
 
 

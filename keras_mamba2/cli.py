@@ -23,9 +23,34 @@ class Format(enum.StrEnum):
     transformers = "transformers"
 
 
+class Weights(enum.StrEnum):
+    beside = "beside"
+    inside = "inside"
+
+
 Dtype = Annotated[
     str, typer.Option(help="Of the weights, such as bfloat16. auto: that of the files.")
 ]
+
+
+Draft = Annotated[
+    str | None,
+    typer.Option(help="A smaller preset that proposes tokens: the same text, sooner."),
+]
+PromptLookup = Annotated[
+    bool, typer.Option("--prompt-lookup", help="Propose tokens from the text before.")
+]
+
+
+def speculation_of(draft: str | None, prompt_lookup: bool, dtype: str):
+    """Who proposes tokens, as the options say."""
+    import keras_mamba2
+
+    if draft is not None and prompt_lookup:
+        raise ValueError("Pass --draft or --prompt-lookup, not both.")
+    if draft is not None:
+        return keras_mamba2.DraftModel(keras_mamba2.Mamba2CausalLM.from_preset(draft, dtype=dtype))
+    return keras_mamba2.PromptLookup() if prompt_lookup else None
 
 
 @app.callback()
@@ -79,6 +104,8 @@ def generate(
         pathlib.Path | None,
         typer.Option(help="A session's file: goes on from it if it is there, and is written."),
     ] = None,
+    draft: Draft = None,
+    prompt_lookup: PromptLookup = False,
     dtype: Dtype = "auto",
     compilation_cache: Annotated[
         str | None, typer.Option(help="A folder where compiled programs are kept.")
@@ -91,6 +118,7 @@ def generate(
     with errors_on_one_line():
         for text in (prompt, *(stop or ())):
             check_text("prompt" if text is prompt else "--stop", text)
+        speculation = speculation_of(draft, prompt_lookup, dtype)
         lm = Mamba2CausalLM.from_preset(preset, dtype=dtype)
         sampler = FilterSampler(
             temperature=temperature,
@@ -99,7 +127,7 @@ def generate(
             repetition_penalty=repetition_penalty,
             seed=seed,
         )
-        lm.compile(sampler=sampler, compilation_cache=compilation_cache)
+        lm.compile(sampler=sampler, speculation=speculation, compilation_cache=compilation_cache)
         if state is not None and state.exists():
             session = lm.resume(state)
         else:
@@ -157,6 +185,8 @@ def chat(
         float | None, typer.Option(min=1.0, help="Above 1: fewer.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Makes the replies reproducible.")] = None,
+    draft: Draft = None,
+    prompt_lookup: PromptLookup = False,
     dtype: Dtype = "auto",
     compilation_cache: Annotated[
         str | None, typer.Option(help="A folder where compiled programs are kept.")
@@ -183,8 +213,9 @@ def chat(
     with errors_on_one_line():
         preprocessor = Mamba2CausalLMPreprocessor.from_preset(preset)
         preprocessor.chat_template  # noqa: B018  raises, before the weights are read
+        speculation = speculation_of(draft, prompt_lookup, dtype)
         lm = Mamba2CausalLM.from_preset(preset, dtype=dtype, preprocessor=preprocessor)
-        lm.compile(compilation_cache=compilation_cache)
+        lm.compile(speculation=speculation, compilation_cache=compilation_cache)
         conversation = lm.start_chat(system, **options)
         if load is not None:
             conversation = lm.resume_chat(load, **options)
@@ -302,6 +333,41 @@ def convert(
         else:
             lm.export_to_transformers(temporary)
     print(f"{folder}: {lm.backbone.count_params():,} parameters, {to} format", file=sys.stderr)
+
+
+@app.command()
+def export_programs(
+    source: Annotated[
+        str, typer.Argument(help="The name of a preset, a folder, or hf://user/name.")
+    ],
+    folder: Annotated[pathlib.Path, typer.Argument(help="Where to write; must not exist yet.")],
+    platform: Annotated[
+        list[str] | None, typer.Option(help="cpu, cuda, rocm or tpu; repeatable.")
+    ] = None,
+    batch_size: Annotated[
+        list[int] | None, typer.Option(min=1, help="Rows of a program; repeatable.")
+    ] = None,
+    weights: Annotated[
+        Weights, typer.Option(help="One file beside the programs, or inside of each.")
+    ] = Weights.beside,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="The default of calls; 0 is greedy.")
+    ] = 0.8,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="The default of calls.")] = 0.95,
+    dtype: Dtype = "auto",
+) -> None:
+    """Writes programs that `keras_mamba2.load_programs` runs without Keras, on any machine."""
+    from keras_mamba2 import FilterSampler
+    from keras_mamba2 import Mamba2CausalLM
+
+    with errors_on_one_line():
+        lm = Mamba2CausalLM.from_preset(source, dtype=dtype)
+        lm.compile(sampler=FilterSampler(temperature=temperature, top_p=top_p))
+        given: dict[str, Any] = {"platforms": platform, "batch_sizes": batch_size}
+        given = {name: values for name, values in given.items() if values}
+        lm.export_programs(folder, weights=weights.value, **given)
+    nbytes = sum(path.stat().st_size for path in folder.rglob("*"))
+    print(f"{folder}: {nbytes / 1e6:,.1f} MB", file=sys.stderr)
 
 
 @app.command()

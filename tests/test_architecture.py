@@ -10,6 +10,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parents[1] / "keras_mamba2"
 ORDER = ["ops", "layers", "state", "models", "generation", "tasks", "serving", "cli"]
 LEAVES = [
+    "host",
     "_compat",
     "arguments",
     "atomic_files",
@@ -17,6 +18,7 @@ LEAVES = [
     "chat",
     "conversion",
     "hub",
+    "portable",
     "preset_files",
     "saving",
     "training",
@@ -146,8 +148,8 @@ def test_the_tokenizer_needs_no_jax(path):
 
 @pytest.mark.parametrize("path", FILES, ids=of)
 def test_programs_are_compiled_under_generation_only(path):
-    """Beside the loop of an operation, for eager calls, and the making of models without values."""
-    if not is_in(module_of(path), ["generation", "ops.ssd_jax", "conversion.deferred"]):
+    """And exported ones, the loop of an operation for eager calls, and models without values."""
+    if not is_in(module_of(path), ["generation", "portable", "ops.ssd_jax", "conversion.deferred"]):
         assert not uses(path, ["jax.jit", "StatelessScope"])
 
 

@@ -50,6 +50,21 @@ def test_a_session_goes_on_in_its_file(preset_folder, tmp_path):
     assert second.stdout.startswith(first.stdout.removesuffix("\n") + " But soft")
 
 
+@pytest.mark.parametrize("speculation", [("--prompt-lookup",), ("--draft",)])
+def test_proposed_tokens_change_no_text(preset_folder, speculation):
+    options = ("to be", "--preset", preset_folder, "--max-new-tokens", 20, "--seed", 3)
+    speculation += (preset_folder,) * (speculation == ("--draft",))
+    speculative = run(*options, *speculation)
+    assert speculative.exit_code == 0, speculative.output
+    assert speculative.stdout == run(*options).stdout
+
+
+def test_one_proposer_is_enough(preset_folder):
+    result = run("to be", "--draft", preset_folder, "--prompt-lookup")
+    assert result.exit_code == 2
+    assert result.stderr == "error: Pass --draft or --prompt-lookup, not both.\n"
+
+
 @pytest.mark.parametrize("to", ["keras", "transformers"])
 def test_convert_there_and_back(preset_folder, tmp_path, to):
     result = run_app("convert", preset_folder, tmp_path / "new", "--to", to)
@@ -102,6 +117,22 @@ def test_convert_leaves_nothing_half_done(preset_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(keras_mamba2.Mamba2CausalLM, "save_to_preset", fail)
     assert run_app("convert", preset_folder, tmp_path / "new").exit_code != 0
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_export_programs_writes_what_is_loaded(preset_folder, tmp_path):
+    folder = tmp_path / "programs"
+    options = ("--platform", "cpu", "--batch-size", 1, "--temperature", 0)
+    result = run_app("export-programs", preset_folder, folder, *options)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.rstrip().endswith("MB")
+    programs = keras_mamba2.load_programs(folder)
+    assert programs.batch_sizes == (1,)
+    text = programs.generate("To be", max_new_tokens=9)
+    greedy = ("--preset", preset_folder, "--temperature", 0, "--max-new-tokens", 9)
+    assert run("To be", *greedy).stdout == text + "\n"
+    again = run_app("export-programs", preset_folder, folder, *options)
+    assert again.exit_code == 2
+    assert "exists already and is not an empty folder" in again.stderr
 
 
 def test_inspect_tells_sizes_without_weights(preset_folder, tmp_path):

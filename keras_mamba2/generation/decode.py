@@ -8,10 +8,15 @@ from keras import ops
 from keras import tree
 
 from keras_mamba2.generation.picking import pick
-from keras_mamba2.generation.rows import Rows
-from keras_mamba2.state import NO_TOKEN
+from keras_mamba2.host.rows import NO_TOKEN
+from keras_mamba2.host.rows import NOT_FINITE
+from keras_mamba2.host.rows import Rows
+from keras_mamba2.ops.platform import platform
+from keras_mamba2.state.digest import digest_after
 
-NOT_FINITE = -2  # instead of a token: the logits were NaN or infinite
+# From so many rows on most of a step's traffic is the state, and a step that only reads it moves a
+# quarter less in all on a TPU: benchmarks/README.md. On a CPU nothing is gained.
+MANY_ROWS, STEPS_A_WRITE = 16, 12
 
 
 class Likely(NamedTuple):
@@ -28,6 +33,7 @@ def decode(
     num_steps,
     capacity: int,
     with_logprobs: bool = False,
+    steps_a_write: int = 1,
     num_likely: int = 0,
     asked=None,
 ):
@@ -44,6 +50,7 @@ def decode(
         num_steps: int scalar, at most `capacity`. Traced, so that one program serves any number.
         capacity: int, the size of the result.
         with_logprobs: bool, whether to return the log probabilities of the tokens.
+        steps_a_write: int. Above 1 the state is only read in a step, and written after so many.
         num_likely: int k, how many of the likeliest tokens to return with theirs.
         asked: bool scalar, whether log probabilities are wanted in this run; if not, they are
             zeros, and cost nothing. `None` for always.
@@ -54,27 +61,26 @@ def decode(
         `(b capacity)`, or `(b 0)`; `likely` a `Likely`.
     """
     b = ops.shape(rows.remaining)[0]
-    tokens = ops.full((b, capacity), NO_TOKEN, dtype="int32")
-    logprobs = ops.zeros((b, capacity if with_logprobs else 0), "float32")
-    likely = Likely(
+    written = [
+        ops.full((b, capacity), NO_TOKEN, dtype="int32"),
+        ops.zeros((b, capacity if with_logprobs else 0), "float32"),
         ops.zeros((b, capacity, num_likely), "int32"),
         ops.zeros((b, capacity, num_likely), "float32"),
-    )
-    step = next_logits(model)
+    ]
 
-    def keep_going(i, leaves, *written):
+    def keep_going(i, leaves, written):
         remaining = tree.pack_sequence_as(rows, leaves).remaining
         return ops.logical_and(i < num_steps, ops.any(remaining > 0))
 
-    def body(i, leaves, tokens, logprobs, likely):
-        now = tree.pack_sequence_as(rows, leaves)
+    def add_token(i, logits, digest, now, written):
+        """The rows, and what was written so far, with the token after `logits` `(b v)`."""
+        tokens, logprobs, *likely = written
         going = now.remaining > 0  # (b)
-        logits, state = step(now.state, going, i)
-        next_token = pick(sampler, logits, now, state.digest)
+        next_token = ops.cast(pick(sampler, logits, now, digest), "int32")
         is_finite = ops.isfinite(ops.max(logits, axis=-1))
-        next_token = ops.where(going, ops.cast(next_token, "int32"), now.state.token)
-        written = ops.where(going, ops.where(is_finite, next_token, NOT_FINITE), NO_TOKEN)
-        tokens = ops.slice_update(tokens, (0, i), written[:, None])
+        next_token = ops.where(going, next_token, now.state.token)
+        token = ops.where(going, ops.where(is_finite, next_token, NOT_FINITE), NO_TOKEN)
+        tokens = ops.slice_update(tokens, (0, i), token[:, None])
         if with_logprobs:
             zeros = ops.zeros((b,), "float32")
             found = if_asked(asked, lambda: logprob(logits, next_token), zeros)
@@ -89,24 +95,62 @@ def decode(
         stopped = ops.any(next_token[:, None] == now.stop_token_ids, axis=1)
         stopped = ops.logical_or(stopped, ops.logical_not(is_finite))
         new = now._replace(
-            state=state.with_token(next_token),
+            state=now.state.with_token(next_token),
             remaining=ops.where(stopped, 0, ops.maximum(now.remaining - 1, 0)),
             seen=ops.logical_or(now.seen, ops.arange(now.seen.shape[1]) == next_token[:, None]),
         )
-        return i + 1, tree.flatten(new), tokens, logprobs, list(likely)
+        return new, [tokens, logprobs, *likely]
+
+    step = next_logits(model)
+
+    def one_step(i, leaves, written):
+        now = tree.pack_sequence_as(rows, leaves)
+        logits, state = step(now.state, now.remaining > 0, i)
+        now, written = add_token(i, logits, state.digest, now._replace(state=state), written)
+        return i + 1, tree.flatten(now), written
+
+    def several_steps(i, leaves, written):
+        """Reads tokens into an open chunk, and writes the state once for all of them."""
+        now = tree.pack_sequence_as(rows, leaves)
+        chunk = model.backbone.open_chunk(b, steps_a_write)
+        extend, commit = extending(model)
+
+        def body(j, count, digest, chunk, leaves, written):
+            now = tree.pack_sequence_as(rows, leaves)
+            logits, chunk = extend(now.state, chunk, j)
+            count = count + ops.cast(now.remaining > 0, "int32")
+            digest = digest_after(digest, now.state.token[:, None])
+            now, written = add_token(i + j, logits, digest, now, written)
+            return j + 1, count, digest, chunk, tree.flatten(now), written
+
+        def in_chunk(j, count, digest, chunk, leaves, written):
+            return ops.logical_and(j < steps_a_write, keep_going(i + j, leaves, written))
+
+        zero = ops.zeros((), "int32")
+        loop_vars = (zero, ops.zeros((b,), "int32"), now.state.digest, chunk)
+        loop_vars = ops.while_loop(in_chunk, body, (*loop_vars, leaves, written))
+        j, count, _, chunk, leaves, written = loop_vars
+        now = tree.pack_sequence_as(rows, leaves)
+        now = now._replace(state=commit(now.state, chunk, count))
+        return i + j, tree.flatten(now), written
 
     start = ops.convert_to_tensor(0, "int32")
     # Flat, since loops of TensorFlow take only pytrees of its own kind.
-    loop_vars = (start, tree.flatten(rows), tokens, logprobs, list(likely))
-    _, leaves, tokens, logprobs, likely = ops.while_loop(keep_going, body, loop_vars)
+    loop_vars = (start, tree.flatten(rows), written)
+    body = one_step if steps_a_write == 1 else several_steps
+    _, leaves, (tokens, logprobs, *likely) = ops.while_loop(keep_going, body, loop_vars)
     return tree.pack_sequence_as(rows, leaves), tokens, logprobs, Likely(*likely)
 
 
-def next_logits(model):
-    """A function `step(state, going, i)`: the logits `(b v)` after each last token, and the state.
+def default_steps_a_write(batch_size: int) -> int:
+    """The `steps_a_write` that is fast on the platform. It changes results by rounding only."""
+    if keras.config.backend() != "jax" or batch_size < MANY_ROWS:
+        return 1
+    return 1 if platform() == "cpu" else STEPS_A_WRITE
 
-    On JAX the loop may not read variables: the weights are constants of the loop.
-    """
+
+def next_logits(model):
+    """A function `step(state, going, i)`: logits `(b v)` after each last token, and the state."""
 
     def step(state, going, i):
         logits, _, state = model.call_with_cache(
@@ -114,16 +158,35 @@ def next_logits(model):
         )
         return logits[:, -1], state
 
+    return inside_loop(model_variables(model), step)
+
+
+def extending(model):
+    """Functions `extend(state, chunk, j)`, the logits `(b v)` and the chunk, and `commit`."""
+
+    def extend(state, chunk, j):
+        hidden_states, chunk = model.backbone.extend(state.token[:, None], state, chunk, j)
+        return model.logits(hidden_states[:, 0]), chunk
+
+    variables = model_variables(model)
+    return inside_loop(variables, extend), inside_loop(variables, model.backbone.commit)
+
+
+def inside_loop(variables: list[keras.Variable], function):
+    """`function`, which reads `variables`, for the body of a loop.
+
+    On JAX the loop may not read variables: their values are constants of the loop.
+    """
     if keras.config.backend() != "jax":
-        return step
+        return function
 
-    weights = [(v, ops.convert_to_tensor(v)) for v in model_variables(model)]
+    values = [(v, ops.convert_to_tensor(v)) for v in variables]
 
-    def pure_step(*args):
-        with keras.StatelessScope(state_mapping=weights):
-            return step(*args)
+    def pure(*args):
+        with keras.StatelessScope(state_mapping=values):
+            return function(*args)
 
-    return pure_step
+    return pure
 
 
 def logprob(logits, token_ids):

@@ -11,39 +11,44 @@ from keras import ops
 from keras import tree
 
 from keras_mamba2.generation.decode import decode
-from keras_mamba2.generation.decoding import DECODE_CAPACITY
-from keras_mamba2.generation.decoding import NOT_FINITE_REASON
-from keras_mamba2.generation.decoding import Decoding
+from keras_mamba2.generation.decode import default_steps_a_write
 from keras_mamba2.generation.picking import needs_history
 from keras_mamba2.generation.picking import picks_tokens
-from keras_mamba2.generation.picking import row_keys
 from keras_mamba2.generation.picking import run_seed
 from keras_mamba2.generation.picking import sampling_of
-from keras_mamba2.generation.prefill import BLOCK_SIZES
-from keras_mamba2.generation.prefill import blocks
-from keras_mamba2.generation.prefill import blocks_alone
 from keras_mamba2.generation.prefill import prefill_block
 from keras_mamba2.generation.prefill import prefill_row
 from keras_mamba2.generation.programs import compiled
-from keras_mamba2.generation.rows import Rows
 from keras_mamba2.generation.rows import put
 from keras_mamba2.generation.rows import select
-from keras_mamba2.generation.rows import stop_tokens
 from keras_mamba2.generation.sampler import FilterSampler
-from keras_mamba2.generation.sampling import Sampling
 from keras_mamba2.generation.score import block_loss
 from keras_mamba2.generation.search import search
-from keras_mamba2.state import NO_TOKEN
+from keras_mamba2.generation.speculate import speculate
+from keras_mamba2.generation.speculative_decoding import SpeculativeDecoding
+from keras_mamba2.host.blocks import LONG_PROMPT
+from keras_mamba2.host.blocks import blocks
+from keras_mamba2.host.blocks import feed
+from keras_mamba2.host.decoding import NOT_FINITE_REASON
+from keras_mamba2.host.decoding import Decoding
+from keras_mamba2.host.keys import row_keys
+from keras_mamba2.host.keys import row_texts
+from keras_mamba2.host.prompts import after_tokens
+from keras_mamba2.host.prompts import check_prompts
+from keras_mamba2.host.prompts import padded
+from keras_mamba2.host.prompts import seen_ids
+from keras_mamba2.host.room import room_for
+from keras_mamba2.host.rows import DECODE_CAPACITY
+from keras_mamba2.host.rows import Rows
+from keras_mamba2.host.rows import stop_tokens
+from keras_mamba2.host.sampling import Sampling
 from keras_mamba2.state import Mamba2State
 from keras_mamba2.state.files import check_belongs
 from keras_mamba2.state.host import with_room_on_host
 from keras_mamba2.state.room import needs_room
-from keras_mamba2.state.room import room_for
 from keras_mamba2.state.room import room_of
 from keras_mamba2.state.room import with_room
 
-# A longer prompt has a progress bar.
-LONG_PROMPT = 100_000
 MOST_TOKENS = np.iinfo("int32").max
 # A search holds whole rows in memory: the prompt and all tokens that may follow.
 MOST_SEARCHED = 1_000_000
@@ -54,9 +59,15 @@ class Generator:
 
     Args:
         model: a `Mamba2CausalLM` after `compile`.
+        steps_a_write: int, after how many steps of decoding the state is written. `None` for what
+            is fast on the platform.
     """
 
-    def __init__(self, model):
+    # For `Decoding`.
+    to_numpy = staticmethod(ops.convert_to_numpy)
+    decode_capacity = DECODE_CAPACITY
+
+    def __init__(self, model, steps_a_write: int | None = None):
         self.model = model
 
         def zeros(like, room=None):
@@ -84,16 +95,16 @@ class Generator:
         def decode_rows(rows, num_steps, asked=None, with_logprobs=False, num_likely=0):
             rows = Rows(*rows)
             sampler = self._filters if rows.sampling else model.sampler
-            return decode(
-                model,
-                sampler,
-                rows,
-                num_steps,
-                DECODE_CAPACITY,
-                with_logprobs,
-                num_likely,
-                asked,
-            )
+            steps = steps_a_write or default_steps_a_write(rows.remaining.shape[0])
+            arguments = num_steps, DECODE_CAPACITY, with_logprobs, steps, num_likely, asked
+            return decode(model, sampler, rows, *arguments)
+
+        def speculate_rows(rows, num_rounds, num_tokens=1, with_logprobs=False):
+            rows = Rows(*rows)
+            proposer = model.speculation
+            sampler = self._filters if rows.sampling else model.sampler
+            arguments = proposer, num_tokens, num_rounds, DECODE_CAPACITY, with_logprobs
+            return speculate(model, sampler, rows, *arguments)
 
         def search_rows(token_ids, padding_mask, stop_token_ids):
             return search(model, model.sampler, token_ids, padding_mask, stop_token_ids)
@@ -107,6 +118,13 @@ class Generator:
         self._block_loss = compiled(model, loss, donate=True)
         self._decode = compiled(
             model, decode_rows, donate=True, static=("with_logprobs", "num_likely")
+        )
+        self._speculate = compiled(
+            model,
+            speculate_rows,
+            donate=True,
+            static=("num_tokens", "with_logprobs"),
+            read=lambda: model.speculation.variables,
         )
         self._put = compiled(model, put, donate=True)
         self._select = compiled(model, select)
@@ -145,13 +163,9 @@ class Generator:
         if state is None:
             state = self._zeros(np.zeros(len(prompts), "int8"), **self._room(prompts))
         else:
-            waiting = ops.convert_to_numpy(state.token)
-            prompts = [
-                prompt if token == NO_TOKEN else np.concatenate([[token], prompt])
-                for token, prompt in zip(waiting, prompts, strict=True)
-            ]
+            prompts = after_tokens(ops.convert_to_numpy(state.token), prompts)
             state = self._copy(state)  # the programs below reuse the memory of their argument
-            state = self._with_room(state, [len(prompt) for prompt in prompts])
+            state = self.with_room(state, [len(prompt) for prompt in prompts])
         state = self._feed(state, [np.asarray(prompt[:-1], "int32") for prompt in prompts])
         last = np.array([prompt[-1] for prompt in prompts], "int32")
         return state.with_token(last)
@@ -160,7 +174,7 @@ class Generator:
         """The room of a new state for `prompts`, if it needs room."""
         return {"room": room_for(max(map(len, prompts)))} if self._needs_room else {}
 
-    def _with_room(self, state: Mamba2State, num_tokens: int | Sequence[int]) -> Mamba2State:
+    def with_room(self, state: Mamba2State, num_tokens: int | Sequence[int]) -> Mamba2State:
         """`state` with room for `num_tokens` more in each row."""
         if not self._needs_room:
             return state
@@ -171,21 +185,7 @@ class Generator:
 
     def _feed(self, state: Mamba2State, prompts: list[np.ndarray]) -> Mamba2State:
         """The state after all tokens of `prompts`. `state` cannot be used any more."""
-        longest = max(len(prompt) for prompt in prompts)
-        bar = tqdm.auto.tqdm(total=longest, unit=" tokens", disable=longest <= LONG_PROMPT)
-        counts = blocks_alone([len(prompt) for prompt in prompts])
-        for i, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
-            cuts = np.arange(1, count + 1) * BLOCK_SIZES[0]
-            *alone, prompts[i] = np.split(prompt, cuts)
-            for piece in alone:
-                state = self._prefill_row(state, np.array(i, "int32"), piece[None])
-        for token_ids, padding_mask in blocks(prompts):
-            state = self._prefill_block(state, token_ids, padding_mask)
-            if not bar.disable:
-                ops.convert_to_numpy(state.length)  # waits for the device, so that the bar is right
-                bar.update(token_ids.shape[1])
-        bar.close()
-        return state
+        return feed(state, prompts, self._prefill_block, self._prefill_row)
 
     def start(
         self,
@@ -221,26 +221,41 @@ class Generator:
         penalizes = sampling and (sampling.repetition_penalty != 1).any()
         size = self.model.backbone.vocabulary_size
         size = size if penalizes or (not sampling and needs_history(sampler)) else 0
-        seen = np.zeros((len(prompts), size), bool)
-        if size:
-            for row, prompt in zip(seen, prompts, strict=True):
-                row[prompt] = True
-            for row, tokens in zip(seen, history or (), strict=bool(history)):
-                row[tokens] = True
+        seen = seen_ids(prompts, size)
+        if size and history:
+            seen |= seen_ids(history, size)
         after = self.prefill(prompts, state)
-        texts = _texts(prompts, state)
+        context = self._context(prompts, after, history)
+        before = () if state is None else map(ops.convert_to_numpy, (state.digest, state.token))
+        texts = [text for text in row_texts(prompts, *before) for _ in range(n)]
+        generators = sampler.variables
         return Rows(
             state=after if n == 1 else after.repeat(n),
             remaining=np.repeat(np.minimum(limits, MOST_TOKENS).astype("int32"), n),
             stop_token_ids=stop_tokens(stop_token_ids, b),
             seen=np.repeat(seen, n, axis=0),
             keys=row_keys(
-                sampler,
                 run_seed(sampler) if seed is None else seed,
-                [text for text in texts for _ in range(n)],
+                texts,
+                len(generators),
+                generators[0].dtype if generators else "int32",
             ),
             sampling=sampling,
+            context=tree.map_structure(lambda leaf: ops.repeat(leaf, n, axis=0), context),
         )
+
+    def _context(self, prompts, state: Mamba2State, history) -> Any:
+        """What the proposer of tokens, if there is one, knows of the texts before the first token.
+
+        Of a text that a state stands for it knows what `history` says, or nothing.
+        """
+        if self.model.speculation is None:
+            return ()
+        last = ops.convert_to_numpy(state.token)[:, None]
+        texts = [prompt if len(prompt) else row for prompt, row in zip(prompts, last, strict=True)]
+        if history is not None:
+            texts = [np.concatenate(pair) for pair in zip(history, texts, strict=True)]
+        return self.model.speculation.start(texts)
 
     def empty_state(self, num_tokens: int) -> Mamba2State:
         """The state of one row that has read nothing, with room for `num_tokens`."""
@@ -286,17 +301,16 @@ class Generator:
             seed: int, as there.
             **parameters: of `FilterSampler`, whatever the model's sampler is.
         """
-        seen = np.zeros((1, self.model.backbone.vocabulary_size), bool)
-        seen[0, prompt] = True
         row = Rows(
             state=state.with_token(np.array(prompt[-1:], "int32")),
             remaining=np.array([limit], "int32"),
             stop_token_ids=stop_tokens(stop_token_ids, 1),
-            seen=seen,
+            seen=seen_ids([prompt], self.model.backbone.vocabulary_size),
             keys=(),
             sampling=Sampling.of_rows(1, **parameters),
         )
-        keys = row_keys(self._filters, seed, [()] * count)
+        generators = self._filters.variables
+        keys = row_keys(seed, [()] * count, len(generators), generators[0].dtype)
         return [row._replace(keys=keys[i : i + 1]) for i in range(count)]
 
     def select(self, rows: Any, indices: Sequence[int]) -> Any:
@@ -324,10 +338,8 @@ class Generator:
         finite; and log probabilities of the same shape, if asked for.
         """
         num_steps = np.array(num_steps, "int32")
-        *results, _ = self._decode(
-            self._roomy(rows, num_steps), num_steps, with_logprobs=with_logprobs
-        )
-        return tuple(results)
+        rows = self._roomy(rows, num_steps)
+        return self._decode(rows, num_steps, with_logprobs=with_logprobs)[:3]
 
     def advance_telling(self, rows: Rows, num_steps: int, num_likely: int, asked: bool):
         """As `advance`, by one program whether log probabilities are asked for or not.
@@ -349,12 +361,28 @@ class Generator:
         if not self._needs_room:
             return rows
         new = np.minimum(ops.convert_to_numpy(rows.remaining), num_steps)
-        return rows._replace(state=self._with_room(rows.state, new))
+        return rows._replace(state=self.with_room(rows.state, new))
+
+    def speculate(self, rows: Rows, num_rounds: int, num_tokens: int, with_logprobs: bool = False):
+        """As `advance`, in at most `num_rounds` rounds with `num_tokens` proposals.
+
+        Returns also the `Outcome`. A row gets at most `DECODE_CAPACITY` tokens.
+        """
+        most = min(num_rounds * (num_tokens + 1), DECODE_CAPACITY)
+        rows = rows._replace(
+            state=self.with_room(rows.state, most),
+            context=self.model.speculation.with_room(rows.context, most),
+        )
+        return self._speculate(
+            rows, np.array(num_rounds, "int32"), num_tokens=num_tokens, with_logprobs=with_logprobs
+        )
 
     def decode(
         self, rows: Rows, run_lengths: Iterable[int] = (), with_logprobs: bool = False
     ) -> Decoding:
         """An iterator over the new tokens of the rows, until all have stopped."""
+        if self.model.speculation is not None:
+            return SpeculativeDecoding(self, rows, run_lengths, with_logprobs)
         return Decoding(self, rows, run_lengths, with_logprobs)
 
     def generate(
@@ -418,53 +446,21 @@ class Generator:
         return total
 
     def _check_prompts(self, prompts: list[np.ndarray], state: Mamba2State | None) -> None:
-        if not prompts:
-            raise ValueError("There is nothing to generate from: the batch of prompts is empty.")
-        has_token = np.zeros(len(prompts), bool)
+        waiting = None
         if state is not None:
             check_belongs(state, self.model.backbone)
-            if state.batch_size != len(prompts):
-                raise ValueError(
-                    f"The state has {state.batch_size} rows, but there are {len(prompts)} "
-                    "prompts. `state.repeat(n)` continues one text several times."
-                )
-            has_token = ops.convert_to_numpy(state.token) != NO_TOKEN
-        size = self.model.backbone.vocabulary_size
-        for i, prompt in enumerate(prompts):
-            if not len(prompt) and not has_token[i]:
-                raise ValueError(
-                    f"Prompt {i} has no tokens. A prompt needs at least one: write some text, or "
-                    "set `add_start_token=True` on the preprocessor."
-                )
-            if len(prompt) and (prompt.min() < 0 or prompt.max() >= size):
-                bad = prompt[(prompt < 0) | (prompt >= size)][0]
-                raise ValueError(
-                    f"Prompt {i} has token id {bad}, outside the model's vocabulary of {size}."
-                )
+            waiting = ops.convert_to_numpy(state.token)
+        check_prompts(prompts, self.model.backbone.vocabulary_size, waiting)
 
 
 def prompts_of(inputs: Mapping[str, Any]) -> tuple[list[np.ndarray], np.ndarray]:
     """The rows without their padding, and how many tokens fit after each."""
     token_ids = np.asarray(ops.convert_to_numpy(inputs["token_ids"]))
     padding_mask = np.asarray(ops.convert_to_numpy(inputs["padding_mask"])).astype(bool)
+    if token_ids.ndim != 2 or token_ids.shape != padding_mask.shape:
+        raise ValueError(
+            "`token_ids` and `padding_mask` must have one shape, (b t). Received: "
+            f"token_ids.shape={token_ids.shape}, padding_mask.shape={padding_mask.shape}"
+        )
     prompts = [row[mask] for row, mask in zip(token_ids, padding_mask, strict=True)]
     return prompts, token_ids.shape[1] - padding_mask.sum(axis=1)
-
-
-def padded(rows: Sequence[np.ndarray], size: int) -> dict[str, np.ndarray]:
-    """Rows of token ids as a dict of arrays `(b size)`, padded on the right."""
-    token_ids = np.zeros((len(rows), size), "int32")
-    padding_mask = np.zeros((len(rows), size), bool)
-    for i, row in enumerate(rows):
-        token_ids[i, : len(row)] = row
-        padding_mask[i, : len(row)] = True
-    return {"token_ids": token_ids, "padding_mask": padding_mask}
-
-
-def _texts(prompts: list[np.ndarray], state: Mamba2State | None) -> list[tuple[Any, ...]]:
-    """A key for the text of each row: its tokens, and the digest of a text that they continue."""
-    tokens = [np.asarray(prompt, "int32").tobytes() for prompt in prompts]
-    if state is None:
-        return [(row,) for row in tokens]
-    before = map(ops.convert_to_numpy, (state.digest, state.token))
-    return [(int(d), int(token), row) for d, token, row in zip(*before, tokens, strict=True)]

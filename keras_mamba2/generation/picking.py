@@ -1,9 +1,6 @@
 """The next token of each row, by any sampler and with the row's own random numbers."""
 
-import hashlib
 import threading
-from collections import Counter
-from collections.abc import Hashable
 from collections.abc import Sequence
 
 import keras
@@ -19,10 +16,10 @@ from keras_mamba2.arguments import instance
 from keras_mamba2.arguments import number
 from keras_mamba2.arguments import optional
 from keras_mamba2.arguments import shown
-from keras_mamba2.generation.rows import Rows
 from keras_mamba2.generation.sampler import FilterSampler
 from keras_mamba2.generation.sampling import filtered
 from keras_mamba2.generation.sampling import penalized
+from keras_mamba2.host.rows import Rows
 
 _drawing_seeds = threading.Lock()
 
@@ -179,22 +176,3 @@ def run_seed(sampler: keras_hub.samplers.Sampler) -> str:
         for variable, (seed, count) in zip(sampler.variables, drawn, strict=True):
             variable.assign(np.array([seed, count + 1], variable.dtype))
     return " ".join(str(number) for state in drawn for number in state)
-
-
-def row_keys(
-    sampler: keras_hub.samplers.Sampler, seed: int | str, texts: Sequence[Hashable]
-) -> np.ndarray:
-    """The seed of each row's random generators, `(b r)`.
-
-    It depends on the seed of the run, and on how many rows above it have the same text. So a row
-    draws the same numbers as alone, and rows with the same text draw different ones.
-    """
-    dtype = sampler.variables[0].dtype if sampler.variables else "int32"
-    keys = np.zeros((len(texts), len(sampler.variables)), dtype)
-    above: Counter[Hashable] = Counter()
-    for row, text in zip(keys, texts, strict=True):
-        for i in range(len(row)):
-            hashed = hashlib.sha256(f"{seed} {above[text]} {i}".encode()).digest()
-            row[i] = int.from_bytes(hashed[:4]) >> 1  # 31 bits: positive in every dtype
-        above[text] += 1
-    return keys

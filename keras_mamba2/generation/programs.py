@@ -1,6 +1,7 @@
 """Turns a function that reads a model's variables into a compiled program, on every backend."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -10,7 +11,14 @@ from keras import tree
 from keras_mamba2.generation.decode import model_variables
 
 
-def compiled(model, function, donate: bool = False, static: tuple[str, ...] = (), assigned=()):
+def compiled(
+    model,
+    function,
+    donate: bool = False,
+    static: tuple[str, ...] = (),
+    assigned=(),
+    read: Callable[[], list[keras.Variable]] = list,
+):
     """Compiles `function(first, *args, **static)`, which may call `model`.
 
     On JAX variables are arguments of the program, so that a change of weights is seen and no
@@ -25,6 +33,7 @@ def compiled(model, function, donate: bool = False, static: tuple[str, ...] = ()
         static: names of keyword arguments that the program is compiled for.
         assigned: variables that `function` assigns, such as the random generators of a sampler
             with a loop of its own.
+        read: function that returns further variables that `function` reads.
     """
     backend = keras.config.backend()
     if backend == "torch":
@@ -33,7 +42,7 @@ def compiled(model, function, donate: bool = False, static: tuple[str, ...] = ()
         return _on_tensors(function)
     if backend == "tensorflow":
         return _on_tensors(_tensorflow_function(function))
-    return _jitted(model, function, donate, static, assigned)
+    return _jitted(model, function, donate, static, assigned, read)
 
 
 def _on_tensors(function):
@@ -71,11 +80,11 @@ def _without_gradients(function):
     return torch.no_grad()(function)
 
 
-def _jitted(model, function, donate, static, assigned):
+def _jitted(model, function, donate, static, assigned, read):
     import jax
 
     def variables():
-        return [*model_variables(model), *assigned]
+        return [*model_variables(model), *read(), *assigned]
 
     @functools.partial(jax.jit, donate_argnums=(1,) if donate else (), static_argnames=static)
     def program(values, first, args, **kwargs):

@@ -3,22 +3,12 @@ import keras_hub
 from keras import ops
 
 from keras_mamba2.arguments import SEED
-from keras_mamba2.arguments import SIZE
 from keras_mamba2.arguments import check_attributes
-from keras_mamba2.arguments import number
 from keras_mamba2.arguments import optional
-from keras_mamba2.generation.sampling import Sampling
 from keras_mamba2.generation.sampling import filtered
 from keras_mamba2.generation.sampling import penalized
-
-# What each parameter may be.
-KINDS = {
-    "temperature": number(at_least=0),
-    "top_k": optional(SIZE),
-    "top_p": optional(number(above=0, at_most=1)),
-    "min_p": optional(number(at_least=0, at_most=1)),
-    "repetition_penalty": number(at_least=1),
-}
+from keras_mamba2.host.sampling import KINDS
+from keras_mamba2.host.sampling import Sampling
 
 
 class FilterSampler(keras_hub.samplers.Sampler):

@@ -1,41 +1,8 @@
-"""Sampling parameters as arrays, one value per row, so that one program serves all values."""
+"""What the sampling parameters of each row leave of its probabilities."""
 
-from typing import Any
-from typing import NamedTuple
-
-import numpy as np
 from keras import ops
 
-ALL = np.iinfo("int32").max  # a `top_k` that keeps every token
-
-
-class Sampling(NamedTuple):
-    """The parameters of `FilterSampler` for each row, `(b)`."""
-
-    temperature: Any  # float32; 0 takes the likeliest token
-    top_k: Any  # int32; `ALL` keeps every token
-    top_p: Any  # float32; 1 keeps every token
-    min_p: Any  # float32; 0 keeps every token
-    repetition_penalty: Any  # float32; 1 changes nothing
-
-    @classmethod
-    def of_rows(
-        cls,
-        batch_size: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float = 1.0,
-    ) -> "Sampling":
-        """The same for every row."""
-        return cls(
-            np.full(batch_size, temperature, "float32"),
-            np.full(batch_size, ALL if top_k is None else min(top_k, ALL), "int32"),
-            np.full(batch_size, 1.0 if top_p is None else top_p, "float32"),
-            np.full(batch_size, 0.0 if min_p is None else min_p, "float32"),
-            np.full(batch_size, repetition_penalty, "float32"),
-        )
+from keras_mamba2.host.sampling import Sampling
 
 
 def penalized(logits, sampling: Sampling, seen):

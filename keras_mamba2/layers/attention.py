@@ -18,7 +18,10 @@ from keras_mamba2.layers.sublayer import StateTensor
 from keras_mamba2.layers.sublayer import Sublayer
 from keras_mamba2.ops import causal_conv1d
 from keras_mamba2.ops import causal_conv1d_step
+from keras_mamba2.ops.causal_conv import causal_conv1d_commit
+from keras_mamba2.ops.causal_conv import causal_conv1d_extend
 from keras_mamba2.ops.checks import float32_at_least
+from keras_mamba2.ops.open_chunk import put_tokens
 from keras_mamba2.ops.segments import documents_of
 
 
@@ -29,6 +32,14 @@ class AttentionState(NamedTuple):
     values: keras.KerasTensor  # (b g c p), compute dtype
     length: keras.KerasTensor  # (b) int32, how many of the c places are filled
     conv: keras.KerasTensor | tuple = ()  # (b k-1 (h+2g)p), compute dtype; () without convolution
+
+
+class AttentionChunk(NamedTuple):
+    """What attention keeps of the q tokens of an open chunk."""
+
+    keys: keras.KerasTensor  # (b g q p), compute dtype, rotated
+    values: keras.KerasTensor  # (b g q p), compute dtype
+    conv: keras.KerasTensor | tuple = ()  # (b q (h+2g)p), the convolution's inputs
 
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
@@ -232,14 +243,58 @@ class Attention(Sublayer):
         qkv = [part[:, None] for part in qkv]
         q, k, v = self._heads(qkv, state.length[:, None])
         q = ops.reshape(q, (b, self.num_key_value_heads, -1, self.head_dim))  # (b g r p)
-        keys = _put(state.keys, k[:, 0], state.length, going)
-        values = _put(state.values, v[:, 0], state.length, going)
+        count = ops.cast(going, "int32")
+        keys = _put(state.keys, ops.transpose(k, (0, 2, 1, 3)), state.length, count)
+        values = _put(state.values, ops.transpose(v, (0, 2, 1, 3)), state.length, count)
         filled = ops.arange(state.keys.shape[2]) <= state.length[:, None]
         scores = ops.einsum("bgrp,bgcp->bgrc", q, keys)
         weights = self._softmax(scores, filled[:, None, None])
         y = ops.reshape(ops.einsum("bgrc,bgcp->bgrp", weights, values), (b, -1))
-        state = AttentionState(keys, values, state.length + ops.cast(going, "int32"), conv_state)
+        state = AttentionState(keys, values, state.length + count, conv_state)
         return self.output_projection(_nan_without_room(y, state)), state
+
+    def extend(self, x, state: AttentionState, chunk: AttentionChunk, start):
+        b, t = ops.shape(x)[:2]
+        qkv, inputs = self._projected(x), ()
+        if self.conv_kernel_size:
+            inputs = put_tokens(chunk.conv, ops.concatenate(qkv, axis=-1), start)
+            taps = self.conv_kernel, self.conv_bias
+            y = causal_conv1d_extend(inputs, t, *taps, conv_state=state.conv, start=start)
+            qkv = self._split(y)
+        place = start + ops.arange(t, dtype="int32")
+        q, k, v = self._heads(qkv, state.length[:, None] + place)
+        q = ops.reshape(q, (b, t, self.num_key_value_heads, -1, self.head_dim))
+        k, v = ops.transpose(k, (0, 2, 1, 3)), ops.transpose(v, (0, 2, 1, 3))
+        keys = put_tokens(chunk.keys, k, start, axis=2)
+        values = put_tokens(chunk.values, v, start, axis=2)
+        c = state.keys.shape[2]
+        before = (ops.arange(c) < state.length[:, None])[:, None]  # (b 1 c)
+        seen = place[:, None] >= ops.arange(keys.shape[2])  # (t q)
+        scores = [ops.einsum("btgrp,bgcp->bgrtc", q, past) for past in (state.keys, keys)]
+        is_seen = [ops.broadcast_to(before, (b, t, c)), ops.broadcast_to(seen, (b, *seen.shape))]
+        weights = self._softmax(
+            ops.concatenate(scores, axis=-1), ops.concatenate(is_seen, axis=-1)[:, None, None]
+        )
+        y = ops.einsum("bgrtc,bgcp->btgrp", weights[..., :c], state.values)
+        y = y + ops.einsum("bgrtc,bgcp->btgrp", weights[..., c:], values)
+        y = _nan_without_room(self._joined(y), state)
+        return self.output_projection(y), AttentionChunk(keys, values, inputs)
+
+    def commit(self, state: AttentionState, chunk: AttentionChunk, count) -> AttentionState:
+        conv = ()
+        if self.conv_kernel_size:
+            conv = causal_conv1d_commit(chunk.conv, conv_state=state.conv, count=count)
+        return AttentionState(
+            _put(state.keys, chunk.keys, state.length, count),
+            _put(state.values, chunk.values, state.length, count),
+            state.length + count,
+            conv,
+        )
+
+    def chunk_spec(self, size: int) -> AttentionChunk:
+        keys = StateTensor((self.num_key_value_heads, size, self.head_dim), self.compute_dtype)
+        conv = StateTensor((size, self.conv_dim), self.compute_dtype)
+        return AttentionChunk(keys, keys, conv if self.conv_kernel_size else ())
 
     def state_spec(self, max_length: int | None = None) -> AttentionState:
         shape = (self.num_key_value_heads, max_length, self.head_dim)
@@ -368,17 +423,23 @@ def _sees(mask, segment_ids, t: int):
     return seen
 
 
-def _put(cache, new, length, going):
-    """`cache` `(b g c p)` with `new` `(b g p)` at place `length` `(b)` of the rows that go on."""
-    b, g = ops.shape(new)[:2]
-    rows = ops.broadcast_to(ops.arange(b, dtype="int32")[:, None], (b, g))
-    heads = ops.broadcast_to(ops.arange(g, dtype="int32")[None], (b, g))
-    place = ops.minimum(length, cache.shape[2] - 1)  # without room: outputs are NaN
-    places = ops.broadcast_to(place[:, None], (b, g))
-    indices = ops.reshape(ops.stack([rows, heads, places], axis=-1), (-1, 3))
-    old = ops.take_along_axis(cache, place[:, None, None, None], axis=2)[:, :, 0]  # (b g p)
-    new = ops.where((going & (length == place))[:, None, None], new, old)
-    return ops.scatter_update(cache, indices, ops.reshape(new, (-1, cache.shape[3])))
+def _put(cache, new, length, count):
+    """`cache` `(b g c p)` with the first `count` `(b)` of `new` `(b g t p)` after `length` `(b)`.
+
+    Without room for them it is wrong, and later outputs are NaN.
+    """
+    b, g, t, p = new.shape
+    index = ops.arange(t, dtype="int32")
+    is_new = (index < count[:, None]) & (length[:, None] + index < cache.shape[2])  # (b t)
+    # The others write once more what stands at the first place, so that one scatter does it all.
+    place = ops.minimum(length[:, None] + ops.where(is_new, index, 0), cache.shape[2] - 1)
+    old = ops.take_along_axis(cache, place[:, None, :1, None], axis=2)  # (b g 1 p)
+    first = ops.where(is_new[:, None, :1, None], new[:, :, :1], old)
+    new = ops.where(is_new[:, None, :, None], new, first)
+    axes = ops.arange(b)[:, None, None], ops.arange(g)[:, None], place[:, None]
+    indices = ops.stack([ops.broadcast_to(ops.cast(a, "int32"), (b, g, t)) for a in axes], axis=-1)
+    updates = ops.reshape(new, (-1, p))
+    return ops.scatter_update(cache, ops.reshape(indices, (-1, 3)), updates)
 
 
 def _append(cache, new, documents):

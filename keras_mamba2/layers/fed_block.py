@@ -65,6 +65,19 @@ class FedBlock(HybridBlock):
         y, state = super().branch_step(self._seen(x, fed), state, embeddings, mask)
         return y, (fed_state, state)
 
+    def branch_extend(self, x, state, chunk, start, embeddings):
+        (fed_state, state), (fed_chunk, chunk) = state, chunk
+        fed, fed_chunk = self.feeder.extend(_joined(x, embeddings), fed_state, fed_chunk, start)
+        y, chunk = super().branch_extend(self._seen(x, fed), state, chunk, start, embeddings)
+        return y, (fed_chunk, chunk)
+
+    def commit(self, state, chunk, count) -> Any:
+        parts = zip(self.parts, state, chunk, strict=True)
+        return tuple(part.commit(state, chunk, count) for part, state, chunk in parts)
+
+    def open_chunk(self, batch_size: int, size: int) -> Any:
+        return tuple(part.open_chunk(batch_size, size) for part in self.parts)
+
     def _seen(self, x, fed):
         return ops.cast(x, self.residual_dtype) + ops.cast(fed, self.residual_dtype)
 

@@ -27,8 +27,13 @@ from keras_mamba2.layers.sublayer import Sublayer
 from keras_mamba2.ops import causal_conv1d
 from keras_mamba2.ops import causal_conv1d_step
 from keras_mamba2.ops import ssd_step
+from keras_mamba2.ops.causal_conv import causal_conv1d_commit
+from keras_mamba2.ops.causal_conv import causal_conv1d_extend
 from keras_mamba2.ops.checks import float32_at_least
 from keras_mamba2.ops.chunk_size import default_chunk_size
+from keras_mamba2.ops.open_chunk import commit_chunk
+from keras_mamba2.ops.open_chunk import open_chunk_output
+from keras_mamba2.ops.open_chunk import put_tokens
 
 
 def _limits(limit):
@@ -50,6 +55,16 @@ class MixerState(NamedTuple):
 
     conv: keras.KerasTensor  # (b k-1 e+2gn), compute dtype
     ssm: keras.KerasTensor  # (b h p n), float32
+
+
+class MixerChunk(NamedTuple):
+    """What a mixer keeps of the q tokens of an open chunk."""
+
+    conv: keras.KerasTensor  # (b q e+2gn), the convolution's inputs, compute dtype
+    # Heads and groups side by side: a TPU pads the last axis to 128, and p is less.
+    x: keras.KerasTensor  # (b q h*p), compute dtype
+    dt: keras.KerasTensor  # (b q h), float32
+    B: keras.KerasTensor  # (b q g*n), compute dtype
 
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
@@ -318,6 +333,46 @@ class Mamba2Mixer(Sublayer):
         )
         y = self._gated(ops.reshape(y, (b, self.inner_dim)), gate)
         return self.out_proj(y), MixerState(conv_state, ssm_state)
+
+    def extend(self, x, state: MixerState, chunk: MixerChunk, start):
+        b, t = ops.shape(x)[:2]
+        gate, xBC, dt = self._project(x)
+        inputs = put_tokens(chunk.conv, xBC, start)
+        xBC = causal_conv1d_extend(
+            inputs, t, self.conv_kernel, self.conv_bias, conv_state=state.conv, start=start
+        )
+        x, B, C = self._split_conv_output(ops.silu(xBC))
+        chunk = MixerChunk(
+            inputs,
+            put_tokens(chunk.x, x, start),
+            put_tokens(chunk.dt, self._step_sizes(dt), start),
+            put_tokens(chunk.B, B, start),
+        )
+        C = ops.reshape(C, (b, t, self.num_groups, self.state_dim))
+        y = open_chunk_output(*self._inputs(chunk), C, self.D, state=state.ssm, start=start)
+        y = self._gated(ops.reshape(y, (b, t, self.inner_dim)), gate)
+        return self.out_proj(y), chunk
+
+    def commit(self, state: MixerState, chunk: MixerChunk, count) -> MixerState:
+        return MixerState(
+            conv=causal_conv1d_commit(chunk.conv, conv_state=state.conv, count=count),
+            ssm=commit_chunk(*self._inputs(chunk), state=state.ssm, count=count),
+        )
+
+    def _inputs(self, chunk: MixerChunk) -> tuple[Any, Any, Any, Any]:
+        """x, dt, A and B of the tokens of an open chunk, as `ssd` takes them."""
+        b, q = ops.shape(chunk.x)[:2]
+        x = ops.reshape(chunk.x, (b, q, self.num_heads, self.head_dim))
+        B = ops.reshape(chunk.B, (b, q, self.num_groups, self.state_dim))
+        return x, chunk.dt, self._A(), B
+
+    def chunk_spec(self, size: int) -> MixerChunk:
+        return MixerChunk(
+            conv=StateTensor((size, self.conv_dim), self.compute_dtype),
+            x=StateTensor((size, self.inner_dim), self.compute_dtype),
+            dt=StateTensor((size, self.num_heads), self.dt_bias.dtype),
+            B=StateTensor((size, self.group_dim), self.compute_dtype),
+        )
 
     def state_spec(self, max_length: int | None = None) -> MixerState:
         """Of one size, whatever `max_length` is."""

@@ -43,6 +43,12 @@ class Stateless(Sublayer):
     def step(self, x, state=(), mask=None):
         return self(x), ()
 
+    def extend(self, x, state=(), chunk=(), start=0):
+        return self(x), ()
+
+    def commit(self, state, chunk, count):
+        return ()
+
     def compute_output_spec(self, x, mask=None, segment_ids=None):
         return keras.KerasTensor(x.shape, dtype=self.compute_dtype)
 

@@ -71,6 +71,22 @@ class Parallel(Sublayer):
 
         return self._sum(x, output), tuple(states)
 
+    def extend(self, x, state, chunk, start):
+        chunks = list(chunk)
+
+        def output(i, x):
+            y, chunks[i] = self.sublayers[i].extend(x, state[i], chunks[i], start)
+            return y
+
+        return self._sum(x, output), tuple(chunks)
+
+    def commit(self, state, chunk, count):
+        parts = zip(self.sublayers, state, chunk, strict=True)
+        return tuple(layer.commit(state, chunk, count) for layer, state, chunk in parts)
+
+    def chunk_spec(self, size: int):
+        return tuple(sublayer.chunk_spec(size) for sublayer in self.sublayers)
+
     def _sum(self, x, output):
         total = None
         multipliers = zip(self.input_multipliers, self.output_multipliers, strict=True)

@@ -120,7 +120,16 @@ class ResidualBlock(keras.layers.Layer):
         y, state = self.branch_step(x, state, embeddings, mask)
         return self._add(x, y), state
 
-    # What is added to the residual stream, in the three ways of a `Sublayer`.
+    def extend(self, x, state, chunk, start, embeddings=None) -> tuple[Any, Any]:
+        """See `Sublayer.extend`."""
+        y, chunk = self.branch_extend(x, state, chunk, start, embeddings)
+        return self._add(x, y), chunk
+
+    def commit(self, state, chunk, count) -> Any:
+        """See `Sublayer.commit`."""
+        return self.sublayer.commit(state, chunk, count)
+
+    # What is added to the residual stream, in the ways of a `Sublayer`.
 
     def branch(self, x, embeddings, mask, segment_ids):
         return self.sublayer(self.norm(x), mask=mask, segment_ids=segment_ids)
@@ -131,6 +140,9 @@ class ResidualBlock(keras.layers.Layer):
     def branch_step(self, x, state, embeddings, mask):
         return self.sublayer.step(self.norm(x), state, mask)
 
+    def branch_extend(self, x, state, chunk, start, embeddings):
+        return self.sublayer.extend(self.norm(x), state, chunk, start)
+
     def state_spec(self, max_length: int | None = None) -> Any:
         """See `Sublayer.state_spec`."""
         return self.sublayer.state_spec(max_length)
@@ -138,6 +150,10 @@ class ResidualBlock(keras.layers.Layer):
     def initial_state(self, batch_size: int, max_length: int | None = None) -> Any:
         """See `Sublayer.initial_state`."""
         return self.sublayer.initial_state(batch_size, max_length)
+
+    def open_chunk(self, batch_size: int, size: int) -> Any:
+        """See `Sublayer.open_chunk`."""
+        return self.sublayer.open_chunk(batch_size, size)
 
     @property
     def projections(self) -> Sequence[Projection]:

@@ -86,6 +86,16 @@ class SharedTransformer(Sublayer):
         y, state = self.attention.step(self.norm(x), state, mask)
         return self._finish(y), state
 
+    def extend(self, x, state, chunk, start):
+        y, chunk = self.attention.extend(self.norm(x), state, chunk, start)
+        return self._finish(y), chunk
+
+    def commit(self, state, chunk, count):
+        return self.attention.commit(state, chunk, count)
+
+    def chunk_spec(self, size: int):
+        return self.attention.chunk_spec(size)
+
     def _finish(self, y):
         return self.linear(self.mlp(self.mlp_norm(y)))
 

@@ -9,10 +9,8 @@ from keras import ops
 from keras import tree
 
 from keras_mamba2.arguments import check_keywords
+from keras_mamba2.host.room import LEAST_ROOM
 from keras_mamba2.layers.projection import Projection
-
-# Tokens. Room is made by doubling, so that there are few compilations.
-LEAST_ROOM = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +41,12 @@ class Sublayer(keras.layers.Layer):
     - `step(x, state, mask)`: one token `(b d)` after a state, and the state after.
 
     It names its state in `state_spec`. One without a state has the empty tuple.
+
+    Tokens that may be taken back are read into an open chunk instead, a few places after a state
+    that stays as it is (`ops/open_chunk.py`):
+
+    - `extend(x, state, chunk, start)`: more tokens `(b t d)` from place `start` of the chunk on;
+    - `commit(state, chunk, count)`: the state after the first `count` `(b)` tokens of the chunk.
     """
 
     # How tensors are cut over devices: the end of a path -> the axis of each dimension, of
@@ -81,6 +85,34 @@ class Sublayer(keras.layers.Layer):
         return tree.map_structure(
             lambda spec: ops.zeros((batch_size, *spec.shape), spec.dtype),
             self.state_spec(max_length or LEAST_ROOM),
+        )
+
+    def extend(self, x, state, chunk, start) -> tuple[Any, Any]:
+        """Returns the output for `x` `(b t d)` at the places `start` to `start + t` of `chunk`.
+
+        Args:
+            x: tensor `(b t d)`.
+            state: before the chunk.
+            chunk: of `open_chunk`, or returned by `extend`.
+            start: int, or int scalar, how many tokens are in the chunk.
+
+        Returns:
+            Tuple `(y, chunk)`: `(b t d)`, and the chunk with the new tokens.
+        """
+        raise NotImplementedError
+
+    def commit(self, state, chunk, count) -> Any:
+        """Returns the state after the first `count` `(b)` tokens of `chunk`."""
+        raise NotImplementedError
+
+    def chunk_spec(self, size: int) -> Any:
+        """The `StateTensor` of each tensor of an open chunk with `size` places."""
+        return ()
+
+    def open_chunk(self, batch_size: int, size: int) -> Any:
+        """An open chunk without tokens."""
+        return tree.map_structure(
+            lambda spec: ops.zeros((batch_size, *spec.shape), spec.dtype), self.chunk_spec(size)
         )
 
     @property

@@ -22,21 +22,23 @@ from keras_mamba2.conversion import WholeWeights
 from keras_mamba2.conversion import building
 from keras_mamba2.conversion import load_preset
 from keras_mamba2.conversion import open_preset
+from keras_mamba2.host.inputs import standard_names
 from keras_mamba2.layers.gated_rms_normalization import GatedRMSNormalization
 from keras_mamba2.layers.residual_block import ResidualBlock
 from keras_mamba2.layers.reversible_embedding import ReversibleEmbedding
 from keras_mamba2.layers.sublayer import Sublayer
 from keras_mamba2.models import lora
 from keras_mamba2.models import quantization
-from keras_mamba2.models.inputs import standard_names
 from keras_mamba2.models.layout import check_layout
 from keras_mamba2.models.layout import layout_map
+from keras_mamba2.ops.open_chunk import put_tokens
 from keras_mamba2.saving import BACKBONE_FILES
 from keras_mamba2.saving import AtomicPreset
 from keras_mamba2.saving import AtomicSave
 from keras_mamba2.state import NO_TOKEN
 from keras_mamba2.state import STATE
 from keras_mamba2.state import Mamba2State
+from keras_mamba2.state import OpenChunk
 from keras_mamba2.state.digest import digest_after
 
 
@@ -161,6 +163,43 @@ class ResidualBackbone(AtomicPreset, AtomicSave, WholeWeights, keras_hub.models.
             state.digest, token_ids[:, None], None if mask is None else mask[:, None]
         )
         return self.norm(x), Mamba2State(states, state.token, state.length + seen, digest)
+
+    def extend(self, token_ids, state: Mamba2State, chunk: OpenChunk, start=0):
+        """Runs the model on `(b t)` token ids that may be taken back.
+
+        Args:
+            token_ids: int tensor `(b t)`, which go to the places `start` to `start + t` of
+                `chunk`.
+            state: the `Mamba2State` before the chunk. It stays as it is.
+            chunk: of `open_chunk`, or returned by `extend`, for the same `state`.
+            start: int, or int scalar, how many tokens are in the chunk.
+
+        Returns:
+            Tuple `(hidden_states, chunk)`: `(b t d)`, and the chunk with the new tokens.
+        """
+        STATE("state", state)
+        x = embeddings = self._embed(token_ids)
+        chunks = []
+        for block, layer, part in zip(self.blocks, state.layers, chunk.layers, strict=True):
+            x, part = block.extend(x, layer, part, start, **_seen_by(block, embeddings))
+            chunks.append(part)
+        token_ids = put_tokens(chunk.token_ids, token_ids, start)
+        return self.norm(x), OpenChunk(token_ids, tuple(chunks))
+
+    def commit(self, state: Mamba2State, chunk: OpenChunk, count) -> Mamba2State:
+        """The state after the first `count` `(b)` tokens of an open chunk."""
+        parts = zip(self.blocks, state.layers, chunk.layers, strict=True)
+        layers = [block.commit(layer, part, count) for block, layer, part in parts]
+        is_taken = ops.arange(chunk.token_ids.shape[1]) < count[:, None]
+        digest = digest_after(state.digest, chunk.token_ids, is_taken)
+        return Mamba2State(layers, state.token, state.length + count, digest)
+
+    def open_chunk(self, batch_size: int, size: int) -> OpenChunk:
+        """An open chunk with room for `size` tokens of `batch_size` rows."""
+        return OpenChunk(
+            ops.zeros((batch_size, size), "int32"),
+            tuple(block.open_chunk(batch_size, size) for block in self.blocks),
+        )
 
     def state_spec(self, max_length: int | None = None) -> tuple[Any, ...]:
         """What a state holds for one row: for each block the spec of its `Sublayer`."""

@@ -105,6 +105,32 @@ def causal_conv1d_step(x, kernel, bias=None, *, conv_state):
     return (y if bias is None else y + ops.cast(bias, x.dtype)), window[:, 1:]
 
 
+def causal_conv1d_extend(inputs, t: int, kernel, bias=None, *, conv_state, start):
+    """Runs `causal_conv1d` for t tokens of an open chunk (`ops/open_chunk.py`).
+
+    Args:
+        inputs: tensor `(b q e)`, of the tokens in the chunk.
+        t: int, how many of them.
+        kernel: tensor `(k e)`.
+        bias: optional tensor `(e)`.
+        conv_state: tensor `(b k-1 e)`, the inputs before the chunk.
+        start: int, or int scalar, the place of the first of the t tokens.
+
+    Returns:
+        Tensor `(b t e)`.
+    """
+    window = ops.concatenate([ops.cast(conv_state, inputs.dtype), inputs], axis=1)
+    k = kernel.shape[0]
+    seen = ops.slice(window, (0, start, 0), (window.shape[0], t + k - 1, window.shape[2]))
+    return causal_conv1d(seen[:, k - 1 :], kernel, bias, conv_state=seen[:, : k - 1])[0]
+
+
+def causal_conv1d_commit(inputs, *, conv_state, count):
+    """The state `(b k-1 e)` after the first `count` `(b)` inputs `(b q e)` of an open chunk."""
+    window = ops.concatenate([ops.cast(conv_state, inputs.dtype), inputs], axis=1)
+    return _rows_from(window, count, conv_state.shape[1])
+
+
 def _rows_from(x, start, length):
     """`x[i, start[i] : start[i] + length]` of `(b t ...)`, for every row."""
     if keras.config.backend() == "jax":

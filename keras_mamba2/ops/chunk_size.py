@@ -2,6 +2,8 @@
 
 import keras
 
+from keras_mamba2.ops.platform import platform
+
 # A prefill of 512 on two CPU cores, tokens/s at chunk 32 / 64 / 128 / 256:
 #   130M, float32             1027 / 1185 / 1165 / 944
 #   130M, bfloat16            1121 / 1106 / 999 / 939
@@ -15,6 +17,4 @@ FASTEST = {"cpu": 64, "gpu": 256, "tpu": 256}
 def default_chunk_size() -> int:
     if keras.config.backend() != "jax":
         return FASTEST["cpu"]
-    import jax
-
-    return FASTEST.get(jax.default_backend(), FASTEST["gpu"])
+    return FASTEST.get(platform(), FASTEST["gpu"])

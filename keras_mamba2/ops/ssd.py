@@ -29,6 +29,9 @@ from keras_mamba2.ops.checks import check_ssd_step_arguments
 from keras_mamba2.ops.checks import float32_at_least
 from keras_mamba2.ops.segments import runs
 
+# So few chunks are passed without a loop, which not every format of exported models has.
+UNROLLED = 32
+
 
 class ChunkDecays(NamedTuple):
     """The decays of inputs and states on the four ways through a chunk.
@@ -173,6 +176,13 @@ def chunk_states(xdt, B, decay):
 
 def pass_states(states, decay, initial_state):
     """Carries the state from chunk to chunk. Returns the state before each, and the last one."""
+    c = states.shape[1]
+    if isinstance(c, int) and c <= UNROLLED:
+        starts, state = [], initial_state
+        for i in range(c):
+            starts.append(state)
+            state = state * decay[:, i, ..., None, None] + states[:, i]
+        return ops.stack(starts, axis=1), state
 
     def step(state, chunk):
         decay, new = chunk[..., :1], chunk[..., 1:]

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from keras_mamba2.host.text_stream import TextStream
 from keras_mamba2.serving.engine import Engine
 from keras_mamba2.serving.prompts import Prompt
 from keras_mamba2.serving.prompts import Prompts
 from keras_mamba2.serving.requests import Delivery
 from keras_mamba2.serving.requests import LikelyTokens
 from keras_mamba2.serving.requests import Request
-from keras_mamba2.tasks.text_stream import TextStream
 
 
 class LikelyToken(NamedTuple):

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from keras_mamba2.arguments import SIZE
 from keras_mamba2.arguments import integer
-from keras_mamba2.generation import BLOCK_SIZES
-from keras_mamba2.generation import STOP_TOKEN_CAPACITY
+from keras_mamba2.host.blocks import BLOCK_SIZES
+from keras_mamba2.host.rows import STOP_TOKEN_CAPACITY
 from keras_mamba2.serving.prefix_cache import PrefixCache
 from keras_mamba2.serving.requests import Request
 from keras_mamba2.serving.scheduler import Counts

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from keras_mamba2.host.text_stream import TextStream
 from keras_mamba2.serving.openai_types import ChatRequest
 from keras_mamba2.serving.openai_types import CompletionRequest
 from keras_mamba2.tasks.chat_options import MOST_NEW_TOKENS
 from keras_mamba2.tasks.chat_options import ChatOptions
 from keras_mamba2.tasks.known_prefixes import common_length
-from keras_mamba2.tasks.text_stream import TextStream
 
 # OpenAI's.
 COMPLETION_DEFAULTS: dict[str, float | None] = {"temperature": 1.0, "top_p": 1.0}

@@ -1,7 +1,7 @@
 """A prompt on its way into a state, piece by piece."""
 
 from keras_mamba2.generation import Generator
-from keras_mamba2.generation import Rows
+from keras_mamba2.host.rows import Rows
 from keras_mamba2.serving.prefix_cache import PrefixCache
 from keras_mamba2.serving.requests import Request
 

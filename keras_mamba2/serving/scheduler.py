@@ -6,10 +6,10 @@ import time
 
 import numpy as np
 
-from keras_mamba2.generation import BLOCK_SIZES
-from keras_mamba2.generation import DECODE_CAPACITY
-from keras_mamba2.generation import NOT_FINITE_REASON
 from keras_mamba2.generation import Generator
+from keras_mamba2.host.blocks import BLOCK_SIZES
+from keras_mamba2.host.decoding import NOT_FINITE_REASON
+from keras_mamba2.host.rows import DECODE_CAPACITY
 from keras_mamba2.serving.prefix_cache import PrefixCache
 from keras_mamba2.serving.reading import Reading
 from keras_mamba2.serving.requests import Delivery

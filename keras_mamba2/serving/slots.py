@@ -8,12 +8,12 @@ import numpy as np
 from keras import ops
 from keras import tree
 
-from keras_mamba2.generation import NOT_FINITE
 from keras_mamba2.generation import Generator
-from keras_mamba2.generation import Rows
+from keras_mamba2.host.rows import NO_TOKEN
+from keras_mamba2.host.rows import NOT_FINITE
+from keras_mamba2.host.rows import Rows
 from keras_mamba2.serving.requests import NUM_LIKELY
 from keras_mamba2.serving.requests import LikelyTokens
-from keras_mamba2.state import NO_TOKEN
 from keras_mamba2.state import Mamba2State
 
 # So many times in a row half of the rows must have been enough, before there are fewer.

@@ -6,8 +6,8 @@ import numpy as np
 from keras import ops
 from keras import tree
 
+from keras_mamba2.host.state_file import filled
 from keras_mamba2.state.mamba2_state import Mamba2State
-from keras_mamba2.state.room import filled
 
 
 def on_host(state: Mamba2State, backbone) -> Mamba2State:

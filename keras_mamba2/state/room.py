@@ -8,21 +8,12 @@ from typing import Any
 from keras import ops
 from keras import tree
 
-from keras_mamba2.layers.sublayer import LEAST_ROOM
 from keras_mamba2.layers.sublayer import StateTensor
 
 
 def needs_room(backbone) -> bool:
     """Whether a state grows with the text."""
     return any(spec.room_axis is not None for spec in tree.flatten(backbone.state_spec()))
-
-
-def room_for(num_tokens: int) -> int:
-    """How many tokens a state for `num_tokens` has room for."""
-    room = LEAST_ROOM
-    while room < num_tokens:
-        room *= 2
-    return room
 
 
 def room_of(state, backbone) -> int:
@@ -39,13 +30,6 @@ def with_room(state, backbone, room: int):
     leaves = [_padded(leaf, spec.room_axis, room) for spec, leaf in _tensors(state, backbone)]
     layers = tree.pack_sequence_as(state.layers, leaves)
     return type(state)(layers, state.token, state.length, state.digest)
-
-
-def filled(leaf, spec: StateTensor, length: int):
-    """The part of one tensor of a state, with its batch axis, that `length` tokens have filled."""
-    if spec.room_axis is None:
-        return leaf
-    return leaf[(slice(None),) * (spec.room_axis + 1) + (slice(length),)]
 
 
 def with_equal_room(leaves):

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from keras_mamba2.generation import Decoding
+from keras_mamba2.host.text_stream import TextStreams
+from keras_mamba2.host.text_stream import run_lengths
 from keras_mamba2.models.residual_backbone import ResidualBackbone
 from keras_mamba2.state import Mamba2State
 from keras_mamba2.state import files as state_files
 from keras_mamba2.tasks.chat_options import ChatOptions
 from keras_mamba2.tasks.mamba2_chat import Mamba2Chat
-from keras_mamba2.tasks.text_stream import TextStreams
-from keras_mamba2.tasks.text_stream import run_lengths
 
 
 class Chatting:

@@ -1,15 +1,15 @@
 """The arguments of `generate` and `stream`, checked before any work is done."""
 
-from collections.abc import Iterable
 from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
 
 from keras_mamba2.arguments import SIZE
-from keras_mamba2.arguments import STRING
 from keras_mamba2.arguments import integer
 from keras_mamba2.arguments import optional
-from keras_mamba2.arguments import several
+from keras_mamba2.host.options import checked_lengths
+from keras_mamba2.host.options import checked_stop_ids
+from keras_mamba2.host.options import checked_stop_strings
 from keras_mamba2.state import STATE
 from keras_mamba2.state import Mamba2State
 
@@ -30,25 +30,24 @@ class GenerationOptions(NamedTuple):
     def checked(
         cls,
         model,
-        max_length: int | None,
-        max_new_tokens: int | None,
-        stop_token_ids: Sequence[int] | str | None,
-        stop_strings: Sequence[str] | str | None,
-        state: Mamba2State | None,
-        seed: int | None,
+        max_length: int | None = None,
+        max_new_tokens: int | None = None,
+        stop_token_ids: Sequence[int] | str | None = "auto",
+        stop_strings: Sequence[str] | str | None = (),
+        state: Mamba2State | None = None,
+        seed: int | None = None,
         num_return_sequences: int = 1,
         **parameters: float | None,
     ) -> "GenerationOptions":
-        if max_new_tokens is not None and max_length is not None:
-            raise ValueError(
-                "Pass `max_length`, the total length, or `max_new_tokens`, not both. "
-                f"Received: max_length={max_length}, max_new_tokens={max_new_tokens}"
-            )
+        total, max_new_tokens = checked_lengths(max_length, max_new_tokens)
+        preprocessor = model.preprocessor
         return cls(
-            max_length=optional(SIZE)("max_length", max_length),
-            max_new_tokens=optional(SIZE)("max_new_tokens", max_new_tokens),
-            stop_token_ids=_stop_token_ids(stop_token_ids, model),
-            stop_strings=_stop_strings(stop_strings, model.preprocessor),
+            max_length=total,
+            max_new_tokens=max_new_tokens,
+            stop_token_ids=checked_stop_ids(
+                stop_token_ids, model.backbone.vocabulary_size, _end_tokens(preprocessor)
+            ),
+            stop_strings=checked_stop_strings(stop_strings, preprocessor is not None),
             num_return_sequences=SIZE("num_return_sequences", num_return_sequences),
             state=optional(STATE)("state", state),
             seed=optional(integer())("seed", seed),
@@ -56,39 +55,8 @@ class GenerationOptions(NamedTuple):
         )
 
 
-def _stop_strings(stop_strings, preprocessor) -> tuple[str, ...]:
-    if stop_strings is None:
-        return ()
-    is_one = isinstance(stop_strings, str) or not isinstance(stop_strings, Iterable)
-    stop_strings = (stop_strings,) if is_one else tuple(stop_strings)
-    several(STRING)("stop_strings", stop_strings)
-    if not all(stop_strings):
-        raise ValueError("A stop string is empty. Pass `stop_strings=()` for none.")
-    if stop_strings and preprocessor is None:
-        raise ValueError("`stop_strings` need text, and so a `preprocessor`.")
-    return stop_strings
-
-
-def _stop_token_ids(stop_token_ids, model) -> tuple[int, ...]:
-    if stop_token_ids is None:
-        return ()
-    if isinstance(stop_token_ids, str) and stop_token_ids == "auto":
-        return _end_tokens(model.preprocessor)
-    if isinstance(stop_token_ids, str) or not isinstance(stop_token_ids, Iterable):
-        raise ValueError(
-            '`stop_token_ids` must be "auto", None or a sequence of token ids. '
-            f"Received: {stop_token_ids!r}"
-        )
-    token_id = integer(at_least=0, at_most=model.backbone.vocabulary_size - 1)
-    return several(token_id)("stop_token_ids", tuple(stop_token_ids))
-
-
-def _end_tokens(preprocessor) -> tuple[int, ...]:
+def _end_tokens(preprocessor) -> tuple[int, ...] | None:
     if preprocessor is None:
-        raise ValueError(
-            'A `preprocessor` must be attached to the model if `stop_token_ids="auto"`. '
-            "Currently `preprocessor=None`. Pass `stop_token_ids=None` to generate until "
-            "`max_length`, or the ids of tokens that end a row."
-        )
+        return None
     end_token_id = preprocessor.tokenizer.end_token_id
     return () if end_token_id is None else (end_token_id,)

@@ -16,6 +16,8 @@ from keras_mamba2.conversion import WholeTaskWeights
 from keras_mamba2.conversion import export_to_transformers
 from keras_mamba2.conversion import load_preset
 from keras_mamba2.conversion import open_preset
+from keras_mamba2.generation import Proposer
+from keras_mamba2.generation import check_speculation
 from keras_mamba2.generation import sampler_of
 from keras_mamba2.generation import use_compilation_cache
 from keras_mamba2.models import Mamba2Backbone
@@ -28,6 +30,7 @@ from keras_mamba2.tasks.adapters import Adapters
 from keras_mamba2.tasks.chatting import Chatting
 from keras_mamba2.tasks.compile_config import compile_from_config
 from keras_mamba2.tasks.compile_config import with_optimizer_built
+from keras_mamba2.tasks.exporting import ProgramExport
 from keras_mamba2.tasks.mamba2_causal_lm_preprocessor import Mamba2CausalLMPreprocessor
 from keras_mamba2.tasks.push_to_hub import PushToHub
 from keras_mamba2.tasks.scoring import Scoring
@@ -48,6 +51,7 @@ class Mamba2CausalLM(
     TrainingData,
     Scoring,
     Adapters,
+    ProgramExport,
     PushToHub,
     AtomicPreset,
     AtomicSave,
@@ -247,7 +251,12 @@ class Mamba2CausalLM(
         return min(num_tokens, self.preprocessor.tokenizer.num_ids)
 
     def compile(
-        self, *args, sampler="auto", compilation_cache: str | None = None, **kwargs
+        self,
+        *args,
+        sampler="auto",
+        speculation: Proposer | None = None,
+        compilation_cache: str | None = None,
+        **kwargs,
     ) -> None:
         """As `keras_hub.models.CausalLM.compile`.
 
@@ -255,17 +264,23 @@ class Mamba2CausalLM(
             *args: as there.
             sampler: a name, a KerasHub sampler, or a `keras_mamba2.FilterSampler`. `"auto"` for
                 `"top_k"`, and for `chat` to draw as the checkpoint says.
+            speculation: who proposes tokens, so that several come from one reading of the weights:
+                a `keras_mamba2.PromptLookup` or a `keras_mamba2.DraftModel`. Texts stay the same,
+                up to rounding. Only on JAX.
             compilation_cache: the path of a folder where JAX keeps compiled programs, so that
                 the next process does not compile them again.
             **kwargs: as there.
 
         Raises:
-            ValueError: for an unknown sampler.
+            ValueError: for an unknown sampler, and for `speculation` with a sampler that has a
+                loop of its own, on another backend, or by a model with another tokenizer.
         """
         optional(PATH)("compilation_cache", compilation_cache)
         is_auto = isinstance(sampler, str) and sampler == "auto"
         sampler = sampler_of("top_k" if is_auto else sampler)
+        check_speculation(speculation, sampler, self)
         self.has_own_sampler = not is_auto
+        self.speculation = speculation
         if compilation_cache is not None:
             use_compilation_cache(compilation_cache)
         super().compile(*args, sampler=sampler, **kwargs)

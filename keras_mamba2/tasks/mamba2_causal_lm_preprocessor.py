@@ -18,13 +18,13 @@ from keras_mamba2.arguments import optional
 from keras_mamba2.chat import ChatTemplate
 from keras_mamba2.conversion import checked_defaults
 from keras_mamba2.conversion import generation_defaults
+from keras_mamba2.host.inputs import NAMES
+from keras_mamba2.host.texts import texts_of
 from keras_mamba2.models import Mamba2Tokenizer
-from keras_mamba2.models.inputs import NAMES
 from keras_mamba2.tasks.build_once import build_once
 from keras_mamba2.tasks.mamba2_preprocessor import TOKENIZER
 from keras_mamba2.tasks.mamba2_preprocessor import Mamba2Preprocessor
 from keras_mamba2.tasks.packing import pack
-from keras_mamba2.tasks.prompts import texts_of
 
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")

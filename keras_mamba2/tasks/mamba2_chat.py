@@ -11,11 +11,11 @@ import numpy as np
 
 from keras_mamba2.chat.template import checked_messages
 from keras_mamba2.chat.template import checked_tools
+from keras_mamba2.host.text_stream import TextStreams
 from keras_mamba2.tasks.chat_options import ChatOptions
 from keras_mamba2.tasks.known_prefixes import KnownPrefix
 from keras_mamba2.tasks.known_prefixes import KnownPrefixes
 from keras_mamba2.tasks.known_prefixes import common_length
-from keras_mamba2.tasks.text_stream import TextStreams
 
 # Two a turn: before the reply, and after it.
 KEPT_STATES = 8

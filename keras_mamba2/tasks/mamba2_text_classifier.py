@@ -17,9 +17,10 @@ from keras_mamba2.arguments import optional
 from keras_mamba2.conversion import WholeTaskWeights
 from keras_mamba2.conversion import load_preset
 from keras_mamba2.conversion import open_preset
+from keras_mamba2.host.inputs import NAMES
+from keras_mamba2.host.inputs import standard_names
+from keras_mamba2.host.texts import texts_of
 from keras_mamba2.models import Mamba2Backbone
-from keras_mamba2.models.inputs import NAMES
-from keras_mamba2.models.inputs import standard_names
 from keras_mamba2.models.residual_backbone import ResidualBackbone
 from keras_mamba2.saving import AtomicPreset
 from keras_mamba2.saving import AtomicSave
@@ -33,7 +34,6 @@ from keras_mamba2.tasks.compile_config import compile_from_config
 from keras_mamba2.tasks.compile_config import with_optimizer_built
 from keras_mamba2.tasks.mamba2_text_classifier_preprocessor import Mamba2TextClassifierPreprocessor
 from keras_mamba2.tasks.packing import is_dataset
-from keras_mamba2.tasks.prompts import texts_of
 from keras_mamba2.tasks.push_to_hub import PushToHub
 from keras_mamba2.training.kept_weights import KeptWeights
 

@@ -10,13 +10,13 @@ from keras_mamba2.arguments import choice
 from keras_mamba2.arguments import integer
 from keras_mamba2.arguments import optional
 from keras_mamba2.generation import Generator
+from keras_mamba2.host.texts import is_one_text
+from keras_mamba2.host.texts import texts_of
 from keras_mamba2.models.residual_backbone import ResidualBackbone
 from keras_mamba2.tasks.batch_checks import check_if_known
 from keras_mamba2.tasks.batch_checks import check_mask
 from keras_mamba2.tasks.batch_checks import check_targets
 from keras_mamba2.tasks.batch_checks import check_token_ids
-from keras_mamba2.tasks.prompts import is_one_text
-from keras_mamba2.tasks.prompts import texts_of
 
 
 class Scoring:

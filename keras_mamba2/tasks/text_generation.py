@@ -9,22 +9,25 @@ from keras_mamba2.arguments import BOOLEAN
 from keras_mamba2.arguments import optional
 from keras_mamba2.generation import Decoding
 from keras_mamba2.generation import Generator
+from keras_mamba2.generation import Proposer
+from keras_mamba2.generation import needs_history
 from keras_mamba2.generation import padded
 from keras_mamba2.generation import picks_tokens
 from keras_mamba2.generation import prompts_of
+from keras_mamba2.host.inputs import standard_names
+from keras_mamba2.host.options import row_limits
+from keras_mamba2.host.session import Mamba2Session
+from keras_mamba2.host.text_stream import TextStream
+from keras_mamba2.host.text_stream import TextStreams
+from keras_mamba2.host.text_stream import run_lengths
+from keras_mamba2.host.texts import is_one_text
+from keras_mamba2.host.texts import texts_of
 from keras_mamba2.models import Mamba2State
-from keras_mamba2.models.inputs import standard_names
 from keras_mamba2.models.residual_backbone import ResidualBackbone
 from keras_mamba2.state import STATE
 from keras_mamba2.state import files as state_files
 from keras_mamba2.tasks.generation_options import GenerationOptions
-from keras_mamba2.tasks.mamba2_session import Mamba2Session
 from keras_mamba2.tasks.prompts import batches
-from keras_mamba2.tasks.prompts import is_one_text
-from keras_mamba2.tasks.prompts import texts_of
-from keras_mamba2.tasks.text_stream import TextStream
-from keras_mamba2.tasks.text_stream import TextStreams
-from keras_mamba2.tasks.text_stream import run_lengths
 
 
 class TextGeneration:
@@ -33,6 +36,7 @@ class TextGeneration:
     backbone: ResidualBackbone
     preprocessor: Any  # or None
     sampler: Any
+    speculation: Proposer | None = None
     generate_function: Any  # a `Generator`, or None
 
     def make_generate_function(self) -> Generator:
@@ -200,8 +204,6 @@ class TextGeneration:
             ValueError: as `generate`, before the first piece is asked for; for logits that are
                 not finite when they come.
         """
-        if self.preprocessor is None:
-            raise ValueError("`stream` yields text, which needs a `preprocessor`.")
         options = GenerationOptions.checked(
             self,
             max_length,
@@ -216,10 +218,35 @@ class TextGeneration:
             min_p=min_p,
             repetition_penalty=repetition_penalty,
         )
-        prompts, limits = self._read(texts_of(inputs), options)
-        decoding = self._decoding(prompts, limits, options, run_lengths())
-        run = self._streams(decoding, options)
+        run = self.stream_text(texts_of(inputs), options)
         return (piece for [piece] in run) if is_one_text(inputs) else run
+
+    def stream_text(
+        self,
+        texts: Sequence[str],
+        options: GenerationOptions,
+        history: Sequence[np.ndarray] | None = None,
+    ) -> TextStreams:
+        """What follows `texts`, of which `history` are the tokens before, if they are known."""
+        prompts, limits = self._read(texts, options)
+        decoding = self._decoding(prompts, limits, options, run_lengths(), history=history)
+        return self._streams(decoding, options)
+
+    def stream_on(self, session: Mamba2Session, text: str, **kwargs) -> TextStreams:
+        """What follows the text of a session and `text`. For `Mamba2Session.stream`."""
+        options = GenerationOptions.checked(self, state=session.state, **kwargs)
+        return self.stream_text([text], options, self._history(session.text, options))
+
+    def _history(self, text: str, options: GenerationOptions) -> list[np.ndarray] | None:
+        """The tokens of a text so far, for a penalty on their repetition and for proposals.
+
+        Text that was cut inside a word may have been read as other tokens, which matters to
+        neither.
+        """
+        penalty = options.parameters.get("repetition_penalty") or 1
+        if penalty == 1 and not needs_history(self.sampler) and self.speculation is None:
+            return None
+        return [np.array(self.preprocessor.tokenizer(text), "int32")]
 
     def prefill(self, inputs, state: Mamba2State | None = None) -> Mamba2State:
         """Reads text without generating any.
@@ -240,6 +267,10 @@ class TextGeneration:
         """A session: one text that grows, and the state after it."""
         return Mamba2Session(self, text, self.prefill(text))
 
+    def save_state(self, file, state: Mamba2State, text: str = "") -> None:
+        """Writes a state to a safetensors file, and a text beside it. See `Mamba2State.save`."""
+        STATE("state", state).save(file, self.backbone, text)
+
     def resume(self, file) -> Mamba2Session:
         """The session that `Mamba2Session.save` wrote to `file`."""
         *parts, text = state_files.load(file, self.backbone)
@@ -258,18 +289,12 @@ class TextGeneration:
             raise ValueError("`stop_strings` need prompts of text. Received: a dict of token ids")
         prompts = self._prompts(batch, options.state)
         if options.max_new_tokens is not None:
-            return prompts, np.full(len(prompts), options.max_new_tokens)
+            return prompts, row_limits(prompts, None, options.max_new_tokens)
         total = options.max_length
         if total is None and isinstance(batch, Mapping):
             total = np.shape(standard_names(batch)["token_ids"])[1]
         total = total or self.preprocessor.sequence_length
-        for i, prompt in enumerate(prompts):
-            if len(prompt) > total:
-                raise ValueError(
-                    f"Prompt {i} has {len(prompt)} tokens, more than the total length of {total}. "
-                    "Pass a larger `max_length`, or `max_new_tokens` instead."
-                )
-        return prompts, np.array([total - len(prompt) for prompt in prompts])
+        return prompts, row_limits(prompts, total, None)
 
     def _decoding(
         self,

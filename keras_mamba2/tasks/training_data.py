@@ -6,8 +6,8 @@ import numpy as np
 from keras import ops
 
 from keras_mamba2._compat.keras_training import evaluates_within_fit
-from keras_mamba2.models.inputs import NAMES
-from keras_mamba2.models.inputs import standard_names
+from keras_mamba2.host.inputs import NAMES
+from keras_mamba2.host.inputs import standard_names
 from keras_mamba2.models.residual_backbone import ResidualBackbone
 from keras_mamba2.tasks.batch_checks import check_batch
 from keras_mamba2.tasks.batch_checks import check_inputs

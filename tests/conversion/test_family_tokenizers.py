@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import keras_mamba2
 from keras_mamba2.conversion.tokenizer import tokenizer_arguments
-from keras_mamba2.tasks.text_stream import TextStream
+from keras_mamba2.host.text_stream import TextStream
 from tests.chat import templates
 from tests.conversion import family_tokenizers
 from tests.hub_server import Hub

@@ -2,9 +2,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keras_mamba2.generation.prefill import BLOCK_SIZES
-from keras_mamba2.generation.prefill import block_sizes
-from keras_mamba2.generation.prefill import blocks
+from keras_mamba2.host.blocks import BLOCK_SIZES
+from keras_mamba2.host.blocks import block_sizes
+from keras_mamba2.host.blocks import blocks
 
 
 @given(st.integers(0, 5000))

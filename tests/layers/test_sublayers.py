@@ -14,13 +14,13 @@ import pytest
 from keras import ops
 from keras import tree
 
+from keras_mamba2.host.room import LEAST_ROOM
 from keras_mamba2.layers import MLP
 from keras_mamba2.layers import Attention
 from keras_mamba2.layers import Mamba2Mixer
 from keras_mamba2.layers import MixtureOfExperts
 from keras_mamba2.layers import Parallel
 from keras_mamba2.layers import SharedTransformer
-from keras_mamba2.layers.sublayer import LEAST_ROOM
 from tests import reference
 
 EPS = np.finfo(np.float32).eps
@@ -267,6 +267,37 @@ def test_a_masked_step_leaves_the_state_as_it_was(name):
     _, again = step(x[:, 6], after, np.array([False, False, False]))
     for old, new in zip(tree.flatten(after), tree.flatten(again), strict=True):
         np.testing.assert_array_equal(old, new)
+
+
+@functools.cache
+def open_chunk_programs(name):
+    layer = layer_of(name)
+    return jax.jit(layer.extend), jax.jit(layer.commit)
+
+
+@every
+def test_an_open_chunk_is_the_sequence_and_can_be_taken_back(name):
+    layer, x = layer_of(name), random_input(name, b=4)
+    _, with_state, _ = programs(name)
+    extend, commit = open_chunk_programs(name)
+    before = 3
+    # Of attention the last place is used up by the row that takes the whole chunk.
+    _, state = with_state(x[:, :before], layer.initial_state(4, T))
+    chunk, ys = layer.open_chunk(4, T - before), []
+    assert chunk == () or {leaf.shape[0] for leaf in tree.flatten(chunk)} == {4}
+    wrong = random_input(name, b=4, t=2, seed=5)
+    for start, t in ((0, 3), (3, 1), (4, 2)):
+        if start == 3:  # two tokens are read and taken back: others come to their places
+            _, chunk = extend(wrong, state, chunk, start)
+        y, chunk = extend(x[:, before + start :][:, :t], state, chunk, start)
+        ys.append(np.asarray(y))
+    assert_close(np.concatenate(ys, axis=1), truth_of(layer, x)[:, before:])
+    count = np.array([0, 1, 4, T - before], "int32")
+    after = commit(state, chunk, count)
+    for row, n in enumerate(before + count):
+        new = tree.map_structure(lambda leaf, row=row: leaf[row : row + 1], after)
+        truth = with_state(x[row : row + 1, :n], layer.initial_state(1, T))[1]
+        assert_same_state(layer, new, truth)
 
 
 @every

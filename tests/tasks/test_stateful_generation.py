@@ -12,7 +12,7 @@ from keras import ops
 from keras import tree
 
 import keras_mamba2
-from keras_mamba2.tasks.text_stream import TextStream
+from keras_mamba2.host.text_stream import TextStream
 from tests.laws import examples
 
 TEXT = "First Citizen: Before we proceed any further, hear me speak."
@@ -214,6 +214,22 @@ class TestSession:
         assert len(session.text) < len("Once upon a time there") + 50
         expected = letters.generate(session.text + " so", strip_prompt=True, **options)
         assert session.generate(" so", **options) == expected
+
+    def test_a_penalty_on_repetition_knows_the_whole_text(self, lm):
+        """Token for token: pieces of the text may end in half a character."""
+        options = {"seed": 0, "repetition_penalty": 1.5, "temperature": 0.5}
+        session = lm.start("First Citizen")
+        session.generate(max_new_tokens=8, **options)
+        session.generate(max_new_tokens=8, **options)
+        _, [whole] = lm.generate(
+            "First Citizen", max_new_tokens=16, return_logprobs=True, **options
+        )
+        found = lm.prefill(
+            {"token_ids": whole["token_ids"][None], "padding_mask": np.ones((1, 16))},
+            lm.prefill("First Citizen"),
+        )
+        np.testing.assert_array_equal(session.state.token, found.token)
+        np.testing.assert_array_equal(session.state.digest, found.digest)
 
     def test_nothing_can_be_forked_into_none(self, lm):
         with pytest.raises(ValueError, match="n=0"):

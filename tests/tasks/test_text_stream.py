@@ -11,8 +11,8 @@ from tokenizers import decoders
 from tokenizers import pre_tokenizers
 
 from keras_mamba2 import Mamba2Tokenizer
+from keras_mamba2.host.text_stream import TextStream
 from keras_mamba2.models.mamba2_tokenizer import byte_vocabulary
-from keras_mamba2.tasks.text_stream import TextStream
 
 END = "<|endoftext|>"
 SAMPLE = "to be, or not to be: that is the question. Être ou ne pas être, 日本語 日本, 🤷🏽 " * 4

@@ -1,19 +1,19 @@
 from collections.abc import Iterator
+from typing import Any
 
 from keras_mamba2.arguments import SIZE
-from keras_mamba2.state import Mamba2State
-from keras_mamba2.tasks.text_stream import TextStreams
+from keras_mamba2.host.text_stream import TextStreams
 
 
 class Mamba2Session:
     """One text that grows, and the state after it, so that nothing is ever read twice.
 
-    Made by `Mamba2CausalLM.start` and `Mamba2CausalLM.resume`.
+    Made by `start` and `resume` of `Mamba2CausalLM` and of `Programs`.
 
     Args:
-        lm: a `Mamba2CausalLM` with a preprocessor.
+        lm: a `Mamba2CausalLM` with a preprocessor, or `Programs` with a tokenizer.
         text: string, all text so far.
-        state: the `Mamba2State` after it, of one row.
+        state: the state after it, of one row.
 
     Example:
     ```python
@@ -25,15 +25,15 @@ class Mamba2Session:
     ```
     """
 
-    def __init__(self, lm, text: str, state: Mamba2State):
+    def __init__(self, lm, text: str, state: Any):
         self.lm = lm
         self.text = text
         self._state = state
         self._unread = ""  # text that the state has not seen yet
 
     @property
-    def state(self) -> Mamba2State:
-        """The `Mamba2State` after `text`."""
+    def state(self) -> Any:
+        """The `Mamba2State` after `text`, or that of the programs."""
         if self._unread:
             self._state = self.lm.prefill(self._unread, self._state)
             self._unread = ""
@@ -52,7 +52,7 @@ class Mamba2Session:
 
     def stream(self, text: str = "", **kwargs) -> Iterator[str]:
         """As `generate`, piece by piece. If it is left early, the text ends with the last piece."""
-        return self._collect(text, self.lm.stream([text], state=self.state, **kwargs))
+        return self._collect(text, self.lm.stream_on(self, text, **kwargs))
 
     def _collect(self, text: str, streams: TextStreams) -> Iterator[str]:
         shown, is_whole = "", False
@@ -64,7 +64,7 @@ class Mamba2Session:
         except GeneratorExit:
             pass
         if is_whole:
-            self._state = streams.decoding.rows.state
+            self._state = streams.state
         else:
             # The loop has gone further than the text: past a stop string, or the last piece. So
             # the text is read from the former state, but only when the state is next needed, since
@@ -83,8 +83,8 @@ class Mamba2Session:
         return [Mamba2Session(self.lm, self.text, self.state) for _ in range(n)]
 
     def save(self, file) -> None:
-        """Writes text and state to a safetensors file, for `Mamba2CausalLM.resume`."""
-        self.state.save(file, self.lm.backbone, self.text)
+        """Writes text and state to a safetensors file, for `resume`."""
+        self.lm.save_state(file, self.state, self.text)
 
     def __repr__(self) -> str:
         return f"Mamba2Session({len(self.text)} characters, state of {self.state.nbytes} bytes)"

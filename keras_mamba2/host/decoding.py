@@ -3,14 +3,11 @@
 from collections.abc import Iterable
 
 import numpy as np
-from keras import ops
 
-from keras_mamba2.generation.decode import NOT_FINITE
-from keras_mamba2.generation.rows import Rows
-from keras_mamba2.state import NO_TOKEN
+from keras_mamba2.host.rows import NO_TOKEN
+from keras_mamba2.host.rows import NOT_FINITE
+from keras_mamba2.host.rows import Rows
 
-# The decode loop returns to the host after this many tokens, so one program serves any number.
-DECODE_CAPACITY = 256
 NOT_FINITE_REASON = (
     "The weights or the state hold NaN or infinity, or numbers that are too large for the dtype."
 )
@@ -22,9 +19,9 @@ class Decoding:
     It ends when all rows have stopped. Between runs `rows` holds their progress.
 
     Args:
-        generator: the `Generator` that runs it.
+        generator: what runs it, a `Generator` or an `Engine`.
         rows: `Rows`, the progress of each row.
-        run_lengths: ints, the number of tokens of each run; `DECODE_CAPACITY` after the last.
+        run_lengths: ints, the number of tokens of each run; as many as it can after the last.
         with_logprobs: bool, whether to keep log probabilities for `likely_tokens`.
 
     Raises:
@@ -49,12 +46,13 @@ class Decoding:
         return self
 
     def __next__(self) -> list[np.ndarray]:
-        missing = int(ops.convert_to_numpy(self.rows.remaining).max())
+        missing = int(self.generator.to_numpy(self.rows.remaining).max())
         if missing <= 0:
             raise StopIteration
-        num_steps = min(next(self._run_lengths, DECODE_CAPACITY), missing, DECODE_CAPACITY)
-        rows, *found = self.generator.advance(self.rows, num_steps, self._with_logprobs)
-        tokens, logprobs = map(ops.convert_to_numpy, found)
+        capacity = self.generator.decode_capacity
+        num_steps = min(next(self._run_lengths, capacity), missing, capacity)
+        rows, *found = self.advance(num_steps)
+        tokens, logprobs = map(self.generator.to_numpy, found)
         self.rows = Rows(*rows)
         self._check_finite(tokens)
         is_token = tokens != NO_TOKEN
@@ -64,6 +62,9 @@ class Decoding:
             if self._with_logprobs:
                 self._logprobs[i].append(logprobs[i][is_token[i]])
         return new
+
+    def advance(self, num_steps: int):
+        return self.generator.advance(self.rows, num_steps, self._with_logprobs)
 
     def all_tokens(self) -> list[np.ndarray]:
         """Runs to the end. Returns the tokens of each row."""
@@ -86,14 +87,14 @@ class Decoding:
 
     def stop(self, row: int) -> None:
         """Ends `row`: it gets no more tokens."""
-        remaining = np.array(ops.convert_to_numpy(self.rows.remaining))
+        remaining = np.array(self.generator.to_numpy(self.rows.remaining))
         remaining[row] = 0
         self.rows = self.rows._replace(remaining=remaining)
 
     def _check_finite(self, tokens: np.ndarray) -> None:
         rows = np.flatnonzero((tokens == NOT_FINITE).any(axis=1))
         if len(rows):
-            length = ops.convert_to_numpy(self.rows.state.length)[rows[0]]
+            length = self.generator.to_numpy(self.rows.state.length)[rows[0]]
             raise ValueError(
                 f"The logits of row {rows[0]} after {length} tokens are not finite. "
                 + NOT_FINITE_REASON

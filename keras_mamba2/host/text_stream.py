@@ -5,8 +5,9 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
+from typing import Any
 
-from keras_mamba2.generation import Decoding
+from keras_mamba2.host.decoding import Decoding
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for half a character
 
@@ -94,7 +95,13 @@ LATER_RUNS = 16
 
 
 class TextStreams(Iterator[list[str]]):
-    """Yields what is new in the text of each row of a loop, run after run."""
+    """Yields what is new in the text of each row of a loop, run after run.
+
+    Args:
+        decoding: the loop. Of programs for a fixed batch size it may have more rows at the end,
+            of which nothing is asked.
+        streams: a stream for each text.
+    """
 
     def __init__(self, decoding: Decoding, streams: Sequence[TextStream]):
         self.decoding = decoding
@@ -103,6 +110,12 @@ class TextStreams(Iterator[list[str]]):
 
     def __next__(self) -> list[str]:
         return next(self._pieces)
+
+    @property
+    def state(self) -> Any:
+        """The state after all tokens so far, a row for each text."""
+        state = self.decoding.rows.state
+        return state if state.batch_size == len(self.streams) else state[: len(self.streams)]
 
     def all_texts(self) -> list[str]:
         """Runs to the end. Returns the text of each row."""
@@ -114,7 +127,7 @@ class TextStreams(Iterator[list[str]]):
     def _run(self) -> Iterator[list[str]]:
         for tokens in self.decoding:
             pieces = []
-            for i, (stream, new) in enumerate(zip(self.streams, tokens, strict=True)):
+            for i, (stream, new) in enumerate(zip(self.streams, tokens, strict=False)):
                 pieces.append(stream.push(new))
                 if stream.stopped and len(new):
                     self.decoding.stop(i)

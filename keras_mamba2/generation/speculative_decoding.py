@@ -1,0 +1,121 @@
+"""The host's side of speculative decoding: how many tokens are proposed in the next run."""
+
+import numpy as np
+from keras import ops
+
+from keras_mamba2.host.decoding import Decoding
+from keras_mamba2.host.rows import DECODE_CAPACITY
+
+# How many tokens may be proposed, each number being a program.
+CHOICES = (3, 7)
+# What they cost, in steps: that there is more than one row in a product, and each further row. On a
+# CPU the product of a matrix with one row is a faster one: benchmarks/README.md.
+COST = {"cpu": (0.2, 0.07)}
+ELSEWHERE = (0.0, 0.02)
+# Rounds before the choice is thought over; of a probe, after a while without proposals.
+ROUNDS, PROBE = 32, 6
+SHORTEST_PAUSE, LONGEST_PAUSE = 128, 2048  # tokens
+
+
+class SpeculativeDecoding(Decoding):
+    """As `Decoding`, with tokens that `model.speculation` proposes.
+
+    With a fixed number of proposals every run has it. Else the number follows how many are
+    accepted, and where they do not pay, none are made for a while.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        proposer = self.generator.model.speculation
+        self._proposer = proposer
+        self._pace = Pace(proposer.num_tokens, proposer.cost(self.generator.model))
+        self._unread: list[list[np.ndarray]] = [[] for _ in self.rows.remaining]
+
+    def advance(self, num_steps: int):
+        k = self._pace.num_tokens
+        if not k:
+            rows, tokens, logprobs = super().advance(min(num_steps, self._pace.pause))
+            self._keep(ops.convert_to_numpy(tokens))
+            self._pace.rest(num_steps)
+            return rows, tokens, logprobs
+        self._read()
+        rounds = min(num_steps, self._pace.rounds)
+        rows, tokens, logprobs, outcome = self.generator.speculate(
+            self.rows, rounds, k, self._with_logprobs
+        )
+        self._pace.record(int(outcome.accepted), int(outcome.rejected))
+        return rows, tokens, logprobs
+
+    def _keep(self, tokens: np.ndarray) -> None:
+        """Keeps tokens that the proposer has not seen, for when it is asked next."""
+        for unread, row in zip(self._unread, tokens, strict=True):
+            unread.append(row[row >= 0])
+
+    def _read(self) -> None:
+        if any(self._unread):
+            new = [np.concatenate([np.zeros(0, "int32"), *row]) for row in self._unread]
+            context = self._proposer.read(self.rows.context, new)
+            self.rows = self.rows._replace(context=context)
+            self._unread = [[] for _ in new]
+
+
+class Pace:
+    """How many tokens to propose, from how many were accepted.
+
+    Args:
+        fixed: int, that many always. `None` to follow the acceptance.
+        cost: float, of proposing one token, in steps of the model.
+    """
+
+    def __init__(self, fixed: int | None, cost: float):
+        self._fixed = fixed
+        self._cost = cost
+        self._acceptance: float | None = None  # of a proposal whose predecessors were accepted
+        self._wait = SHORTEST_PAUSE
+        self.pause = 0  # how many tokens to make without proposals
+
+    @property
+    def num_tokens(self) -> int:
+        if self._fixed is not None:
+            return self._fixed
+        if self.pause > 0:
+            return 0
+        if self._acceptance is None:
+            return CHOICES[0]
+        return max(CHOICES, key=self.gain)
+
+    @property
+    def rounds(self) -> int:
+        if self._fixed is not None:
+            return DECODE_CAPACITY
+        return PROBE if self._acceptance is None else ROUNDS
+
+    def gain(self, k: int) -> float:
+        """How many times faster than without proposals, at the present acceptance."""
+        a = self._acceptance or 0.0
+        tokens = sum(a**i for i in range(k + 1))
+        return tokens / (cost_of_a_round(k) + self._cost * (k + 1))
+
+    def record(self, accepted: int, rejected: int) -> None:
+        if self._fixed is not None or not accepted + rejected:
+            return
+        measured = accepted / (accepted + rejected)
+        old = self._acceptance
+        self._acceptance = measured if old is None else (old + measured) / 2
+        if max(map(self.gain, CHOICES)) <= 1:
+            self.pause, self._acceptance = self._wait, None
+            self._wait = min(2 * self._wait, LONGEST_PAUSE)
+        else:
+            self._wait = SHORTEST_PAUSE
+
+    def rest(self, num_tokens: int) -> None:
+        """Takes note of tokens that were made without proposals."""
+        self.pause -= num_tokens
+
+
+def cost_of_a_round(k: int) -> float:
+    """Of the model, in steps."""
+    import jax
+
+    block, row = COST.get(jax.default_backend(), ELSEWHERE)
+    return 1 + block + row * k
