@@ -1,8 +1,8 @@
 """Hours of mixed requests to a server on this machine: `python -m benchmarks.soak --minutes 60`.
 
 Good requests, whose texts are compared with those of `lm.generate`, beside clients that go in the
-middle, requests that are too large, half a JSON, or nonsense. At the end no place and no request may
-be left, and memory may not have grown since the first minute.
+middle, requests that are too large, half a JSON, or nonsense. At the end no place and no request
+may be left, and memory may not have grown since the first minute.
 """
 
 import asyncio

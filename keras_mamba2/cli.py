@@ -307,7 +307,9 @@ def serve(
         engine.start()
         limits = Limits(body_bytes=max_body_mb * 2**20, seconds=timeout)
         hosts = allowed_host or (LOOPBACK if host in LOOPBACK else ("*",))
-        web = create_app(engine, name or preset, limits, api_key or (), hosts)
+        folder = pathlib.Path(preset)
+        name = name or (folder.name if folder.is_dir() else preset.removeprefix("hf://"))
+        web = create_app(engine, name, limits, api_key or (), hosts)
         run(web, host, port, drain_seconds, most_connections=max_waiting + max_sequences + 64)
 
 

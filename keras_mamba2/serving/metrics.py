@@ -71,7 +71,11 @@ class OfEngine(Collector):
             ("cached_tokens", "Of these, tokens that were known.", counts.cached_tokens),
             ("new_tokens", "Tokens that were generated.", counts.new_tokens),
             ("finished_sequences", "Sequences that came to their end.", counts.finished),
-            ("cancelled_sequences", "Sequences whose client went.", counts.cancelled),
+            (
+                "cancelled_sequences",
+                "Ended by a stop string or the client.",
+                counts.cancelled,
+            ),
             ("failed_sequences", "Sequences that ended with an error.", counts.failed),
             ("prefix_hits", "Prompts of which a beginning was known.", cache.hits),
             ("prefix_misses", "Prompts of which none was.", cache.misses),
