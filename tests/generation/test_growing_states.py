@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import keras_mamba2
+from keras_mamba2.host import room
 from keras_mamba2.layers import sublayer
-from keras_mamba2.state import room
 from tests import reference
 
 LEAST = 8  # tokens that fit at first, so that small texts grow too

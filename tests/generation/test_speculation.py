@@ -15,9 +15,9 @@ from keras import ops
 import keras_mamba2
 from keras_mamba2.generation import speculative_decoding
 from keras_mamba2.generation.speculative_decoding import Pace
+from keras_mamba2.host import room
 from keras_mamba2.host.rows import Rows
 from keras_mamba2.layers import sublayer
-from keras_mamba2.state import room
 from tests import reference
 
 NEW = 40
