@@ -97,7 +97,7 @@ def run(
         fn_constructor_args=(str(programs.absolute()), str(results.absolute()), arguments),
         batch_size=batch_size,
         compute=ray.data.ActorPoolStrategy(size=replicas),
-        num_cpus=1,  # or num_gpus=1
+        num_cpus=0.5,  # not all that there are, or nothing is left to read with; or num_gpus=1
         max_task_retries=3,  # of a batch, when its worker dies; by default without end
     )
     for _ in batches.iter_batches():  # runs it; the texts themselves stay where they are written
