@@ -53,6 +53,12 @@ def speculative_program(lm: Mamba2CausalLM, num_tokens: int, place: Place) -> Tr
     return program.trace(weights, rows, (place((), "int32"),), num_tokens=num_tokens)
 
 
+def rows_and_weights(lm: Mamba2CausalLM, state, place: Place):
+    """The weights, and the rows of a model that samples greedily with the shapes of `state`."""
+    state = jax.tree.map(lambda leaf: place(leaf.shape, leaf.dtype), state)
+    return _weights(lm, place), _rows(state, place)
+
+
 def prefill_program(lm: Mamba2CausalLM, batch_size: int, tokens: int, place: Place) -> Traced:
     """The prefill of one block."""
     state, block = _state(lm, batch_size, place), (batch_size, tokens)

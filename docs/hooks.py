@@ -45,7 +45,9 @@ def links_within_site(text: str, source: str) -> str:
     folder = (ROOT / source).parent
     known = {ROOT / file: page for page, file in PAGES.items()}
     known |= {ROOT / picture: picture for picture in PICTURES}
-    known |= {path: path.name for path in (ROOT / "docs").glob("*.md")}
+    known |= {
+        path: path.name for path in (ROOT / "docs").iterdir() if path.suffix in (".md", ".png")
+    }
     known |= {
         path.with_suffix(".py"): f"guides/{path.stem}.md"
         for path in (ROOT / "guides").glob("*.ipynb")

@@ -15,6 +15,9 @@ import typer
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
+
+
 class Format(enum.StrEnum):
     keras = "keras"
     transformers = "transformers"
@@ -220,6 +223,94 @@ def chat(
         terminal.run()
     if terminal.failed and not sys.stdin.isatty():
         raise typer.Exit(code=2)
+
+
+@app.command()
+def serve(
+    preset: Annotated[
+        str, typer.Argument(help="The name of a preset, a folder, or hf://user/name.")
+    ],
+    host: Annotated[
+        str, typer.Option(help="Where to listen; 0.0.0.0 is every network there is.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="What clients call the model. Default: its preset's name.")
+    ] = None,
+    max_sequences: Annotated[
+        int, typer.Option(min=1, help="How many sequences get tokens at once.")
+    ] = 8,
+    max_waiting: Annotated[int, typer.Option(min=1, help="How many requests may wait.")] = 64,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Of a sequence, prompt included. Default: 32768, with attention 4096."
+        ),
+    ] = None,
+    prefix_cache_mb: Annotated[
+        int, typer.Option(min=0, help="For states after the beginnings of prompts; 0: none.")
+    ] = 1024,
+    prefix_cache_folder: Annotated[
+        pathlib.Path | None, typer.Option(help="Where these states survive a restart.")
+    ] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(envvar="KERAS_MAMBA2_API_KEY", help="That clients must send; repeatable."),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A name that clients call the server by; repeatable. Default: the names of this "
+            "machine alone if it listens there, else any."
+        ),
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for an answer.")] = 600.0,
+    max_body_mb: Annotated[int, typer.Option(min=1, help="Of a request.")] = 8,
+    drain_seconds: Annotated[
+        float, typer.Option(min=0, help="For what runs, after SIGTERM.")
+    ] = 60.0,
+    dtype: Dtype = "auto",
+    compilation_cache: Annotated[
+        str | None, typer.Option(help="A folder where compiled programs are kept.")
+    ] = None,
+) -> None:
+    """Serves a model by OpenAI's API, and a page to try it. Many requests share one loop."""
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401  the last that the extra brings
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        print(
+            f'error: {error.name} is not installed. `pip install "keras-mamba2[serve]"` '
+            "installs what a server needs.",
+            file=sys.stderr,
+        )
+        raise typer.Exit(code=2) from None
+    from keras_mamba2 import Mamba2CausalLM
+    from keras_mamba2.serving.app import create_app
+    from keras_mamba2.serving.engine import Engine
+    from keras_mamba2.serving.limits import Limits
+    from keras_mamba2.serving.server import run
+
+    with errors_on_one_line():
+        lm = Mamba2CausalLM.from_preset(preset, dtype=dtype)
+        lm.compile(compilation_cache=compilation_cache)
+        engine = Engine(
+            lm,
+            max_sequences=max_sequences,
+            max_waiting=max_waiting,
+            max_tokens=max_tokens,
+            prefix_cache_bytes=prefix_cache_mb * 2**20,
+            prefix_cache_folder=prefix_cache_folder,
+        )
+        print("Compiling all programs; then they serve any request.", file=sys.stderr)
+        engine.start()
+        limits = Limits(body_bytes=max_body_mb * 2**20, seconds=timeout)
+        hosts = allowed_host or (LOOPBACK if host in LOOPBACK else ("*",))
+        folder = pathlib.Path(preset)
+        name = name or (folder.name if folder.is_dir() else preset.removeprefix("hf://"))
+        web = create_app(engine, name, limits, api_key or (), hosts)
+        run(web, host, port, drain_seconds, most_connections=max_waiting + max_sequences + 64)
 
 
 @app.command()

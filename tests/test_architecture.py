@@ -1,4 +1,4 @@
-"""Imports go one way: ops -> layers -> state -> models -> generation -> tasks -> cli."""
+"""Imports go one way: ops -> layers -> state -> models -> generation -> tasks -> serving -> cli."""
 
 import ast
 import functools
@@ -8,7 +8,7 @@ import runpy
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "keras_mamba2"
-ORDER = ["ops", "layers", "state", "models", "generation", "tasks", "cli"]
+ORDER = ["ops", "layers", "state", "models", "generation", "tasks", "serving", "cli"]
 LEAVES = [
     "host",
     "_compat",
@@ -29,6 +29,10 @@ MODEL_PARTS = {*ORDER} - {"cli"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 OUTSIDE_COMPAT = [path for path in FILES if path.parent.name != "_compat"]
 OVERRIDDEN = runpy.run_path(str(PACKAGE / "_compat" / "overridden.py"))["OVERRIDDEN"]
+# Of the server. What is not of the engine is of the application.
+ENGINE = ["answers", "engine", "prefix_cache", "prompts", "reading", "requests"]
+ENGINE += ["scheduler", "slots"]
+WEB = ["fastapi", "pydantic", "prometheus_client", "starlette", "uvicorn"]
 # Documented, in spite of their names.
 OF_NAMED_TUPLES = {"_asdict", "_field_defaults", "_fields", "_make", "_replace"}
 
@@ -79,7 +83,7 @@ def is_private(name):
 def defined_in(tree):
     """The private names of a file: its functions, classes, methods, and attributes of `self`."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id
@@ -201,3 +205,9 @@ class A(Dense):
         "x._value",
         "x._autocast",
     }
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "serving").glob("*.py")), ids=of)
+def test_the_engine_knows_no_http_and_the_application_no_arrays(path):
+    foreign = WEB if path.stem in ENGINE else ["jax", "numpy", "keras"]
+    assert not [name for name in imports_of(ast.parse(path.read_text())) if is_in(name, foreign)]

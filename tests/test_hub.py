@@ -7,6 +7,7 @@ from huggingface_hub import constants
 
 import keras_mamba2
 from keras_mamba2 import hub
+from tests.conversion import hybrids
 from tests.hub_server import COMMIT
 from tests.hub_server import TOKEN
 from tests.hub_server import Hub
@@ -162,6 +163,20 @@ def test_a_forecaster_is_loaded_from_the_hub(server, tmp_path):
     again = keras_mamba2.Mamba2Forecaster.from_preset("hf://user/demand")
     for loaded, saved in zip(again.get_weights(), forecaster.get_weights(), strict=True):
         np.testing.assert_array_equal(loaded, saved)
+
+
+@pytest.mark.parametrize("name", hybrids.FAMILIES)
+def test_a_model_of_transformers_is_loaded_from_the_hub(server, tmp_path, name):
+    hybrids.random_model(name).save_pretrained(tmp_path / "model", max_shard_size="30KB")
+    server.repositories["org/hybrid"] = {
+        path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()
+    }
+    backbones = [
+        keras_mamba2.Mamba2HybridBackbone.from_preset(preset)
+        for preset in ("hf://org/hybrid", str(tmp_path / "model"))
+    ]
+    for loaded, local in zip(*(backbone.get_weights() for backbone in backbones), strict=True):
+        np.testing.assert_array_equal(loaded, local)
 
 
 def test_a_card_that_is_there_stays(server, lm):

@@ -9,6 +9,7 @@ import keras_mamba2
 ROOT = pathlib.Path(__file__).parent.parent
 
 HEAVY = ("tensorflow", "torch", "transformers", "matplotlib", "typer", "pandas", "scipy")
+HEAVY += ("fastapi", "prometheus_client", "pydantic", "uvicorn")
 
 
 def test_import_brings_nothing_heavy_beside_keras_hub():

@@ -1,5 +1,8 @@
 """The decode loop: one `while_loop` from a state and a token to many tokens."""
 
+from typing import Any
+from typing import NamedTuple
+
 import keras
 from keras import ops
 from keras import tree
@@ -16,6 +19,13 @@ from keras_mamba2.state.digest import digest_after
 MANY_ROWS, STEPS_A_WRITE = 16, 12
 
 
+class Likely(NamedTuple):
+    """The likeliest tokens at each place, beside the one that was picked."""
+
+    token_ids: Any  # (b capacity k) int32
+    logprobs: Any  # (b capacity k) float32
+
+
 def decode(
     model,
     sampler,
@@ -24,6 +34,8 @@ def decode(
     capacity: int,
     with_logprobs: bool = False,
     steps_a_write: int = 1,
+    num_likely: int = 0,
+    asked=None,
 ):
     """Picks up to `num_steps` tokens per row, fewer if all rows stop earlier.
 
@@ -39,30 +51,47 @@ def decode(
         capacity: int, the size of the result.
         with_logprobs: bool, whether to return the log probabilities of the tokens.
         steps_a_write: int. Above 1 the state is only read in a step, and written after so many.
+        num_likely: int k, how many of the likeliest tokens to return with theirs.
+        asked: bool scalar, whether log probabilities are wanted in this run; if not, they are
+            zeros, and cost nothing. `None` for always.
 
     Returns:
-        Tuple `(rows, tokens, logprobs)`: `tokens` int32 `(b capacity)`, -1 after a row has
+        Tuple `(rows, tokens, logprobs, likely)`: `tokens` int32 `(b capacity)`, -1 after a row has
         stopped, -2 where it stops because its logits are not finite; `logprobs` float32
-        `(b capacity)`, or `(b 0)`.
+        `(b capacity)`, or `(b 0)`; `likely` a `Likely`.
     """
     b = ops.shape(rows.remaining)[0]
-    tokens = ops.full((b, capacity), NO_TOKEN, dtype="int32")
-    logprobs = ops.zeros((b, capacity if with_logprobs else 0), "float32")
+    written = [
+        ops.full((b, capacity), NO_TOKEN, dtype="int32"),
+        ops.zeros((b, capacity if with_logprobs else 0), "float32"),
+        ops.zeros((b, capacity, num_likely), "int32"),
+        ops.zeros((b, capacity, num_likely), "float32"),
+    ]
 
-    def keep_going(i, leaves, tokens, logprobs):
+    def keep_going(i, leaves, written):
         remaining = tree.pack_sequence_as(rows, leaves).remaining
         return ops.logical_and(i < num_steps, ops.any(remaining > 0))
 
-    def add_token(i, logits, digest, now, tokens, logprobs):
-        """The rows, and the tokens so far, with the token after `logits` `(b v)`."""
+    def add_token(i, logits, digest, now, written):
+        """The rows, and what was written so far, with the token after `logits` `(b v)`."""
+        tokens, logprobs, *likely = written
         going = now.remaining > 0  # (b)
         next_token = ops.cast(pick(sampler, logits, now, digest), "int32")
         is_finite = ops.isfinite(ops.max(logits, axis=-1))
         next_token = ops.where(going, next_token, now.state.token)
-        written = ops.where(going, ops.where(is_finite, next_token, NOT_FINITE), NO_TOKEN)
-        tokens = ops.slice_update(tokens, (0, i), written[:, None])
+        token = ops.where(going, ops.where(is_finite, next_token, NOT_FINITE), NO_TOKEN)
+        tokens = ops.slice_update(tokens, (0, i), token[:, None])
         if with_logprobs:
-            logprobs = ops.slice_update(logprobs, (0, i), logprob(logits, next_token)[:, None])
+            zeros = ops.zeros((b,), "float32")
+            found = if_asked(asked, lambda: logprob(logits, next_token), zeros)
+            logprobs = ops.slice_update(logprobs, (0, i), found[:, None])
+        if num_likely:
+            zeros = [ops.zeros((b, num_likely), leaf.dtype) for leaf in likely]
+            found = if_asked(asked, lambda: likeliest_tokens(logits, num_likely), zeros)
+            likely = [
+                ops.slice_update(leaf, (0, i, 0), new[:, None])
+                for leaf, new in zip(likely, found, strict=True)
+            ]
         stopped = ops.any(next_token[:, None] == now.stop_token_ids, axis=1)
         stopped = ops.logical_or(stopped, ops.logical_not(is_finite))
         new = now._replace(
@@ -70,47 +99,47 @@ def decode(
             remaining=ops.where(stopped, 0, ops.maximum(now.remaining - 1, 0)),
             seen=ops.logical_or(now.seen, ops.arange(now.seen.shape[1]) == next_token[:, None]),
         )
-        return new, tokens, logprobs
+        return new, [tokens, logprobs, *likely]
 
     step = next_logits(model)
 
-    def one_step(i, leaves, tokens, logprobs):
+    def one_step(i, leaves, written):
         now = tree.pack_sequence_as(rows, leaves)
         logits, state = step(now.state, now.remaining > 0, i)
-        found = add_token(i, logits, state.digest, now._replace(state=state), tokens, logprobs)
-        return i + 1, tree.flatten(found[0]), *found[1:]
+        now, written = add_token(i, logits, state.digest, now._replace(state=state), written)
+        return i + 1, tree.flatten(now), written
 
-    def several_steps(i, leaves, tokens, logprobs):
+    def several_steps(i, leaves, written):
         """Reads tokens into an open chunk, and writes the state once for all of them."""
         now = tree.pack_sequence_as(rows, leaves)
         chunk = model.backbone.open_chunk(b, steps_a_write)
         extend, commit = extending(model)
 
-        def body(j, count, digest, chunk, leaves, tokens, logprobs):
+        def body(j, count, digest, chunk, leaves, written):
             now = tree.pack_sequence_as(rows, leaves)
             logits, chunk = extend(now.state, chunk, j)
             count = count + ops.cast(now.remaining > 0, "int32")
             digest = digest_after(digest, now.state.token[:, None])
-            found = add_token(i + j, logits, digest, now, tokens, logprobs)
-            return j + 1, count, digest, chunk, tree.flatten(found[0]), *found[1:]
+            now, written = add_token(i + j, logits, digest, now, written)
+            return j + 1, count, digest, chunk, tree.flatten(now), written
 
-        def in_chunk(j, count, digest, chunk, leaves, tokens, logprobs):
-            return ops.logical_and(j < steps_a_write, keep_going(i + j, leaves, tokens, logprobs))
+        def in_chunk(j, count, digest, chunk, leaves, written):
+            return ops.logical_and(j < steps_a_write, keep_going(i + j, leaves, written))
 
         zero = ops.zeros((), "int32")
         loop_vars = (zero, ops.zeros((b,), "int32"), now.state.digest, chunk)
-        loop_vars = ops.while_loop(in_chunk, body, (*loop_vars, leaves, tokens, logprobs))
-        j, count, _, chunk, leaves, tokens, logprobs = loop_vars
+        loop_vars = ops.while_loop(in_chunk, body, (*loop_vars, leaves, written))
+        j, count, _, chunk, leaves, written = loop_vars
         now = tree.pack_sequence_as(rows, leaves)
         now = now._replace(state=commit(now.state, chunk, count))
-        return i + j, tree.flatten(now), tokens, logprobs
+        return i + j, tree.flatten(now), written
 
     start = ops.convert_to_tensor(0, "int32")
     # Flat, since loops of TensorFlow take only pytrees of its own kind.
-    loop_vars = (start, tree.flatten(rows), tokens, logprobs)
+    loop_vars = (start, tree.flatten(rows), written)
     body = one_step if steps_a_write == 1 else several_steps
-    _, leaves, tokens, logprobs = ops.while_loop(keep_going, body, loop_vars)
-    return tree.pack_sequence_as(rows, leaves), tokens, logprobs
+    _, leaves, (tokens, logprobs, *likely) = ops.while_loop(keep_going, body, loop_vars)
+    return tree.pack_sequence_as(rows, leaves), tokens, logprobs, Likely(*likely)
 
 
 def default_steps_a_write(batch_size: int) -> int:
@@ -164,6 +193,17 @@ def logprob(logits, token_ids):
     """The model's log probabilities `(b)` of `token_ids` `(b)`, before the sampler's filters."""
     logprobs = ops.log_softmax(ops.cast(logits, "float32"), axis=-1)
     return ops.take_along_axis(logprobs, token_ids[:, None], axis=-1)[:, 0]
+
+
+def likeliest_tokens(logits, k: int):
+    """The `k` likeliest ids `(b k)` after logits `(b v)`, and the model's log probabilities."""
+    logprobs, token_ids = ops.top_k(ops.log_softmax(ops.cast(logits, "float32"), axis=-1), k)
+    return [ops.cast(token_ids, "int32"), logprobs]
+
+
+def if_asked(asked, compute, zeros):
+    """`compute()`, or zeros where `asked` is given and false."""
+    return compute() if asked is None else ops.cond(asked, compute, lambda: zeros)
 
 
 def model_variables(model) -> list[keras.Variable]:

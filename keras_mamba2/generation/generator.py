@@ -20,6 +20,7 @@ from keras_mamba2.generation.prefill import prefill_block
 from keras_mamba2.generation.prefill import prefill_row
 from keras_mamba2.generation.programs import compiled
 from keras_mamba2.generation.rows import put
+from keras_mamba2.generation.rows import select
 from keras_mamba2.generation.sampler import FilterSampler
 from keras_mamba2.generation.score import block_loss
 from keras_mamba2.generation.search import search
@@ -40,8 +41,10 @@ from keras_mamba2.host.room import room_for
 from keras_mamba2.host.rows import DECODE_CAPACITY
 from keras_mamba2.host.rows import Rows
 from keras_mamba2.host.rows import stop_tokens
+from keras_mamba2.host.sampling import Sampling
 from keras_mamba2.state import Mamba2State
 from keras_mamba2.state.files import check_belongs
+from keras_mamba2.state.host import with_room_on_host
 from keras_mamba2.state.room import needs_room
 from keras_mamba2.state.room import room_of
 from keras_mamba2.state.room import with_room
@@ -89,11 +92,11 @@ class Generator:
         sampler = model.sampler
         self._filters = sampler if isinstance(sampler, FilterSampler) else FilterSampler()
 
-        def decode_rows(rows, num_steps, with_logprobs=False):
+        def decode_rows(rows, num_steps, asked=None, with_logprobs=False, num_likely=0):
             rows = Rows(*rows)
             sampler = self._filters if rows.sampling else model.sampler
             steps = steps_a_write or default_steps_a_write(rows.remaining.shape[0])
-            arguments = num_steps, DECODE_CAPACITY, with_logprobs, steps
+            arguments = num_steps, DECODE_CAPACITY, with_logprobs, steps, num_likely, asked
             return decode(model, sampler, rows, *arguments)
 
         def speculate_rows(rows, num_rounds, num_tokens=1, with_logprobs=False):
@@ -113,7 +116,9 @@ class Generator:
         self._prefill_block = compiled(model, prefill, donate=True)
         self._prefill_row = compiled(model, prefill_one, donate=True)
         self._block_loss = compiled(model, loss, donate=True)
-        self._decode = compiled(model, decode_rows, donate=True, static=("with_logprobs",))
+        self._decode = compiled(
+            model, decode_rows, donate=True, static=("with_logprobs", "num_likely")
+        )
         self._speculate = compiled(
             model,
             speculate_rows,
@@ -122,6 +127,7 @@ class Generator:
             read=lambda: model.speculation.variables,
         )
         self._put = compiled(model, put, donate=True)
+        self._select = compiled(model, select)
         self._search = compiled(
             model, search_rows, static=("stop_token_ids",), assigned=sampler.variables
         )
@@ -251,6 +257,66 @@ class Generator:
             texts = [np.concatenate(pair) for pair in zip(history, texts, strict=True)]
         return self.model.speculation.start(texts)
 
+    def empty_state(self, num_tokens: int) -> Mamba2State:
+        """The state of one row that has read nothing, with room for `num_tokens`."""
+        room = {"room": room_for(num_tokens)} if self._needs_room else {}
+        return self._zeros(np.zeros(1, "int8"), **room)
+
+    def restored(self, state: Mamba2State, num_tokens: int) -> Mamba2State:
+        """A copy on the device of a state of `state.host.on_host`, as `empty_state` has room."""
+        if self._needs_room:
+            state = with_room_on_host(state, self.model.backbone, room_for(num_tokens))
+        return self._copy(state)
+
+    def read(self, state: Mamba2State, token_ids: np.ndarray) -> Mamba2State:
+        """The state of one row after `token_ids`, all of them. `state` cannot be used any more.
+
+        A long prompt may be read in pieces, with other work between them.
+        """
+        state = self._feed(state, [token_ids])
+        ops.convert_to_numpy(state.length)  # waits for the device
+        return state
+
+    def sequences(
+        self,
+        state: Mamba2State,
+        prompt: np.ndarray,
+        limit: int,
+        stop_token_ids: Sequence[int] = (),
+        count: int = 1,
+        seed: int = 0,
+        **parameters: Any,
+    ) -> list[Rows]:
+        """`count` rows, each for `insert`, that continue `prompt` from one `state`.
+
+        They get the tokens that rows of `start` get. Their arrays have the same shapes whatever
+        the arguments are, so that all can take any place in one loop.
+
+        Args:
+            state: the `Mamba2State` of one row after all of the prompt but its last token.
+            prompt: token ids, all of them.
+            limit: int, how many tokens a row may get.
+            stop_token_ids: as in `start`, at most `STOP_TOKEN_CAPACITY`.
+            count: int, the number of sequences.
+            seed: int, as there.
+            **parameters: of `FilterSampler`, whatever the model's sampler is.
+        """
+        row = Rows(
+            state=state.with_token(np.array(prompt[-1:], "int32")),
+            remaining=np.array([limit], "int32"),
+            stop_token_ids=stop_tokens(stop_token_ids, 1),
+            seen=seen_ids([prompt], self.model.backbone.vocabulary_size),
+            keys=(),
+            sampling=Sampling.of_rows(1, **parameters),
+        )
+        generators = self._filters.variables
+        keys = row_keys(seed, [()] * count, len(generators), generators[0].dtype)
+        return [row._replace(keys=keys[i : i + 1]) for i in range(count)]
+
+    def select(self, rows: Any, indices: Sequence[int]) -> Any:
+        """The rows at `indices`, of `Rows` or of a state. The given ones stay as they were."""
+        return self._select(rows, np.array(indices, "int32"))
+
     def insert(self, rows: Rows, index: int, row: Rows) -> Rows:
         """`rows` with `row`, a batch of one, at `index`. The given `rows` cannot be used any more.
 
@@ -271,8 +337,31 @@ class Generator:
         `(b DECODE_CAPACITY)`, with -1 after a row has stopped, -2 where its logits are not
         finite; and log probabilities of the same shape, if asked for.
         """
-        rows = rows._replace(state=self.with_room(rows.state, num_steps))
-        return self._decode(rows, np.array(num_steps, "int32"), with_logprobs=with_logprobs)
+        num_steps = np.array(num_steps, "int32")
+        rows = self._roomy(rows, num_steps)
+        return self._decode(rows, num_steps, with_logprobs=with_logprobs)[:3]
+
+    def advance_telling(self, rows: Rows, num_steps: int, num_likely: int, asked: bool):
+        """As `advance`, by one program whether log probabilities are asked for or not.
+
+        Returns the new rows; the tokens; log probabilities of the same shape; and a `Likely`, with
+        the `num_likely` likeliest tokens at each place. The last two are zeros, unless `asked`.
+        """
+        num_steps = np.array(num_steps, "int32")
+        return self._decode(
+            self._roomy(rows, num_steps),
+            num_steps,
+            np.array(asked),
+            with_logprobs=True,
+            num_likely=num_likely,
+        )
+
+    def _roomy(self, rows: Rows, num_steps) -> Rows:
+        """`rows` with room for the tokens of a run."""
+        if not self._needs_room:
+            return rows
+        new = np.minimum(ops.convert_to_numpy(rows.remaining), num_steps)
+        return rows._replace(state=self.with_room(rows.state, new))
 
     def speculate(self, rows: Rows, num_rounds: int, num_tokens: int, with_logprobs: bool = False):
         """As `advance`, in at most `num_rounds` rounds with `num_tokens` proposals.
@@ -368,5 +457,10 @@ def prompts_of(inputs: Mapping[str, Any]) -> tuple[list[np.ndarray], np.ndarray]
     """The rows without their padding, and how many tokens fit after each."""
     token_ids = np.asarray(ops.convert_to_numpy(inputs["token_ids"]))
     padding_mask = np.asarray(ops.convert_to_numpy(inputs["padding_mask"])).astype(bool)
+    if token_ids.ndim != 2 or token_ids.shape != padding_mask.shape:
+        raise ValueError(
+            "`token_ids` and `padding_mask` must have one shape, (b t). Received: "
+            f"token_ids.shape={token_ids.shape}, padding_mask.shape={padding_mask.shape}"
+        )
     prompts = [row[mask] for row, mask in zip(token_ids, padding_mask, strict=True)]
     return prompts, token_ids.shape[1] - padding_mask.sum(axis=1)

@@ -15,4 +15,9 @@ def put(rows, index, row):
 
 def take(rows, index):
     """The row at `index` as a batch of one."""
-    return tree.map_structure(lambda leaf: ops.take(leaf, index[None], axis=0), rows)
+    return select(rows, index[None])
+
+
+def select(rows, indices):
+    """The rows at `indices` `(n)`, in this order."""
+    return tree.map_structure(lambda leaf: ops.take(leaf, indices, axis=0), rows)

@@ -6,10 +6,12 @@ from keras import ops
 from keras_mamba2.host.decoding import Decoding
 from keras_mamba2.host.rows import DECODE_CAPACITY
 
-# How many tokens may be proposed, each number being a program. One more row in every product
-# costs little while they are few: benchmarks/README.md.
+# How many tokens may be proposed, each number being a program.
 CHOICES = (3, 7)
-COST_OF_A_ROW = 0.08  # of a step
+# What they cost, in steps: that there is more than one row in a product, and each further row. On a
+# CPU the product of a matrix with one row is a faster one: benchmarks/README.md.
+COST = {"cpu": (0.2, 0.07)}
+ELSEWHERE = (0.0, 0.02)
 # Rounds before the choice is thought over; of a probe, after a while without proposals.
 ROUNDS, PROBE = 32, 6
 SHORTEST_PAUSE, LONGEST_PAUSE = 128, 2048  # tokens
@@ -92,7 +94,7 @@ class Pace:
         """How many times faster than without proposals, at the present acceptance."""
         a = self._acceptance or 0.0
         tokens = sum(a**i for i in range(k + 1))
-        return tokens / (1 + COST_OF_A_ROW * k + self._cost * (k + 1))
+        return tokens / (cost_of_a_round(k) + self._cost * (k + 1))
 
     def record(self, accepted: int, rejected: int) -> None:
         if self._fixed is not None or not accepted + rejected:
@@ -109,3 +111,11 @@ class Pace:
     def rest(self, num_tokens: int) -> None:
         """Takes note of tokens that were made without proposals."""
         self.pause -= num_tokens
+
+
+def cost_of_a_round(k: int) -> float:
+    """Of the model, in steps."""
+    import jax
+
+    block, row = COST.get(jax.default_backend(), ELSEWHERE)
+    return 1 + block + row * k

@@ -43,6 +43,10 @@ class TextStream:
         self._open: list[int] = []
         self._held = ""  # decoded, but it may begin a stop string
 
+    @property
+    def has_stop_strings(self) -> bool:
+        return bool(self._stop_strings)
+
     def push(self, token_ids: Iterable[int]) -> str:
         """Takes new tokens, and returns the text that has become certain."""
         if self.stopped:

@@ -4,11 +4,14 @@ from typing import NamedTuple
 import keras
 import keras_hub
 from keras import ops
+from keras import tree
 
+from keras_mamba2._compat.keras_layers import flatten_layers
 from keras_mamba2.arguments import BOOLEAN
 from keras_mamba2.arguments import POSITIVE
 from keras_mamba2.arguments import SIZE
 from keras_mamba2.arguments import check_attributes
+from keras_mamba2.arguments import choice
 from keras_mamba2.arguments import integer
 from keras_mamba2.arguments import number
 from keras_mamba2.arguments import optional
@@ -17,19 +20,28 @@ from keras_mamba2.layers.projection import Projection
 from keras_mamba2.layers.sublayer import StateTensor
 from keras_mamba2.layers.sublayer import Sublayer
 from keras_mamba2.ops import causal_conv1d
-from keras_mamba2.ops import causal_conv1d_commit
-from keras_mamba2.ops import causal_conv1d_extend
 from keras_mamba2.ops import causal_conv1d_step
+from keras_mamba2.ops.causal_conv import causal_conv1d_commit
+from keras_mamba2.ops.causal_conv import causal_conv1d_extend
 from keras_mamba2.ops.checks import float32_at_least
 from keras_mamba2.ops.open_chunk import put_tokens
 from keras_mamba2.ops.segments import documents_of
+
+KEY_VALUE_DTYPE = optional(choice("int8"))
+
+
+class Rounded(NamedTuple):
+    """Keys or values in int8, each vector with its own scale."""
+
+    rounded: keras.KerasTensor  # (b g c p), int8
+    scale: keras.KerasTensor  # (b g c 1), float32
 
 
 class AttentionState(NamedTuple):
     """The keys and values of the tokens before, with room for c tokens."""
 
-    keys: keras.KerasTensor  # (b g c p), compute dtype, rotated
-    values: keras.KerasTensor  # (b g c p), compute dtype
+    keys: keras.KerasTensor | Rounded  # (b g c p), compute dtype, rotated
+    values: keras.KerasTensor | Rounded  # (b g c p), compute dtype
     length: keras.KerasTensor  # (b) int32, how many of the c places are filled
     conv: keras.KerasTensor | tuple = ()  # (b k-1 (h+2g)p), compute dtype; () without convolution
 
@@ -37,8 +49,8 @@ class AttentionState(NamedTuple):
 class AttentionChunk(NamedTuple):
     """What attention keeps of the q tokens of an open chunk."""
 
-    keys: keras.KerasTensor  # (b g q p), compute dtype, rotated
-    values: keras.KerasTensor  # (b g q p), compute dtype
+    keys: keras.KerasTensor | Rounded  # (b g q p), compute dtype, rotated
+    values: keras.KerasTensor | Rounded  # (b g q p), compute dtype
     conv: keras.KerasTensor | tuple = ()  # (b q (h+2g)p), the convolution's inputs
 
 
@@ -66,6 +78,9 @@ class Attention(Sublayer):
             taps, with a bias. 0 for none.
         adapter_rank: int, something of this rank is added to the projections of queries, keys and
             values. `None` for nothing.
+        key_value_dtype: `"int8"`, in which a state keeps keys and values. What is read after a
+            state, and in a sequence with one, is rounded alike; a plain call rounds nothing.
+            `None` for the compute dtype.
         shared: another `Attention`, whose projections are used. Not saved by `get_config`: who
             shares them says so. `None` for own projections.
         **kwargs: see `keras.layers.Layer`.
@@ -100,6 +115,7 @@ class Attention(Sublayer):
         input_dim: int | None = None,
         conv_kernel_size: int = 0,
         adapter_rank: int | None = None,
+        key_value_dtype: str | None = None,
         shared: "Attention | None" = None,
         **kwargs,
     ):
@@ -117,6 +133,7 @@ class Attention(Sublayer):
         self.input_dim = hidden_dim if input_dim is None else input_dim
         self.conv_kernel_size = conv_kernel_size
         self.adapter_rank = adapter_rank
+        self.key_value_dtype = key_value_dtype
         self._check_config()
         self.query_dim = num_query_heads * head_dim
         self.key_dim = num_key_value_heads * head_dim
@@ -163,6 +180,7 @@ class Attention(Sublayer):
             input_dim=SIZE,
             conv_kernel_size=integer(at_least=0),
             adapter_rank=optional(SIZE),
+            key_value_dtype=KEY_VALUE_DTYPE,
         )
         if self.num_query_heads % self.num_key_value_heads:
             raise ValueError(
@@ -220,18 +238,11 @@ class Attention(Sublayer):
         qkv, conv_state = self._project(x, state.conv, mask, segment_ids)
         q, k, v = self._heads(qkv, documents.positions)
         q = ops.reshape(q, (b, t, self.num_key_value_heads, -1, self.head_dim))
-        k, v = ops.transpose(k, (0, 2, 1, 3)), ops.transpose(v, (0, 2, 1, 3))  # (b g t p)
-        c = state.keys.shape[2]
-        filled = ops.arange(c) < state.length[:, None]  # (b c)
+        k, v = self._stored(k), self._stored(v)
+        filled = ops.arange(_places(state.keys)) < state.length[:, None]  # (b c)
         before = filled[:, None] & documents.continues[..., None]  # (b t c)
         seen = ops.broadcast_to(_sees(mask, segment_ids, t) | ops.eye(t, dtype="bool"), (b, t, t))
-        scores = [ops.einsum("btgrp,bgcp->bgrtc", q, keys) for keys in (state.keys, k)]
-        weights = self._softmax(
-            ops.concatenate(scores, axis=-1),
-            ops.concatenate([before, seen], axis=-1)[:, None, None],
-        )
-        y = ops.einsum("bgrtc,bgcp->btgrp", weights[..., :c], state.values)
-        y = y + ops.einsum("bgrtc,bgcp->btgrp", weights[..., c:], v)
+        y = self._attend(q, (state.keys, k), (state.values, v), (before, seen))
         keys, values = _append(state.keys, k, documents), _append(state.values, v, documents)
         state = AttentionState(keys, values, documents.after + documents.new, conv_state)
         return self.output_projection(_nan_without_room(self._joined(y), state)), state
@@ -244,12 +255,12 @@ class Attention(Sublayer):
         q, k, v = self._heads(qkv, state.length[:, None])
         q = ops.reshape(q, (b, self.num_key_value_heads, -1, self.head_dim))  # (b g r p)
         count = ops.cast(going, "int32")
-        keys = _put(state.keys, ops.transpose(k, (0, 2, 1, 3)), state.length, count)
-        values = _put(state.values, ops.transpose(v, (0, 2, 1, 3)), state.length, count)
-        filled = ops.arange(state.keys.shape[2]) <= state.length[:, None]
-        scores = ops.einsum("bgrp,bgcp->bgrc", q, keys)
+        keys = _put(state.keys, self._stored(k), state.length, count)
+        values = _put(state.values, self._stored(v), state.length, count)
+        filled = ops.arange(_places(keys)) <= state.length[:, None]
+        scores = ops.einsum("bgrp,bgcp->bgrc", q, self._read(keys))
         weights = self._softmax(scores, filled[:, None, None])
-        y = ops.reshape(ops.einsum("bgrc,bgcp->bgrp", weights, values), (b, -1))
+        y = ops.reshape(ops.einsum("bgrc,bgcp->bgrp", weights, self._read(values)), (b, -1))
         state = AttentionState(keys, values, state.length + count, conv_state)
         return self.output_projection(_nan_without_room(y, state)), state
 
@@ -264,19 +275,13 @@ class Attention(Sublayer):
         place = start + ops.arange(t, dtype="int32")
         q, k, v = self._heads(qkv, state.length[:, None] + place)
         q = ops.reshape(q, (b, t, self.num_key_value_heads, -1, self.head_dim))
-        k, v = ops.transpose(k, (0, 2, 1, 3)), ops.transpose(v, (0, 2, 1, 3))
-        keys = put_tokens(chunk.keys, k, start, axis=2)
-        values = put_tokens(chunk.values, v, start, axis=2)
-        c = state.keys.shape[2]
+        keys = _put_in_chunk(chunk.keys, self._stored(k), start)
+        values = _put_in_chunk(chunk.values, self._stored(v), start)
+        c, size = _places(state.keys), _places(keys)
         before = (ops.arange(c) < state.length[:, None])[:, None]  # (b 1 c)
-        seen = place[:, None] >= ops.arange(keys.shape[2])  # (t q)
-        scores = [ops.einsum("btgrp,bgcp->bgrtc", q, past) for past in (state.keys, keys)]
-        is_seen = [ops.broadcast_to(before, (b, t, c)), ops.broadcast_to(seen, (b, *seen.shape))]
-        weights = self._softmax(
-            ops.concatenate(scores, axis=-1), ops.concatenate(is_seen, axis=-1)[:, None, None]
-        )
-        y = ops.einsum("bgrtc,bgcp->btgrp", weights[..., :c], state.values)
-        y = y + ops.einsum("bgrtc,bgcp->btgrp", weights[..., c:], values)
+        seen = place[:, None] >= ops.arange(size)  # (t q)
+        is_seen = ops.broadcast_to(before, (b, t, c)), ops.broadcast_to(seen, (b, t, size))
+        y = self._attend(q, (state.keys, keys), (state.values, values), is_seen)
         y = _nan_without_room(self._joined(y), state)
         return self.output_projection(y), AttentionChunk(keys, values, inputs)
 
@@ -292,13 +297,12 @@ class Attention(Sublayer):
         )
 
     def chunk_spec(self, size: int) -> AttentionChunk:
-        keys = StateTensor((self.num_key_value_heads, size, self.head_dim), self.compute_dtype)
+        keys = self._stored_spec(size)
         conv = StateTensor((size, self.conv_dim), self.compute_dtype)
         return AttentionChunk(keys, keys, conv if self.conv_kernel_size else ())
 
     def state_spec(self, max_length: int | None = None) -> AttentionState:
-        shape = (self.num_key_value_heads, max_length, self.head_dim)
-        tensor = StateTensor(shape, self.compute_dtype, room_axis=1)
+        tensor = self._stored_spec(max_length)
         conv = ()
         if self.conv_kernel_size:
             conv = StateTensor((self.conv_kernel_size - 1, self.conv_dim), self.compute_dtype)
@@ -379,6 +383,43 @@ class Attention(Sublayer):
         rotated = ops.cast(rotated, x.dtype)
         return ops.concatenate([rotated, x[..., self.rotary_dim :]], axis=-1)
 
+    def _stored_spec(self, places: int | None):
+        """What keys, or values, are kept as."""
+        shape = (self.num_key_value_heads, places, self.head_dim)
+        if self.key_value_dtype is None:
+            return StateTensor(shape, self.compute_dtype, room_axis=1)
+        scale = StateTensor((*shape[:-1], 1), "float32", room_axis=1)
+        return Rounded(StateTensor(shape, "int8", room_axis=1), scale)
+
+    def _stored(self, x):
+        """Keys or values `(b t g p)` as a state keeps them, `(b g t p)`."""
+        x = ops.transpose(x, (0, 2, 1, 3))
+        if self.key_value_dtype is None:
+            return x
+        x = ops.cast(x, "float32")
+        scale = ops.max(ops.abs(x), axis=-1, keepdims=True) / 127
+        return Rounded(ops.cast(ops.round(x / ops.maximum(scale, 1e-30)), "int8"), scale)
+
+    def _read(self, stored):
+        if self.key_value_dtype is None:
+            return stored
+        x = ops.cast(stored.rounded, "float32") * stored.scale
+        return ops.cast(x, self.compute_dtype)
+
+    def _attend(self, q, keys, values, seen):
+        """Outputs `(b t g r p)`, from two parts of keys, of values, and of what is seen of them."""
+        scores = [ops.einsum("btgrp,bgcp->bgrtc", q, self._read(k)) for k in keys]
+        weights = self._softmax(
+            ops.concatenate(scores, axis=-1), ops.concatenate(seen, axis=-1)[:, None, None]
+        )
+        c = scores[0].shape[-1]
+        parts = weights[..., :c], weights[..., c:]
+        first, second = (
+            ops.einsum("bgrtc,bgcp->btgrp", part, self._read(v))
+            for part, v in zip(parts, values, strict=True)
+        )
+        return first + second
+
     def _softmax(self, scores, seen):
         scores = ops.cast(scores, float32_at_least(self.compute_dtype)) * self._scale
         weights = ops.softmax(ops.where(seen, scores, -1e30), axis=-1)
@@ -407,9 +448,22 @@ class Attention(Sublayer):
                 "input_dim": self.input_dim,
                 "conv_kernel_size": self.conv_kernel_size,
                 "adapter_rank": self.adapter_rank,
+                "key_value_dtype": self.key_value_dtype,
             }
         )
         return config
+
+
+def set_key_value_dtype(model, value: str | None) -> None:
+    """Sets it for all attention of `model`. States made before do not fit after."""
+    layers = [layer for layer in flatten_layers(model) if isinstance(layer, Attention)]
+    if value is not None and not layers:
+        raise ValueError(
+            "`key_value_dtype` is for attention, and the model has no attention. "
+            f"Received: key_value_dtype={value!r}"
+        )
+    for layer in layers:
+        layer.key_value_dtype = KEY_VALUE_DTYPE("key_value_dtype", value)
 
 
 def _sees(mask, segment_ids, t: int):
@@ -423,35 +477,54 @@ def _sees(mask, segment_ids, t: int):
     return seen
 
 
+# What follows takes keys or values as they are stored: a tensor, or the tensors of `Rounded`.
+
+
+def _places(stored) -> int:
+    return tree.flatten(stored)[0].shape[2]
+
+
 def _put(cache, new, length, count):
-    """`cache` `(b g c p)` with the first `count` `(b)` of `new` `(b g t p)` after `length` `(b)`.
+    """`cache` `(b g c .)` with the first `count` `(b)` of `new` `(b g t .)` after `length` `(b)`.
 
     Without room for them it is wrong, and later outputs are NaN.
     """
-    b, g, t, p = new.shape
-    index = ops.arange(t, dtype="int32")
-    is_new = (index < count[:, None]) & (length[:, None] + index < cache.shape[2])  # (b t)
+    b, g, t = tree.flatten(new)[0].shape[:3]
+    index, room = ops.arange(t, dtype="int32"), _places(cache)
+    is_new = (index < count[:, None]) & (length[:, None] + index < room)  # (b t)
     # The others write once more what stands at the first place, so that one scatter does it all.
-    place = ops.minimum(length[:, None] + ops.where(is_new, index, 0), cache.shape[2] - 1)
-    old = ops.take_along_axis(cache, place[:, None, :1, None], axis=2)  # (b g 1 p)
-    first = ops.where(is_new[:, None, :1, None], new[:, :, :1], old)
-    new = ops.where(is_new[:, None, :, None], new, first)
+    place = ops.minimum(length[:, None] + ops.where(is_new, index, 0), room - 1)
     axes = ops.arange(b)[:, None, None], ops.arange(g)[:, None], place[:, None]
     indices = ops.stack([ops.broadcast_to(ops.cast(a, "int32"), (b, g, t)) for a in axes], axis=-1)
-    updates = ops.reshape(new, (-1, p))
-    return ops.scatter_update(cache, ops.reshape(indices, (-1, 3)), updates)
+    indices = ops.reshape(indices, (-1, 3))
+
+    def put(cache, new):
+        old = ops.take_along_axis(cache, place[:, None, :1, None], axis=2)  # (b g 1 .)
+        first = ops.where(is_new[:, None, :1, None], new[:, :, :1], old)
+        new = ops.where(is_new[:, None, :, None], new, first)
+        return ops.scatter_update(cache, indices, ops.reshape(new, (b * g * t, -1)))
+
+    return tree.map_structure(put, cache, new)
+
+
+def _put_in_chunk(chunk, new, start):
+    return tree.map_structure(lambda old, new: put_tokens(old, new, start, axis=2), chunk, new)
 
 
 def _append(cache, new, documents):
-    """`cache` `(b g c p)` with what belongs to a row's last document of `new` `(b g t p)`."""
-    place = ops.arange(cache.shape[2]) - documents.after[:, None]  # (b c), among the new tokens
-    source = ops.clip(documents.first[:, None] + place, 0, new.shape[2] - 1)
-    moved = ops.take_along_axis(new, source[:, None, :, None], axis=2)
+    """`cache` `(b g c .)` with what belongs to a row's last document of `new` `(b g t .)`."""
+    place = ops.arange(_places(cache)) - documents.after[:, None]  # (b c), among the new tokens
+    source = ops.clip(documents.first[:, None] + place, 0, _places(new) - 1)
     is_new = (place >= 0) & (place < documents.new[:, None])
-    return ops.where(is_new[:, None, :, None], moved, cache)
+
+    def append(cache, new):
+        moved = ops.take_along_axis(new, source[:, None, :, None], axis=2)
+        return ops.where(is_new[:, None, :, None], moved, cache)
+
+    return tree.map_structure(append, cache, new)
 
 
 def _nan_without_room(y, state: AttentionState):
-    fits = state.length <= state.keys.shape[2]
+    fits = state.length <= _places(state.keys)
     fits = ops.reshape(fits, (-1, *[1] * (len(y.shape) - 1)))
     return ops.where(fits, y, ops.cast(float("nan"), y.dtype))

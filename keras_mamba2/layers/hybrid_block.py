@@ -1,5 +1,6 @@
 import keras
 
+from keras_mamba2._compat.keras_layers import flatten_layers
 from keras_mamba2.arguments import instance
 from keras_mamba2.layers.residual_block import ResidualBlock
 from keras_mamba2.layers.sublayer import Sublayer
@@ -18,6 +19,14 @@ class HybridBlock(ResidualBlock):
     def __init__(self, hidden_dim: int, sublayer: Sublayer, **kwargs):
         super().__init__(hidden_dim, **kwargs)
         self._sublayer = instance(Sublayer)("sublayer", sublayer)
+        adds_loss = any(
+            getattr(part, "load_balancing_loss", 0) for part in flatten_layers(sublayer)
+        )
+        if self.remat and adds_loss:
+            raise ValueError(
+                "With `remat` a block is computed twice, and would add its `load_balancing_loss` "
+                "where it is lost. Pass `remat=False`, or `load_balancing_loss=0`."
+            )
 
     @property
     def sublayer(self) -> Sublayer:

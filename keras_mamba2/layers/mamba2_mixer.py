@@ -25,14 +25,14 @@ from keras_mamba2.layers.projection import Projection
 from keras_mamba2.layers.sublayer import StateTensor
 from keras_mamba2.layers.sublayer import Sublayer
 from keras_mamba2.ops import causal_conv1d
-from keras_mamba2.ops import causal_conv1d_commit
-from keras_mamba2.ops import causal_conv1d_extend
 from keras_mamba2.ops import causal_conv1d_step
-from keras_mamba2.ops import commit_chunk
-from keras_mamba2.ops import open_chunk_output
 from keras_mamba2.ops import ssd_step
+from keras_mamba2.ops.causal_conv import causal_conv1d_commit
+from keras_mamba2.ops.causal_conv import causal_conv1d_extend
 from keras_mamba2.ops.checks import float32_at_least
 from keras_mamba2.ops.chunk_size import default_chunk_size
+from keras_mamba2.ops.open_chunk import commit_chunk
+from keras_mamba2.ops.open_chunk import open_chunk_output
 from keras_mamba2.ops.open_chunk import put_tokens
 
 
@@ -359,7 +359,7 @@ class Mamba2Mixer(Sublayer):
             ssm=commit_chunk(*self._inputs(chunk), state=state.ssm, count=count),
         )
 
-    def _inputs(self, chunk: MixerChunk):
+    def _inputs(self, chunk: MixerChunk) -> tuple[Any, Any, Any, Any]:
         """x, dt, A and B of the tokens of an open chunk, as `ssd` takes them."""
         b, q = ops.shape(chunk.x)[:2]
         x = ops.reshape(chunk.x, (b, q, self.num_heads, self.head_dim))

@@ -43,14 +43,18 @@ class MixtureOfExperts(Stateless):
         weights_multiplier: float, the weights are multiplied by it.
         latent_dim: int, experts compute on a projection of this size. `None` for none.
         use_bias: bool, whether the projections to and from it have a bias.
+        load_balancing_loss: float. In training so many times the load-balancing loss of Switch
+            Transformers, `e * sum(share of tokens * mean probability)` over experts, is added, so
+            that all experts are used. Not with `remat`.
         **kwargs: see `keras.layers.Layer`.
 
     Call arguments:
         x: tensor `(... d)`.
-        mask: not needed.
+        mask: optional boolean tensor `(...)`. Only real tokens count in the load-balancing loss.
         segment_ids: not needed.
 
     Reference:
+        - [Fedus et al., 2021](https://arxiv.org/abs/2101.03961), load balancing
         - [Shazeer et al., 2017](https://arxiv.org/abs/1701.06538)
         - [DeepSeek-AI, 2024](https://arxiv.org/abs/2412.19437), sigmoid, groups, balancing bias
     """
@@ -75,10 +79,12 @@ class MixtureOfExperts(Stateless):
         weights_multiplier: float = 1.0,
         latent_dim: int | None = None,
         use_bias: bool = False,
+        load_balancing_loss: float = 0.0,
         **kwargs,
     ):
         super().__init__(**kwargs)
         self.supports_masking = True
+        self.load_balancing_loss = load_balancing_loss
         self.hidden_dim = hidden_dim
         self.intermediate_dim = intermediate_dim
         self.num_experts = num_experts
@@ -118,6 +124,7 @@ class MixtureOfExperts(Stateless):
             weights_multiplier=number(),
             latent_dim=optional(SIZE),
             use_bias=BOOLEAN,
+            load_balancing_loss=number(at_least=0),
         )
         e, groups = self.num_experts, self.num_expert_groups
         if groups > 1 and (e % groups or e // groups < 2 or self.scoring != "sigmoid"):
@@ -163,9 +170,12 @@ class MixtureOfExperts(Stateless):
             self.latent_down.build((None, self.hidden_dim))
             self.latent_up.build((None, self.latent_dim))
 
-    def call(self, x, mask=None, segment_ids=None):
+    def call(self, x, mask=None, segment_ids=None, training=None):
         tokens = ops.reshape(x, (-1, self.hidden_dim))  # (n d)
         weights, experts = self.route(tokens)
+        if training and self.load_balancing_loss:
+            mask = None if mask is None else ops.reshape(mask, (-1,))
+            self.add_loss(self.load_balancing_loss * self._imbalance(tokens, experts, mask))
         tokens = tokens if self.latent_down is None else self.latent_down(tokens)
         y = grouped_matmul(tokens, weights, experts, self.num_experts, self._experts)
         y = y if self.latent_up is None else self.latent_up(y)
@@ -180,10 +190,30 @@ class MixtureOfExperts(Stateless):
             up = self._activation(up)
         return matmul(up, ops.convert_to_tensor(self.experts_down))
 
+    def _imbalance(self, x, experts, mask):
+        """k where every expert gets as many of the tokens `(n d)`, and more where not."""
+        logits = self._router_logits(x)
+        if self.scoring == "softmax":
+            probabilities = ops.softmax(logits, axis=-1)
+        else:
+            scores = ops.sigmoid(logits)
+            probabilities = scores / ops.sum(scores, axis=-1, keepdims=True)
+        e = self.num_experts
+        counts = ops.sum(ops.one_hot(experts, e, dtype=logits.dtype), axis=1)  # (n e)
+        real = (
+            ops.ones_like(logits[:, :1]) if mask is None else ops.cast(mask, logits.dtype)[:, None]
+        )
+        total = ops.maximum(ops.sum(real), 1)
+        share, mean = (ops.sum(a * real, axis=0) / total for a in (counts, probabilities))
+        return e * ops.sum(share * mean)
+
+    def _router_logits(self, x):
+        dtype = float32_at_least(self.compute_dtype)
+        return ops.matmul(ops.cast(x, dtype), ops.cast(self.router, dtype))
+
     def route(self, x):
         """The experts of each token `(n d)` and their weights: `(weights, experts)`, `(n k)`."""
-        dtype = float32_at_least(self.compute_dtype)
-        logits = ops.matmul(ops.cast(x, dtype), ops.cast(self.router, dtype))
+        logits = self._router_logits(x)
         k = self.num_experts_per_token
         if self.scoring == "softmax":
             logits, experts = ops.top_k(logits, k)
@@ -238,6 +268,7 @@ class MixtureOfExperts(Stateless):
                 "weights_multiplier": self.weights_multiplier,
                 "latent_dim": self.latent_dim,
                 "use_bias": self.use_bias,
+                "load_balancing_loss": self.load_balancing_loss,
             }
         )
         return config

@@ -4,10 +4,13 @@ from typing import Any
 
 import keras
 
+from keras_mamba2._compat.keras_layers import flatten_layers
 from keras_mamba2.arguments import STRING
 from keras_mamba2.arguments import instance
 from keras_mamba2.arguments import several
+from keras_mamba2.layers.attention import KEY_VALUE_DTYPE
 from keras_mamba2.layers.attention import Attention
+from keras_mamba2.layers.attention import set_key_value_dtype
 from keras_mamba2.layers.fed_block import FedBlock
 from keras_mamba2.layers.gated_rms_normalization import GatedRMSNormalization
 from keras_mamba2.layers.hybrid_block import HybridBlock
@@ -66,6 +69,8 @@ class Mamba2HybridBackbone(ResidualBackbone):
         dropout: float, the rate at which embeddings and the outputs of blocks are dropped in
             training.
         remat: bool, whether the inside of blocks is computed again in the backward pass.
+        key_value_dtype: `"int8"`, in which states keep the keys and values of all attention, at
+            half the bytes of bfloat16. `None` for the compute dtype.
         dtype: string or `keras.DTypePolicy`.
         **kwargs: `name` and `trainable`.
 
@@ -109,10 +114,12 @@ class Mamba2HybridBackbone(ResidualBackbone):
         unpadded_vocabulary_size: int | None = None,
         dropout: float = 0.0,
         remat: bool = False,
+        key_value_dtype: str | None = None,
         dtype=None,
         **kwargs,
     ):
         check_dtype(dtype)
+        KEY_VALUE_DTYPE("key_value_dtype", key_value_dtype)
         unpadded_vocabulary_size = checked_tokens(vocabulary_size, unpadded_vocabulary_size)
         _check_blocks(blocks, sublayers)
         self.embedding_multiplier = embedding_multiplier
@@ -151,6 +158,13 @@ class Mamba2HybridBackbone(ResidualBackbone):
         self.unpadded_vocabulary_size = unpadded_vocabulary_size
         self.dropout = dropout
         self.remat = remat
+        if key_value_dtype is not None:
+            set_key_value_dtype(self, key_value_dtype)
+
+    @property
+    def key_value_dtype(self) -> str | None:
+        attention = (layer for layer in flatten_layers(self) if isinstance(layer, Attention))
+        return next((layer.key_value_dtype for layer in attention), None)
 
     @property
     def architecture(self) -> str:
@@ -178,6 +192,7 @@ class Mamba2HybridBackbone(ResidualBackbone):
                 "unpadded_vocabulary_size": self.unpadded_vocabulary_size,
                 "dropout": self.dropout,
                 "remat": self.remat,
+                "key_value_dtype": self.key_value_dtype,
             }
         )
         return config

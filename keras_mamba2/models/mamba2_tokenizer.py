@@ -231,6 +231,8 @@ class Mamba2Tokenizer(AtomicPreset, keras_hub.tokenizers.Tokenizer):
         if uses_tensorflow(self):
             return self._detokenize_tf(inputs)
         try:
+            if _has_fractions(inputs):
+                raise TypeError
             rows, batched = canonicalize_python_token_inputs(inputs)
         except (TypeError, ValueError):
             raise ValueError(
@@ -249,9 +251,15 @@ class Mamba2Tokenizer(AtomicPreset, keras_hub.tokenizers.Tokenizer):
 
     def _decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
         try:
-            return self.engine.decode_batch([list(row) for row in rows], skip_special_tokens=False)
+            texts = self.engine.decode_batch([list(row) for row in rows], skip_special_tokens=False)
         except (OverflowError, TypeError):
             raise ValueError(f"Token ids must be integers >= 0. Received: {shown(rows)}") from None
+        unknown = next((id for row in rows for id in row if id >= self.num_ids), None)
+        if unknown is not None:
+            raise ValueError(
+                f"Token ids must be below {self.num_ids}, the number of tokens. Received: {unknown}"
+            )
+        return texts
 
     @preprocessing_function
     def _tokenize_tf(self, inputs):
@@ -374,3 +382,12 @@ def _load(path) -> tokenizers.Tokenizer:
     except Exception as error:  # the library raises bare exceptions
         reason = "there is no such file" if not os.path.exists(path) else error
         raise ValueError(f"{path} could not be read as a tokenizer: {reason}") from error
+
+
+def _has_fractions(inputs) -> bool:
+    """Whether token ids, as an array or in lists, are floats: Keras would cut them off."""
+    if hasattr(inputs, "dtype"):
+        return not keras.backend.is_int_dtype(inputs.dtype)
+    if isinstance(inputs, list | tuple):
+        return any(map(_has_fractions, inputs))
+    return isinstance(inputs, float)

@@ -40,14 +40,20 @@ def check(backbone, config) -> None:
     """Raises for what Keras finds out when the model is half quantized.
 
     Raises:
-        ValueError: for GPTQ and AWQ without data or tokenizer, and GPTQ with weights that are not
-            float32, or groups that Keras cannot count.
+        ValueError: for GPTQ and AWQ without data or tokenizer, or of blocks that Keras cannot run
+            alone, and GPTQ with weights that are not float32, or groups that Keras cannot count.
     """
     CONFIG("config", config)
     if config is None or config.mode not in CALIBRATED_MODES:
         return
     if config.dataset is None or config.tokenizer is None:
         raise ValueError(f"{type(config).__name__} needs a `dataset` and a `tokenizer`.")
+    if any(block.sees_embeddings for block in backbone.blocks):
+        raise ValueError(
+            "GPTQ and AWQ of Keras run block after block, and blocks of this model also see the "
+            "embeddings of the tokens. Quantize it to 'int8' or 'int4'. "
+            f"Received: mode={config.mode!r}"
+        )
     if config.mode == "awq":
         return
     if backbone.variable_dtype != "float32":

@@ -9,15 +9,21 @@ JAX, get the plain product.
 """
 
 import functools
+import math
 
 import keras
 from keras import ops
+
+# Of x, where it pays to have the matrix `(e d)` on the left of a product.
+FEW_ROWS = range(2, 33)
 
 
 def matmul(x, kernel, layout: str = "de"):
     """`x` `(... d)` times `kernel`, `(d e)` or, with the layout "ed", `(e d)`."""
     kernel = ops.convert_to_tensor(kernel)
-    if not is_bfloat16_on_jax(x, kernel):
+    if layout == "ed" and are_on_jax("float32", x, kernel) and _num_rows(x) in FEW_ROWS:
+        return _matrix_first(x, kernel)
+    if not are_on_jax("bfloat16", x, kernel):
         return ops.matmul(x, kernel if layout == "de" else ops.transpose(kernel))
     from jax import lax
     from jax import numpy as jnp
@@ -34,9 +40,24 @@ def matmul(x, kernel, layout: str = "de"):
     )
 
 
+def _matrix_first(x, kernel):
+    """The product as `kernel x`, turned afterwards: for few rows XLA's is a fifth faster."""
+    from jax import lax
+
+    def product(x, kernel):
+        return ops.matmul(x, ops.transpose(kernel))
+
+    def turned(x, kernel):
+        rows = ops.reshape(x, (-1, x.shape[-1]))
+        y = lax.optimization_barrier(ops.matmul(kernel, ops.transpose(rows)))
+        return ops.reshape(ops.transpose(y), (*x.shape[:-1], kernel.shape[0]))
+
+    return lax.platform_dependent(x, kernel, cpu=turned, default=product)
+
+
 def take_rows(matrix, ids):
     """The rows `ids` `(...)` of `matrix` `(v d)`, `(... d)`."""
-    if not is_bfloat16_on_jax(matrix):
+    if not are_on_jax("bfloat16", matrix):
         return ops.take(matrix, ids, axis=0)
     import jax
     from jax import lax
@@ -56,9 +77,14 @@ def take_rows(matrix, ids):
     return lax.platform_dependent(matrix, ids, cpu=take_integers, default=take)
 
 
-def is_bfloat16_on_jax(*tensors) -> bool:
+def are_on_jax(dtype: str, *tensors) -> bool:
     dtypes = {keras.backend.standardize_dtype(tensor.dtype) for tensor in tensors}
-    return keras.config.backend() == "jax" and dtypes == {"bfloat16"}
+    return keras.config.backend() == "jax" and dtypes == {dtype}
+
+
+def _num_rows(x) -> int | None:
+    sizes = x.shape[:-1]
+    return math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
 
 
 def int8_matmul(x, kernel, kernel_scale, inputs_quantizer=None):

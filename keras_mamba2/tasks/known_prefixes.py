@@ -44,3 +44,10 @@ class KnownPrefixes:
     def copy(self) -> "KnownPrefixes":
         """Another collection of the same states, which never change."""
         return KnownPrefixes(self.limit, tuple(self._known))
+
+
+def common_length(a: np.ndarray, b: np.ndarray) -> int:
+    """How many tokens two texts begin with both."""
+    size = min(len(a), len(b))
+    differ = np.flatnonzero(a[:size] != b[:size])
+    return int(differ[0]) if len(differ) else size

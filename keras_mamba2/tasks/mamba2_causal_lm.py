@@ -20,6 +20,8 @@ from keras_mamba2.generation import Proposer
 from keras_mamba2.generation import check_speculation
 from keras_mamba2.generation import sampler_of
 from keras_mamba2.generation import use_compilation_cache
+from keras_mamba2.layers.attention import KEY_VALUE_DTYPE
+from keras_mamba2.layers.attention import set_key_value_dtype
 from keras_mamba2.models import Mamba2Backbone
 from keras_mamba2.models import Mamba2State
 from keras_mamba2.models import quantization
@@ -119,15 +121,17 @@ class Mamba2CausalLM(
             preset: the name of a preset, the path of a folder, or a handle `hf://user/name`.
             load_weights: bool. If false, the weights are those of a new model.
             **kwargs: as there. `dtype` is a policy or its name, or `"auto"` for the dtype that
-                the weights in the files have. `sequence_length` and `packing` are set on the
-                preprocessor: see `Mamba2CausalLMPreprocessor`.
+                the weights in the files have. `key_value_dtype="int8"` keeps keys and values of
+                attention in half the bytes of bfloat16. `sequence_length` and `packing` are set on
+                the preprocessor: see `Mamba2CausalLMPreprocessor`.
 
         Raises:
             ValueError: for an unknown preset, damaged files, an unknown keyword, and options of
                 the preprocessor together with `preprocessor`.
         """
         BOOLEAN("load_weights", load_weights)
-        check_names(cls, kwargs, "dtype", *PREPROCESSING)
+        check_names(cls, kwargs, "dtype", "key_value_dtype", *PREPROCESSING)
+        key_value_dtype = KEY_VALUE_DTYPE("key_value_dtype", kwargs.pop("key_value_dtype", None))
         options = {
             name: kind(name, kwargs.pop(name))
             for name, kind in PREPROCESSING.items()
@@ -136,6 +140,8 @@ class Mamba2CausalLM(
         if options and "preprocessor" in kwargs:
             raise ValueError(f"Set {', '.join(options)} on the `preprocessor` that you pass.")
         lm = cls._from_preset(preset, load_weights, **kwargs)
+        if key_value_dtype is not None:
+            set_key_value_dtype(lm.backbone, key_value_dtype)
         for name, value in options.items():
             setattr(lm.preprocessor, name, value)
         return lm

@@ -15,6 +15,7 @@ from keras_mamba2.host.text_stream import TextStreams
 from keras_mamba2.tasks.chat_options import ChatOptions
 from keras_mamba2.tasks.known_prefixes import KnownPrefix
 from keras_mamba2.tasks.known_prefixes import KnownPrefixes
+from keras_mamba2.tasks.known_prefixes import common_length
 
 # Two a turn: before the reply, and after it.
 KEPT_STATES = 8
@@ -132,7 +133,7 @@ class Mamba2Chat:
         known = self._known.longest(prompt) or NOTHING
         cached = len(known.token_ids)
         # What comes next will share it, also where a template drops what the reply begins with.
-        read = _common_length(turn, prompt)
+        read = common_length(turn, prompt)
         if read > cached:
             known = self._after(prompt[:read], known)
             self._known.add(*known)
@@ -228,10 +229,3 @@ class Mamba2Chat:
 
     def __repr__(self) -> str:
         return f"Mamba2Chat({len(self._messages)} messages)"
-
-
-def _common_length(a: np.ndarray, b: np.ndarray) -> int:
-    """How many tokens two texts begin with both."""
-    size = min(len(a), len(b))
-    differ = np.flatnonzero(a[:size] != b[:size])
-    return int(differ[0]) if len(differ) else size

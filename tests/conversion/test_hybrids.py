@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import keras
 import numpy as np
 import pytest
 
@@ -175,3 +176,12 @@ class TestWhereTransformersDiffersFromWhatTheWeightsWereTrainedWith:
         np.testing.assert_allclose(
             np.concatenate(found, axis=1), whole, rtol=0, atol=256 * EPS * np.abs(whole).max()
         )
+
+
+@pytest.mark.parametrize("config", [keras.quantizers.GPTQConfig, keras.quantizers.AWQConfig])
+def test_blocks_that_see_the_embeddings_are_not_calibrated(lm_of, config):
+    """Keras would run them without, and stop with the model half quantized."""
+    lm = lm_of("zamba, two blocks")
+    with pytest.raises(ValueError, match="also see the embeddings.*'int8' or 'int4'"):
+        lm.quantize(config=config(dataset=["a"], tokenizer=lm))
+    assert not any(layer.quantization_mode for layer in lm.backbone.blocks[0].projections)

@@ -106,6 +106,12 @@ def test_max_new_tokens_counts_for_each_row(lm, forward):
         assert row == continue_greedily(forward, prompt, 5)
 
 
+def test_ids_and_mask_have_one_shape(lm):
+    inputs = {"token_ids": np.ones((2, 3), "int32"), "padding_mask": np.ones((3, 3), "int32")}
+    with pytest.raises(ValueError, match=r"must have one shape.*\(2, 3\).*\(3, 3\)"):
+        lm.generate(inputs, stop_token_ids=None)
+
+
 def test_strip_prompt_returns_what_is_new(lm):
     prompts = prompts_of(4, 9)
     whole = rows(lm.generate(batch(prompts), stop_token_ids=None))

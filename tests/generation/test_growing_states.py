@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import keras_mamba2
-from keras_mamba2.host import room
+from keras_mamba2.host import room as host_room
 from keras_mamba2.layers import sublayer
+from keras_mamba2.state import room
 from tests import reference
 
 LEAST = 8  # tokens that fit at first, so that small texts grow too
@@ -19,7 +20,7 @@ NEW = 40
 @pytest.fixture(autouse=True, scope="module")
 def _little_room():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "LEAST_ROOM", LEAST)
+        patch.setattr(host_room, "LEAST_ROOM", LEAST)
         patch.setattr(sublayer, "LEAST_ROOM", LEAST)
         yield
 
@@ -167,3 +168,52 @@ def test_perplexity_is_that_of_the_loss(lm):
     logprobs = np.asarray(jax.nn.log_softmax(logits, axis=-1), "float64")[0, :-1]
     expected = np.exp(-logprobs[np.arange(len(ids) - 1), ids[1:]].mean())
     assert abs(lm.perplexity(text) / expected - 1) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def rounded(lm, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("int8") / "preset"
+    lm.save_to_preset(folder)
+    rounded = keras_mamba2.Mamba2CausalLM.from_preset(str(folder), key_value_dtype="int8")
+    rounded.compile(sampler="greedy")
+    return rounded
+
+
+class TestKeysAndValuesInInt8:
+    def test_text_goes_on_as_if_it_was_one(self, rounded):
+        generator = rounded.make_generate_function()
+        prompts = [np.array(prompt_of(n)) for n in (3, 21)]
+        limits = np.array([NEW, NEW])
+        whole = generator.generate(prompts, limits, ())
+        state = generator.prefill([prompt[:2] for prompt in prompts])
+        rows = generator.start([prompt[2:] for prompt in prompts], limits, state=state)
+        for ours, theirs in zip(generator.decode(rows).all_tokens(), whole, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        alone = generator.generate(prompts[1:], limits[1:], ())
+        np.testing.assert_array_equal(alone[0], whole[1])
+
+    def test_a_token_takes_less(self, lm, rounded, tmp_path):
+        states = [model.prefill("to be, or not to be").layers[1] for model in (lm, rounded)]
+        float32, int8 = (sum(leaf.nbytes for leaf in jax.tree.leaves(state)) for state in states)
+        assert int8 < 0.4 * float32  # of 8 numbers with a scale
+        session = rounded.start("to be, or not")
+        session.save(tmp_path / "session.safetensors")
+        again = rounded.resume(tmp_path / "session.safetensors")
+        assert again.generate(max_new_tokens=9) == session.generate(max_new_tokens=9)
+        with pytest.raises(ValueError, match=r"session\.safetensors"):
+            lm.resume(tmp_path / "session.safetensors")
+
+    def test_a_saved_model_keeps_it(self, rounded, tmp_path):
+        rounded.save_to_preset(tmp_path / "preset")
+        again = keras_mamba2.Mamba2HybridBackbone.from_preset(str(tmp_path / "preset"))
+        assert again.key_value_dtype == "int8"
+
+    @pytest.mark.parametrize("value", ["int4", "float32", 8])
+    def test_another_dtype_is_refused(self, rounded, value):
+        with pytest.raises(ValueError, match="key_value_dtype"):
+            keras_mamba2.Mamba2CausalLM.from_preset("granite_4.0_h_350m", key_value_dtype=value)
+
+    def test_a_model_without_attention_has_none(self):
+        preset = "mamba2_tiny_shakespeare"
+        with pytest.raises(ValueError, match="no attention|without attention"):
+            keras_mamba2.Mamba2CausalLM.from_preset(preset, key_value_dtype="int8")

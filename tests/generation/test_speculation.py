@@ -15,9 +15,10 @@ from keras import ops
 import keras_mamba2
 from keras_mamba2.generation import speculative_decoding
 from keras_mamba2.generation.speculative_decoding import Pace
-from keras_mamba2.host import room
+from keras_mamba2.host import room as host_room
 from keras_mamba2.host.rows import Rows
 from keras_mamba2.layers import sublayer
+from keras_mamba2.state import room
 from tests import reference
 
 NEW = 40
@@ -68,7 +69,7 @@ def model_of(kind, tokenizer, hidden_dim=32, vocabulary_size=257, seed=0):
 def _little_room():
     """So that states and texts grow in small tests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "LEAST_ROOM", 32)
+        patch.setattr(host_room, "LEAST_ROOM", 32)
         patch.setattr(sublayer, "LEAST_ROOM", 32)
         yield
 
@@ -276,7 +277,7 @@ class TestPace:
         while tokens < 3000:
             k = pace.num_tokens
             if k:
-                steps += pace.rounds * (1 + speculative_decoding.COST_OF_A_ROW * k)
+                steps += pace.rounds * speculative_decoding.cost_of_a_round(k)
                 tokens += pace.rounds
                 pace.record(0, pace.rounds)
             else:

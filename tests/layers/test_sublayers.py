@@ -300,6 +300,41 @@ def test_an_open_chunk_is_the_sequence_and_can_be_taken_back(name):
         assert_same_state(layer, new, truth)
 
 
+def test_keys_and_values_in_int8_are_rounded_once():
+    """In parts, in steps and in an open chunk alike; and little is lost."""
+    exact = layer_of("attention, rotary")
+    layer = Attention.from_config({**exact.get_config(), "key_value_dtype": "int8"})
+    layer.build((None, None, D))
+    for new, old in zip(layer.weights, exact.weights, strict=True):
+        new.assign(old)
+    x = random_input("attention, rotary")
+    whole, state = layer.call_with_state(x, layer.initial_state(2, T))
+    truth = truth_of(exact, x)
+    assert np.abs(np.asarray(whole) - truth).max() <= 0.02 * np.abs(truth).max()
+    assert {spec.dtype for spec in tree.flatten(layer.state_spec(T))} == {
+        "int8",
+        "int32",
+        "float32",
+    }
+
+    truth = np.asarray(whole, np.float64)
+    first, before = layer.call_with_state(x[:, :4], layer.initial_state(2, T))
+    second, after = layer.call_with_state(x[:, 4:], before)
+    assert_close(np.concatenate([first, second], axis=1), truth)
+    chunk = layer.open_chunk(2, T - 4)
+    y, chunk = layer.extend(x[:, 4:], before, chunk, 0)
+    assert_close(y, truth[:, 4:])
+    states = [state, after, layer.commit(before, chunk, np.array([T - 4, T - 4], "int32"))]
+    one, ys = before, []
+    for i in range(4, T):
+        y, one = layer.step(x[:, i], one)
+        ys.append(y)
+    assert_close(np.stack(ys, axis=1), truth[:, 4:])
+    for other in [*states[1:], one]:
+        for ours, theirs in zip(tree.flatten(other), tree.flatten(state), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
 @every
 def test_no_output_depends_on_a_later_or_a_padded_input(name):
     layer, x = layer_of(name), random_input(name, b=1, t=7)

@@ -1,0 +1,63 @@
+"""A prompt on its way into a state, piece by piece."""
+
+from keras_mamba2.generation import Generator
+from keras_mamba2.host.rows import Rows
+from keras_mamba2.serving.prefix_cache import PrefixCache
+from keras_mamba2.serving.requests import Request
+
+
+class Reading:
+    """Reads the prompt of one request, from where a state is known.
+
+    Args:
+        request: `Request`.
+        generator: the `Generator` of the model.
+        cache: `PrefixCache`, where reading begins, and where states are kept on the way.
+        max_tokens: int, how many tokens the state has room for.
+    """
+
+    def __init__(self, request: Request, generator: Generator, cache: PrefixCache, max_tokens: int):
+        self.request = request
+        self._generator = generator
+        self._cache = cache
+        # The last token is read by the loop.
+        self._end = len(request.prompt) - 1
+        known = cache.longest(request.prompt[: self._end])
+        if known is None:
+            self._position = 0
+            self._state = generator.empty_state(max_tokens)
+        else:
+            self._position = len(known.token_ids)
+            self._state = generator.restored(known.state, max_tokens)
+        request.cached_tokens = self._position
+        keep = (self._end,) if request.keep is None else request.keep
+        keep = {*keep, cache.meeting(request.prompt)}
+        self._keep = {min(k, self._end) for k in keep if k > self._position}
+
+    @property
+    def left(self) -> int:
+        """How many tokens are still to be read."""
+        return self._end - self._position
+
+    def read(self, block: int) -> None:
+        """Reads at most `block` tokens."""
+        ends = {self._position + block, self._end, *self._keep}
+        end = min(e for e in ends if e > self._position)
+        piece = self.request.prompt[self._position : end]
+        self._state = self._generator.read(self._state, piece)
+        self._position = end
+        if end in self._keep:
+            self._cache.add(self.request.prompt[:end], self._state)
+
+    def sequences(self) -> list[Rows]:
+        """The rows that go on, when nothing is left."""
+        request = self.request
+        return self._generator.sequences(
+            self._state,
+            request.prompt,
+            request.limit,
+            request.stop_token_ids,
+            request.count,
+            request.seed,
+            **request.parameters,
+        )

@@ -1,0 +1,246 @@
+"""What the device does next: read a piece of a prompt, or a few steps of the loop."""
+
+import dataclasses
+import logging
+import time
+
+import numpy as np
+
+from keras_mamba2.generation import Generator
+from keras_mamba2.host.blocks import BLOCK_SIZES
+from keras_mamba2.host.decoding import NOT_FINITE_REASON
+from keras_mamba2.host.rows import DECODE_CAPACITY
+from keras_mamba2.serving.prefix_cache import PrefixCache
+from keras_mamba2.serving.reading import Reading
+from keras_mamba2.serving.requests import Delivery
+from keras_mamba2.serving.requests import Request
+from keras_mamba2.serving.slots import Advanced
+from keras_mamba2.serving.slots import Slots
+
+logger = logging.getLogger(__name__)
+
+# A run of the loop takes about so long: text comes in small pieces, and yet what happens between
+# runs takes little time beside it. Where one token takes longer, a run is one token.
+RUN_SECONDS = 0.05
+# With a new sequence a run is short: its first text comes soon, and so do those behind it.
+FIRST_STEPS = 8
+# While sequences run, prompts are read between two runs for at most so many times a run.
+READING_SHARE = 2.0
+NOTHING = np.zeros(0, "int32")
+
+
+@dataclasses.dataclass
+class Counts:
+    """What has happened since the start."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    new_tokens: int = 0
+    finished: int = 0
+    cancelled: int = 0
+    failed: int = 0
+
+
+@dataclasses.dataclass(eq=False)
+class Sequence:
+    """One of a request's sequences, which has a place in the loop."""
+
+    request: Request
+    index: int
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self.index in self.request.cancelled
+
+
+class Scheduler:
+    """Reads prompts and runs the loop, so that neither keeps the other waiting for long.
+
+    It belongs to one thread.
+
+    Args:
+        generator: the `Generator` of a model.
+        cache: `PrefixCache`.
+        slots: `Slots`.
+        block_size: int, how many tokens of a prompt are read at once; `None` for what is fast
+            enough, as `warm_up` measures. It does not depend on what else runs, so that a prompt
+            is always read in the same pieces.
+    """
+
+    def __init__(
+        self, generator: Generator, cache: PrefixCache, slots: Slots, block_size: int | None = None
+    ):
+        self.counts = Counts()
+        self.slots = slots
+        self.reading: list[Reading] = []
+        self._generator = generator
+        self._cache = cache
+        self._block_size = block_size or min(BLOCK_SIZES)
+        self._measures = block_size is None
+        self._block_seconds = 0.0
+        self._reads_shortest = False
+        self._run_seconds = 0.0
+        self._step_seconds: dict[int, float] = {}  # by the number of rows
+
+    def warm_up(self) -> None:
+        """Compiles all programs, and measures how long it takes to read."""
+        self.slots.warm_up()
+        self._generator.restored(self._empty_state(), self.slots.max_tokens)
+        seconds = {size: self._seconds_to_read(size) for size in BLOCK_SIZES}
+        if self._measures:
+            quick = [s for s in BLOCK_SIZES if seconds[s] <= READING_SHARE * RUN_SECONDS]
+            self._block_size = max(quick, default=min(BLOCK_SIZES))
+        self._block_seconds = seconds[self._block_size]
+        logger.info("Prompts are read in blocks of %d tokens: %s", self._block_size, seconds)
+
+    def _seconds_to_read(self, size: int) -> float:
+        """The shortest of several times, which others on the machine have disturbed least."""
+        state, token_ids = self._empty_state(), np.zeros(size, "int32")
+        times = [time.perf_counter()]
+        for _ in range(4):  # the first compiles
+            state = self._generator.read(state, token_ids)
+            times.append(time.perf_counter())
+        return float(np.diff(times).min())
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.reading or self.slots.used)
+
+    def has_place_for(self, request: Request) -> bool:
+        promised = sum(reading.request.count for reading in self.reading)
+        return self.slots.used + promised + request.count <= self.slots.most
+
+    def admit(self, request: Request) -> None:
+        """Begins to read a prompt."""
+        try:
+            reading = Reading(request, self._generator, self._cache, self.slots.max_tokens)
+        except Exception as error:
+            self.fail(request, error)
+            return
+        self.counts.prompt_tokens += len(request.prompt)
+        self.counts.cached_tokens += request.cached_tokens
+        self.reading.append(reading)
+
+    def visit(self) -> None:
+        """One round: a bounded piece of reading, and one run of the loop."""
+        self._drop_cancelled()
+        self._read()
+        self._run()
+
+    def fail_all(self, error: Exception) -> None:
+        """Ends all that is in work, and begins with new arrays."""
+        for reading in self.reading:
+            self.fail(reading.request, error)
+        self.reading = []
+        for sequence in self.slots.owners:
+            self._deliver(sequence, Delivery(sequence.index, NOTHING, error=error))
+            self.counts.failed += 1
+        self.slots.reset()
+
+    def _drop_cancelled(self) -> None:
+        going = [reading for reading in self.reading if not reading.request.is_cancelled]
+        self.counts.cancelled += len(self.reading) - len(going)
+        self.reading = going
+        for sequence in self.slots.owners:
+            if sequence.is_cancelled:
+                self.slots.release(sequence)
+                self.counts.cancelled += 1
+
+    def _read(self) -> None:
+        """Reads until those that run have waited long enough; one block at least."""
+        budget = READING_SHARE * max(RUN_SECONDS, self._run_seconds)
+        begun, seconds = time.perf_counter(), 0.0
+        while self.reading and (not seconds or seconds + self._block_seconds <= budget):
+            self._read_block(self._next_to_read())
+            seconds = time.perf_counter() - begun
+
+    def _next_to_read(self) -> Reading:
+        """In turn the one that is soonest done, and the one that came first.
+
+        So a short prompt does not wait for a long one, and a long one is read in any case.
+        """
+        self._reads_shortest = not self._reads_shortest
+        if not self._reads_shortest:
+            return self.reading[0]
+        return min(self.reading, key=lambda reading: reading.left)
+
+    def _read_block(self, reading: Reading) -> None:
+        request = reading.request
+        try:
+            if reading.left:
+                reading.read(self._block_size)
+            if reading.left:
+                return
+            rows = reading.sequences()
+        except Exception as error:
+            logger.exception("A prompt could not be read.")
+            self.fail(request, error)
+        else:
+            for index, row in enumerate(rows):
+                self.slots.insert(row, Sequence(request, index))
+        self.reading.remove(reading)
+
+    def _run(self) -> None:
+        if not self.slots.used:
+            return
+        begun = time.perf_counter()
+        asked = any(sequence.request.with_likely for sequence in self.slots.owners)
+        results = self.slots.advance(self._num_steps(), asked)
+        self._run_seconds = time.perf_counter() - begun
+        steps = max(len(result.token_ids) for result in results)
+        self._step_seconds[self.slots.num_rows] = self._run_seconds / max(steps, 1)
+        for result in results:
+            self._take(result)
+        self.slots.shrink()
+
+    def _num_steps(self) -> int:
+        seconds = self._step_seconds.get(self.slots.num_rows, RUN_SECONDS)
+        is_new = any(not sequence.token_ids for sequence in self.slots.owners)
+        most = FIRST_STEPS if is_new else DECODE_CAPACITY
+        return int(min(max(RUN_SECONDS / seconds, 1), most))
+
+    def _take(self, result: Advanced) -> None:
+        """Delivers what a sequence has got, and frees its place if it has stopped."""
+        sequence: Sequence = result.owner
+        sequence.token_ids += result.token_ids.tolist()
+        self.counts.new_tokens += len(result.token_ids)
+        likely = result.likely if sequence.request.with_likely else None
+        delivery = Delivery(sequence.index, result.token_ids, likely)
+        if not result.is_finite:
+            error = ValueError(f"The logits are not finite. {NOT_FINITE_REASON}")
+            delivery = Delivery(sequence.index, NOTHING, error=error)
+            self.counts.failed += 1
+        elif result.has_stopped:
+            stopped = sequence.token_ids[-1] in sequence.request.stop_token_ids
+            delivery = delivery._replace(finish_reason="stop" if stopped else "length")
+            self.counts.finished += 1
+            self._remember(sequence)
+        self._deliver(sequence, delivery)
+        if result.has_stopped:
+            self.slots.release(sequence)
+
+    def _remember(self, sequence: Sequence) -> None:
+        """Keeps the state after a text: a conversation goes on from it."""
+        # The last token has not been read yet.
+        read = np.concatenate([sequence.request.prompt, sequence.token_ids[:-1]])
+        if not sequence.is_cancelled and self._cache.wants(read):
+            self._cache.add(read, self.slots.state_of(sequence))
+
+    def fail(self, request: Request, error: Exception) -> None:
+        self.counts.failed += request.count
+        for index in range(request.count):
+            self._deliver(Sequence(request, index), Delivery(index, NOTHING, error=error))
+
+    def _deliver(self, sequence: Sequence, delivery: Delivery) -> None:
+        """A receiver that fails has gone: it ends its sequence, and no other."""
+        if sequence.is_cancelled:
+            return
+        try:
+            sequence.request.deliver(delivery)
+        except Exception as error:
+            logger.warning("Nobody receives a sequence any more: %s", error)
+            sequence.request.cancelled.add(sequence.index)
+
+    def _empty_state(self):
+        return self._generator.empty_state(self.slots.max_tokens)

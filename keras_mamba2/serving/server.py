@@ -1,0 +1,61 @@
+"""Runs the application: on a socket, until it is told to end."""
+
+import asyncio
+import logging
+
+import uvicorn
+from h11 import IDLE
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+# How long a client may take to send the head of a request.
+HEAD_SECONDS = 10.0
+
+
+class PatientForAWhile(H11Protocol):
+    """Closes connections whose next request does not begin, or whose head stays unfinished.
+
+    uvicorn itself limits the pause between two requests only.
+    """
+
+    _head: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport) -> None:
+        super().connection_made(transport)
+        self._expect_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._forget()
+
+    def _expect_head(self) -> None:
+        is_answering = self.cycle is not None and not self.cycle.response_complete
+        if is_answering or self.conn.their_state is not IDLE:
+            self._forget()
+        elif self._head is None:
+            self._head = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _forget(self) -> None:
+        if self._head is not None:
+            self._head.cancel()
+            self._head = None
+
+
+def run(app, host: str, port: int, drain_seconds: float, most_connections: int) -> None:
+    """Serves until SIGTERM or SIGINT; then finishes what runs, for at most `drain_seconds`."""
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=PatientForAWhile,
+        ws="none",
+        log_level=logging.INFO,
+        access_log=False,
+        limit_concurrency=most_connections,
+        timeout_graceful_shutdown=int(drain_seconds),
+        server_header=False,
+    )
+    uvicorn.Server(config).run()

@@ -1,0 +1,310 @@
+"""The API, by the client that its users have."""
+
+import asyncio
+import re
+
+import httpx
+import openai
+import pytest
+
+from tests.serving.collected import wait_until
+from tests.serving.conftest import NAME
+from tests.serving.conftest import client_of
+
+GREEDY = {"model": NAME, "temperature": 0, "max_tokens": 20}
+USAGE = {"stream": True, "stream_options": {"include_usage": True}}
+
+
+def alone(lm, prompt, **options):
+    options = {"temperature": 0.0, "max_new_tokens": 20, **options}
+    return lm.generate(prompt, strip_prompt=True, **options)
+
+
+def new_tokens(lm, prompt):
+    _, [found] = lm.generate(prompt, max_new_tokens=20, temperature=0.0, return_logprobs=True)
+    return found["token_ids"].tolist()
+
+
+class TestCompletions:
+    def test_the_text_is_what_generate_gives(self, client, lm):
+        answer = client.completions.create(prompt="ROMEO:", **GREEDY)
+        assert answer.choices[0].text == alone(lm, "ROMEO:")
+        assert answer.choices[0].finish_reason == "length"
+        assert answer.model == NAME
+        assert answer.usage.prompt_tokens == 6
+        assert answer.usage.completion_tokens == 20
+        assert answer.usage.total_tokens == 26
+        assert answer.usage.prompt_tokens_details.cached_tokens == 0
+
+    def test_the_pieces_of_a_stream_are_the_text(self, client, lm):
+        *chunks, last = client.completions.create(prompt="ROMEO:", **GREEDY, **USAGE)
+        assert "".join(chunk.choices[0].text for chunk in chunks) == alone(lm, "ROMEO:")
+        reasons = [chunk.choices[0].finish_reason for chunk in chunks]
+        assert reasons == [*[None] * (len(chunks) - 1), "length"]
+        assert last.choices == []
+        assert last.usage.completion_tokens == 20
+        assert len({chunk.id for chunk in chunks}) == 1
+
+    def test_drawn_with_a_seed(self, client, lm):
+        options = {"temperature": 0.9, "top_p": 0.8, "seed": 7}
+        expected = alone(lm, ["you", "hello"], num_return_sequences=2, **options)
+        answer = client.completions.create(
+            **{**GREEDY, **options}, prompt=["you", "hello"], n=2, extra_body={"top_k": 1000}
+        )
+        assert [choice.text for choice in answer.choices] == expected
+        assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+        assert answer.usage.prompt_tokens == 8
+        assert answer.usage.completion_tokens == 80
+
+    def test_the_same_prompt_twice_is_two_texts(self, client, lm):
+        options = {"temperature": 1.0, "seed": 7}
+        answer = client.completions.create(**{**GREEDY, **options}, prompt=["you", "you"])
+        found = [choice.text for choice in answer.choices]
+        assert found == alone(lm, ["you", "you"], **options)
+        assert found[0] != found[1]
+        assert answer.usage.prompt_tokens == 6
+
+    def test_without_a_seed_it_is_another_each_time(self, client):
+        options = {"model": NAME, "prompt": "you", "max_tokens": 20}
+        texts = {client.completions.create(**options).choices[0].text for _ in range(3)}
+        assert len(texts) == 3
+
+    def test_token_ids_are_prompts_too(self, client, lm):
+        ids = list(b"ROMEO:")
+        [choice] = client.completions.create(prompt=ids, **GREEDY).choices
+        assert choice.text == alone(lm, "ROMEO:")
+        several = client.completions.create(prompt=[ids, list(b"you")], **GREEDY).choices
+        assert [choice.text for choice in several] == alone(lm, ["ROMEO:", "you"])
+
+    def test_stop_strings(self, client, lm):
+        text = alone(lm, "ROMEO:")
+        stop = next(text[i : i + 2] for i in range(4, 19) if text[i : i + 2].isascii())
+        expected = text[: text.index(stop)]
+        options = {**GREEDY, "prompt": "ROMEO:", "stop": [stop, "never"]}
+        answer = client.completions.create(**options)
+        assert answer.choices[0].text == expected
+        assert answer.choices[0].finish_reason == "stop"
+        # Up to the token that completes it, however many came at once.
+        tokens = bytes(new_tokens(lm, "ROMEO:"))
+        assert answer.usage.completion_tokens == tokens.index(stop.encode()) + 2
+        *chunks, last = client.completions.create(**options, **USAGE)
+        assert "".join(chunk.choices[0].text for chunk in chunks) == expected
+        assert last.usage == answer.usage
+
+    def test_echo(self, client, lm):
+        options = {**GREEDY, "prompt": ["ROMEO:", list(b"you")], "echo": True}
+        options["prompt"] = "ROMEO:"
+        answer = client.completions.create(**options)
+        assert answer.choices[0].text == "ROMEO:" + alone(lm, "ROMEO:")
+        chunks = client.completions.create(**options, stream=True)
+        assert "".join(chunk.choices[0].text for chunk in chunks) == answer.choices[0].text
+
+    def test_log_probabilities(self, client, lm):
+        _, [expected] = lm.generate(
+            "ROMEO:", max_new_tokens=20, temperature=0.0, return_logprobs=True
+        )
+        answer = client.completions.create(prompt="ROMEO:", **GREEDY, logprobs=3)
+        found = answer.choices[0].logprobs
+        assert found.token_logprobs == pytest.approx(expected["logprobs"].tolist(), abs=1e-4)
+        assert len(found.tokens) == len(found.top_logprobs) == len(found.text_offset) == 20
+        for token, logprob, top in zip(
+            found.tokens, found.token_logprobs, found.top_logprobs, strict=True
+        ):
+            # Bytes that are no character have one and the same text.
+            assert 1 <= len(top) <= 3
+            assert max(top.values()) <= logprob + 1e-6 or "\ufffd" in token
+        *chunks, _ = client.completions.create(prompt="ROMEO:", **GREEDY, **USAGE, logprobs=3)
+        streamed = [
+            t for c in chunks if c.choices[0].logprobs for t in c.choices[0].logprobs.tokens
+        ]
+        assert streamed == found.tokens
+
+    def test_what_asks_for_nothing_passes(self, client, lm):
+        answer = client.completions.create(
+            **GREEDY,
+            prompt="ROMEO:",
+            best_of=1,
+            frequency_penalty=0,
+            logit_bias={},
+            presence_penalty=0.0,
+            suffix="",
+            user="me",
+            n=1,
+            stop=None,
+        )
+        assert answer.choices[0].text == alone(lm, "ROMEO:")
+
+    def test_top_p_0_is_the_likeliest(self, client, lm):
+        options = {**GREEDY, "temperature": 1.0, "top_p": 0}
+        answer = client.completions.create(prompt="ROMEO:", **options)
+        assert answer.choices[0].text == alone(lm, "ROMEO:")
+
+
+class TestPrefixes:
+    def test_a_known_beginning_is_not_read_again(self, client, lm):
+        system = "You are an actor on the stage of the Globe. " * 5
+        before = alone(lm, system + "first")
+        first = client.completions.create(prompt=system + "first", **GREEDY)
+        client.completions.create(prompt=system + "second", **GREEDY)
+        third = client.completions.create(prompt=system + "third", **GREEDY)
+        # Where the first two part, a state is kept.
+        assert third.usage.prompt_tokens_details.cached_tokens == len(system)
+        assert third.choices[0].text == alone(lm, system + "third")
+        again = client.completions.create(prompt=system + "first", **GREEDY)
+        assert again.usage.prompt_tokens_details.cached_tokens == len(system + "first") - 1
+        assert again.choices[0].text == first.choices[0].text == before
+
+    def test_a_text_goes_on_from_its_end(self, client, lm):
+        prompt = "Now is the winter of our discontent"
+        client.completions.create(prompt=prompt, **GREEDY)
+        longer = [*prompt.encode(), *new_tokens(lm, prompt)]
+        more = client.completions.create(prompt=longer, **GREEDY)
+        assert more.usage.prompt_tokens_details.cached_tokens == len(longer) - 1
+
+
+class TestModels:
+    def test_models(self, client):
+        assert [model.id for model in client.models.list()] == [NAME]
+        assert client.models.retrieve(NAME).owned_by == "keras_mamba2"
+        with pytest.raises(openai.NotFoundError, match="does not exist here"):
+            client.models.retrieve("other")
+
+    def test_embeddings_are_refused_with_the_reason(self, client):
+        with pytest.raises(openai.NotFoundError, match="has no embeddings") as error:
+            client.embeddings.create(model=NAME, input="text")
+        assert error.value.code == "not_supported"
+
+    def test_state_of_the_server(self, address, client):
+        client.completions.create(prompt="ROMEO:", **GREEDY)
+        assert httpx.get(f"{address}/health").json() == {"status": "ok"}
+        assert httpx.get(f"{address}/ready").json() == {"status": "ready"}
+        text = httpx.get(f"{address}/metrics").text
+        values = dict(re.findall(r"^(keras_mamba2_\S+) (\S+)$", text, re.MULTILINE))
+        assert float(values["keras_mamba2_new_tokens_total"]) >= 20
+        assert float(values["keras_mamba2_first_token_seconds_count"]) >= 1
+        path = 'path="/v1/completions",status="200"'
+        assert float(values[f"keras_mamba2_requests_total{{{path}}}"]) >= 1
+
+    def test_many_clients_at_once(self, address, lm):
+        """Streamed and whole, drawn and greedy: each gets what it gets alone."""
+        prompts = [f"{i} ROMEO:" for i in range(12)]
+
+        async def ask(client, i):
+            options = {"temperature": 0.9 * (i % 3 > 0), "seed": i, "model": NAME}
+            options |= {"prompt": prompts[i], "max_tokens": 10 + i}
+            if i % 2:
+                return (await client.completions.create(**options)).choices[0].text
+            chunks = await client.completions.create(**options, stream=True)
+            return "".join([chunk.choices[0].text async for chunk in chunks])
+
+        async def ask_all():
+            async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none") as client:
+                return await asyncio.gather(*[ask(client, i) for i in range(12)])
+
+        for i, text in enumerate(asyncio.run(ask_all())):
+            options = {"temperature": 0.9 * (i % 3 > 0), "seed": i, "max_new_tokens": 10 + i}
+            assert text == alone(lm, prompts[i], **options)
+
+
+class TestChat:
+    def test_a_model_without_a_template_says_so(self, client):
+        with pytest.raises(openai.BadRequestError, match="has no chat template") as error:
+            client.chat.completions.create(
+                model=NAME, messages=[{"role": "user", "content": "hello"}]
+            )
+        assert error.value.code == "no_chat_template"
+
+
+SYSTEM = {"role": "system", "content": "You are an actor on the stage of the Globe."}
+HELLO = [SYSTEM, {"role": "user", "content": "hello"}]
+
+
+@pytest.mark.usefixtures("template")
+class TestConversations:
+    def test_the_reply_is_that_of_chat(self, client, lm):
+        answer = client.chat.completions.create(messages=HELLO, **GREEDY)
+        expected = lm.chat(HELLO, max_new_tokens=20, temperature=0.0)
+        assert answer.choices[0].message.content == expected
+        assert answer.choices[0].message.role == "assistant"
+        assert answer.usage.prompt_tokens == len(lm.preprocessor.chat_prompt(HELLO))
+
+    def test_streamed(self, client, lm):
+        *chunks, last = client.chat.completions.create(messages=HELLO, **GREEDY, **USAGE)
+        assert chunks[0].choices[0].delta.role == "assistant"
+        text = "".join(chunk.choices[0].delta.content for chunk in chunks)
+        assert text == lm.chat(HELLO, max_new_tokens=20, temperature=0.0)
+        assert chunks[-1].choices[0].finish_reason == "length"
+        assert last.usage.completion_tokens == 20
+
+    def test_drawn_several_times(self, client, lm):
+        options = {**GREEDY, "temperature": 0.8, "seed": 3, "n": 2}
+        answer = client.chat.completions.create(messages=HELLO, **options)
+        first, second = (choice.message.content for choice in answer.choices)
+        assert first == lm.chat(HELLO, max_new_tokens=20, temperature=0.8, seed=3)
+        assert second != first
+
+    def test_parts_and_developers(self, client):
+        parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+        messages = [{**SYSTEM, "role": "developer"}, {"role": "user", "content": parts}]
+        answers = [
+            client.chat.completions.create(messages=m, **GREEDY).choices[0].message.content
+            for m in (HELLO, messages)
+        ]
+        assert answers[0] == answers[1]
+
+    def test_other_conversations_share_the_system_message(self, client):
+        system = {"role": "system", "content": "You are a clown on the stage of the Globe."}
+        for what in ("to be", "not to be"):
+            messages = [system, {"role": "user", "content": what}]
+            answer = client.chat.completions.create(messages=messages, **GREEDY)
+        assert answer.usage.prompt_tokens_details.cached_tokens > len(system["content"])
+
+    def test_log_probabilities(self, client):
+        answer = client.chat.completions.create(
+            messages=HELLO, **GREEDY, logprobs=True, top_logprobs=2
+        )
+        content = answer.choices[0].logprobs.content
+        assert len(content) == 20
+        for token in content:
+            assert len(token.top_logprobs) == 2
+            assert token.top_logprobs[0].logprob == pytest.approx(token.logprob, abs=1e-6)
+            assert token.bytes is None or bytes(token.bytes).decode() == token.token
+
+    def test_as_long_as_there_is_room(self, client):
+        """Without `max_tokens`, what the checkpoint says or 1024, where that fits."""
+        with client.with_options(timeout=60).chat.completions.create(
+            model=NAME, messages=HELLO, stream=True
+        ) as chunks:
+            assert next(iter(chunks)).choices[0].delta.role == "assistant"
+
+
+class TestKeys:
+    def test_only_who_has_one_is_served(self, keyed_address):
+        for key in ("wrong", "secre", "secret2"):
+            with client_of(keyed_address, api_key=key) as client:
+                with pytest.raises(openai.AuthenticationError) as error:
+                    client.completions.create(prompt="ROMEO:", **GREEDY)
+                assert error.value.code == "invalid_api_key"
+        for headers in ({}, {"Authorization": b"Bearer \xfc\xff"}, {"Authorization": "Basic c2"}):
+            assert httpx.get(f"{keyed_address}/v1/models", headers=headers).status_code == 401
+        for key in ("secret", "other"):
+            with client_of(keyed_address, api_key=key) as client:
+                assert client.completions.create(prompt="ROMEO:", **GREEDY).choices
+        assert httpx.get(f"{keyed_address}/health").status_code == 200
+
+
+class TestGone:
+    @pytest.mark.parametrize("stream", [True, False])
+    def test_a_client_that_goes_frees_its_place(self, address, engine, stream):
+        async def go():
+            async with httpx.AsyncClient(timeout=60) as client:
+                body = {**GREEDY, "prompt": "ROMEO:", "max_tokens": 4000, "stream": stream}
+                asking = asyncio.ensure_future(client.post(f"{address}/v1/completions", json=body))
+                await asyncio.to_thread(wait_until, lambda: engine.num_running, 1e-4)
+                asking.cancel()
+                await asyncio.wait([asking])
+
+        cancelled = engine.counts.cancelled
+        asyncio.run(go())
+        wait_until(lambda: engine.num_running == 0)
+        assert engine.counts.cancelled == cancelled + 1

@@ -1,0 +1,346 @@
+"""The engine: each request gets what it gets alone, whoever comes and goes."""
+
+import contextlib
+import threading
+
+import jax
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_mamba2
+from keras_mamba2.serving import scheduler
+from keras_mamba2.serving.engine import Closed
+from keras_mamba2.serving.engine import Engine
+from keras_mamba2.serving.engine import QueueFull
+from keras_mamba2.serving.slots import Slots
+from tests import reference
+from tests.serving.collected import GREEDY
+from tests.serving.collected import Collected
+from tests.serving.collected import alone
+from tests.serving.collected import wait_until
+
+PROMPTS = ["hello", "you", "a longer prompt " * 20, "x" * 130, "what, then?", "ROMEO:"]
+DRAWN = {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "repetition_penalty": 1.3}
+
+
+@pytest.fixture(scope="module")
+def hybrid(byte_tokenizer):
+    """A model whose states hold keys and values too."""
+    backbone = keras_mamba2.Mamba2HybridBackbone(
+        vocabulary_size=257,
+        hidden_dim=32,
+        blocks=["mamba2", "attention"],
+        sublayers={
+            "mamba2": {"state_dim": 8, "head_dim": 8, "chunk_size": 16},
+            "attention": {"num_query_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
+        },
+    )
+    reference.randomize(backbone)
+    lm = keras_mamba2.Mamba2CausalLM(
+        backbone, keras_mamba2.Mamba2CausalLMPreprocessor(byte_tokenizer, sequence_length=32)
+    )
+    lm.compile(sampler="greedy")
+    return lm
+
+
+@pytest.fixture(scope="module")
+def hybrid_engine(hybrid):
+    engine = Engine(hybrid, max_sequences=2, max_tokens=500, block_size=64)
+    engine.start()
+    yield engine
+    engine.close()
+
+
+@contextlib.contextmanager
+def started(lm, **options):
+    """An engine of its own, closed at the end."""
+    engine = Engine(lm, **{"max_sequences": 2, "max_tokens": 4096, "block_size": 64, **options})
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+@contextlib.contextmanager
+def counting_compilations():
+    compilations = []
+
+    def listen(event, duration, **kwargs):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compilations.append(kwargs.get("fun_name"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compilations
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+class TestTokens:
+    def test_more_requests_than_places_get_what_each_gets_alone(self, engine, lm):
+        requests = [Collected(prompt).submit(engine) for prompt in PROMPTS]
+        for prompt, request in zip(PROMPTS, requests, strict=True):
+            assert [request.tokens()] == alone(lm, prompt, **GREEDY)
+            assert request.reasons == ["length"]
+
+    def test_drawn_ones_too_beside_greedy_ones(self, engine, lm):
+        requests = [
+            Collected(prompt, parameters=DRAWN if i % 2 else GREEDY, seed=i).submit(engine)
+            for i, prompt in enumerate(PROMPTS)
+        ]
+        for i, (prompt, request) in enumerate(zip(PROMPTS, requests, strict=True)):
+            parameters = DRAWN if i % 2 else GREEDY
+            assert [request.tokens()] == alone(lm, prompt, seed=i, **parameters)
+
+    def test_who_joins_and_leaves_changes_nothing(self, engine, lm):
+        """Others come while it runs: with it the number of rows grows, and shrinks."""
+        others = []
+
+        def join(delivery):
+            if len(others) < 6:
+                others.append(Collected("other", limit=len(others) + 1).submit(engine))
+
+        request = Collected("hello", limit=300, parameters=DRAWN, seed=5, on_delivery=join)
+        [expected] = alone(lm, "hello", limit=300, seed=5, **DRAWN)
+        assert request.submit(engine).tokens() == expected
+        assert len(others) > 1
+        [expected] = alone(lm, "other", limit=6, **GREEDY)
+        for other in others:
+            assert other.tokens() == expected[: other.request.limit]
+
+    def test_several_sequences_of_one_prompt(self, engine, lm):
+        request = Collected("hello", parameters=DRAWN, seed=3, count=3).submit(engine)
+        found = [request.tokens(i) for i in range(3)]
+        assert found == alone(lm, "hello", count=3, seed=3, **DRAWN)
+        assert len(set(map(tuple, found))) == 3
+
+    def test_stop_tokens(self, engine, lm):
+        [tokens] = alone(lm, "hello", **GREEDY)
+        request = Collected("hello", stop_token_ids=(tokens[5],)).submit(engine)
+        assert request.tokens() == tokens[: tokens.index(tokens[5]) + 1]
+        assert request.reasons == ["stop"]
+
+    def test_log_probabilities(self, engine, lm):
+        _, [expected] = lm.generate(
+            "hello", max_new_tokens=12, stop_token_ids=None, return_logprobs=True, **GREEDY
+        )
+        plain = Collected("hello").submit(engine)
+        request = Collected("hello", with_likely=True).submit(engine)
+        assert request.tokens() == plain.tokens()
+        likely = [d.likely for d in request.deliveries]
+        logprobs = np.concatenate([part.logprobs for part in likely])
+        np.testing.assert_allclose(logprobs, expected["logprobs"], atol=1e-4)
+        top = np.concatenate([part.top_logprobs for part in likely])
+        top_ids = np.concatenate([part.top_ids for part in likely])
+        np.testing.assert_array_equal(top_ids[:, 0], expected["token_ids"])  # greedy
+        np.testing.assert_allclose(top[:, 0], logprobs, atol=1e-6)
+        assert (np.diff(top, axis=1) <= 0).all()
+        assert all(d.likely is None for d in plain.deliveries)
+
+    @pytest.mark.slow
+    def test_of_a_model_with_attention(self, hybrid_engine, hybrid):
+        prompts = ["hello", "x" * 200, "what, then?", "you", "x" * 200]
+        requests = [Collected(prompt, limit=30).submit(hybrid_engine) for prompt in prompts]
+        for prompt, request in zip(prompts, requests, strict=True):
+            assert [request.tokens()] == alone(hybrid, prompt, limit=30, **GREEDY)
+        again = Collected("x" * 200 + "y", limit=250).submit(hybrid_engine)
+        assert [again.tokens()] == alone(hybrid, "x" * 200 + "y", limit=250, **GREEDY)
+        assert again.request.cached_tokens > 190
+
+
+class TestCompilation:
+    @pytest.mark.parametrize(
+        "kind", ["engine", pytest.param("hybrid_engine", marks=pytest.mark.slow)]
+    )
+    def test_nothing_is_compiled_once_it_runs(self, kind, request):
+        """Whatever the prompts, parameters and neighbours are; also with known prefixes."""
+        engine = request.getfixturevalue(kind)
+        rng = np.random.default_rng(0)
+        with counting_compilations() as compilations:
+            requests = [
+                Collected(
+                    rng.integers(0, 257, rng.integers(1, 300)) if i % 3 else [7] * 150,
+                    limit=int(rng.integers(1, 90)),
+                    parameters=DRAWN if i % 2 else GREEDY,
+                    count=1 + i % 2,
+                    with_likely=i % 4 == 0,
+                    stop_token_ids=(3,) * (i % 8),
+                ).submit(engine)
+                for i in range(16)
+            ]
+            for each in requests:
+                each.wait()
+        assert not any(each.errors for each in requests)
+        assert compilations == []
+
+    def test_there_are_as_many_rows_as_are_needed(self, engine, monkeypatch):
+        monkeypatch.setattr(scheduler, "RUN_SECONDS", 1e-3)  # so that there are many runs
+        requests = [Collected("hello", limit=4000).submit(engine) for _ in range(4)]
+        wait_until(lambda: engine.num_running == 4)
+        assert engine.num_rows == 4
+        for each in requests[:3]:
+            engine.cancel(each.request)
+        wait_until(lambda: engine.num_rows == 1)
+        engine.cancel(requests[3].request)
+
+
+class TestQueue:
+    def test_a_long_prompt_does_not_stop_others(self, engine, monkeypatch):
+        """Between two pieces of its prompt the others get tokens, and a short one overtakes it."""
+        monkeypatch.setattr(scheduler, "RUN_SECONDS", 1e-3)  # so that there are many runs
+        order = []
+        running = Collected("hello", limit=3000, on_delivery=lambda d: order.append("running"))
+        running.submit(engine)
+        wait_until(lambda: order)
+        long = Collected("z" * 4000, limit=1, on_delivery=lambda d: order.append("long"))
+        long.submit(engine)
+        short = Collected("you", limit=1, on_delivery=lambda d: order.append("short"))
+        short.submit(engine)
+        long.wait()
+        engine.cancel(running.request)
+        assert order.index("short") < order.index("long")
+        assert order[: order.index("long")].count("running") > 10
+
+    def test_too_many_are_refused_and_nothing_of_them_is_taken(self, lm):
+        with started(lm, max_sequences=1, max_waiting=3) as engine:
+            running = Collected("hello", limit=4000).submit(engine)
+            wait_until(lambda: engine.num_running == 1)
+            waiting = [Collected("hello", limit=1).submit(engine) for _ in range(2)]
+            with pytest.raises(QueueFull, match="2 requests are waiting, 3 may"):
+                engine.submit([Collected("hello").request for _ in range(2)])
+            assert engine.num_waiting == 2
+            engine.cancel(running.request)
+            assert len({tuple(each.tokens()) for each in waiting}) == 1
+
+    def test_a_cancelled_request_frees_its_place(self, engine):
+        cancelled = engine.counts.cancelled
+        requests = [Collected("hello", limit=4000).submit(engine) for _ in range(4)]
+        wait_until(lambda: engine.num_running == 4)
+        long = Collected("z" * 4000, limit=1).submit(engine)
+        for each in (*requests, long):
+            engine.cancel(each.request)
+        wait_until(lambda: engine.num_running + engine.num_reading + engine.num_waiting == 0)
+        assert engine.counts.cancelled >= cancelled + 4
+        assert Collected("hello", limit=3).submit(engine).wait().reasons == ["length"]
+        assert not any(each.reasons for each in (*requests, long))
+
+    def test_one_sequence_of_several_is_cancelled(self, engine):
+        request = Collected("hello", limit=500, count=2, parameters=DRAWN)
+        engine.cancel(request.request, 0)
+        request.submit(engine)
+        wait_until(lambda: request.reasons)
+        assert {d.sequence for d in request.deliveries} == {1}
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"prompt": []}, "no tokens"),
+            ({"prompt": [257]}, "Token id 257 is outside the model's vocabulary of 257"),
+            ({"prompt": [-1]}, "Token id -1"),
+            ({"prompt": [1] * 4000, "limit": 97}, "4096 tokens. The prompt has 4000, and 97 are"),
+            ({"prompt": [1], "limit": 0}, "limit"),
+            ({"prompt": [1], "count": 5}, "count"),
+            ({"prompt": [1], "stop_token_ids": (1,) * 9}, "At most 8 stop tokens"),
+        ],
+    )
+    def test_what_can_never_be_served_is_refused(self, engine, options, message):
+        with pytest.raises(ValueError, match=message):
+            Collected(**options).submit(engine)
+
+    def test_close_finishes_what_was_submitted(self, lm):
+        with started(lm, max_sequences=1) as engine:
+            requests = [Collected("hello", limit=400).submit(engine) for _ in range(3)]
+        assert [each.reasons for each in requests] == [["length"]] * 3
+        assert not engine.is_ready
+        with pytest.raises(Closed):
+            Collected("hello").submit(engine)
+
+
+class TestFailures:
+    def test_a_receiver_that_fails_ends_no_other(self, engine, lm):
+        def fail(delivery):
+            raise RuntimeError("gone")
+
+        Collected("hello", limit=4000, on_delivery=fail).submit(engine)
+        assert [Collected("you").submit(engine).tokens()] == alone(lm, "you", **GREEDY)
+        wait_until(lambda: engine.num_running == 0)
+
+    def test_a_prompt_that_cannot_be_read_ends_no_other(self, engine, lm, monkeypatch):
+        generator, read = lm.make_generate_function(), lm.make_generate_function().read
+
+        def failing(state, token_ids):
+            if 13 in token_ids:
+                raise RuntimeError("a crash")
+            return read(state, token_ids)
+
+        monkeypatch.setattr(generator, "read", failing)
+        good = Collected("hello", limit=300).submit(engine)
+        bad = Collected([13] * 80).submit(engine).wait()
+        assert str(bad.errors[0]) == "a crash"
+        assert [good.tokens()] == alone(lm, "hello", limit=300, **GREEDY)
+
+    def test_after_a_crash_of_the_loop_it_goes_on(self, engine, lm, monkeypatch):
+        advance, failures = Slots.advance, [RuntimeError("a crash")]
+
+        def failing(self, *args):
+            if failures:
+                raise failures.pop()
+            return advance(self, *args)
+
+        monkeypatch.setattr(Slots, "advance", failing)
+        lost = Collected("hello").submit(engine).wait()
+        assert str(lost.errors[0]) == "a crash"
+        assert [Collected("hello").submit(engine).tokens()] == alone(lm, "hello", **GREEDY)
+        assert engine.is_ready
+
+    def test_logits_that_are_not_finite_end_one_sequence(self, preset_folder):
+        broken = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder)
+        table = np.copy(ops.convert_to_numpy(broken.backbone.token_embedding.embeddings))
+        table[13] = np.inf
+        broken.backbone.token_embedding.embeddings.assign(table)
+        broken.compile(sampler="greedy")
+        with started(broken, max_sequences=1) as engine:
+            bad = Collected([13, 13]).submit(engine).wait()
+            assert "not finite" in str(bad.errors[0])
+            assert engine.counts.failed == 1
+
+    def test_when_it_cannot_begin_anew_all_are_told(self, lm, monkeypatch):
+        with started(lm, max_sequences=1) as engine:
+
+            def failing(*args):
+                raise RuntimeError("a crash")
+
+            monkeypatch.setattr(Slots, "advance", failing)
+            monkeypatch.setattr(Slots, "reset", failing)
+            requests = [Collected("hello").submit(engine) for _ in range(3)]
+            for each in requests:
+                assert str(each.wait().errors[0]) == "a crash"
+            wait_until(lambda: not engine.is_ready)
+            assert engine.failure is not None
+
+    def test_too_little_memory_says_what_a_sequence_needs(self, lm):
+        engine = Engine(lm, max_sequences=2**32, max_tokens=100)
+        with pytest.raises(ValueError, match=r"no memory for 4294967296 sequences of 6,\d+ bytes"):
+            engine.start()
+
+    def test_block_size(self, lm):
+        with pytest.raises(ValueError, match=r"one of \(512, 64, 8\)"):
+            Engine(lm, block_size=7)
+
+
+def test_many_threads_at_once(engine, lm):
+    found = {}
+
+    def ask(i):
+        found[i] = Collected(PROMPTS[i % 6], seed=i % 6, parameters=DRAWN).submit(engine).tokens()
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(6):
+        assert [found[i]] == alone(lm, PROMPTS[i], seed=i, **DRAWN)
+        assert found[i + 6] == found[i]
