@@ -38,18 +38,6 @@ def onnx(file):
     return session.run(None, by_name([(i.name, i.name) for i in session.get_inputs()]))[0]
 
 
-def litert(file):
-    from ai_edge_litert.interpreter import Interpreter
-
-    model = Interpreter(file)
-    model.allocate_tensors()
-    details = [(detail["name"], detail["index"]) for detail in model.get_input_details()]
-    for index, array in by_name(details).items():
-        model.set_tensor(index, array)
-    model.invoke()
-    return model.get_tensor(model.get_output_details()[0]["index"])
-
-
 def by_name(details):
     """The inputs under the keys that a runtime has for them, whose names hold ours."""
     return {key: inputs[next(n for n in inputs if n in name)] for name, key in details}
@@ -63,7 +51,7 @@ if __name__ == "__main__":
         name: keras.InputSpec(shape=array.shape, dtype=array.dtype, name=name)
         for name, array in inputs.items()
     }
-    ends = {"tf_saved_model": "", "onnx": ".onnx", "litert": ".tflite"}
+    ends = {"tf_saved_model": "", "onnx": ".onnx"}
     found = {}
     for format in formats:
         file = str(pathlib.Path(folder) / f"{format}{ends[format]}")

@@ -14,7 +14,7 @@ HERE = pathlib.Path(__file__).parent
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "formats"),
-    [("jax", ["tf_saved_model"]), ("tensorflow", ["tf_saved_model", "onnx", "litert"])],
+    [("jax", ["tf_saved_model"]), ("tensorflow", ["tf_saved_model", "onnx"])],
 )
 def test_other_runtimes_give_what_the_model_gives(backend, formats, tmp_path):
     command = [sys.executable, str(HERE / "keras_export.py"), str(tmp_path), *formats]
