@@ -58,4 +58,5 @@ if __name__ == "__main__":
     times = [file.stat().st_mtime_ns for file in files[1:]]
     again = guide.run(*folders, replicas=1, replica=Replica, **arguments)
     untouched = [file.stat().st_mtime_ns for file in files[1:]] == times
-    print(json.dumps({"killed": killed, "again": again, "untouched": untouched}))
+    found = {"killed": killed, "again": again, "untouched": untouched}
+    (folder / "found.json").write_text(json.dumps(found))  # Ray itself prints to stdout

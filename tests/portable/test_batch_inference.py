@@ -32,5 +32,5 @@ def test_nothing_is_lost_and_nothing_twice(preset_folder, tmp_path):
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "killed before").exists()
     assert (tmp_path / "killed after").exists()
-    found = json.loads(result.stdout.splitlines()[-1])
+    found = json.loads((tmp_path / "found.json").read_text())
     assert found == {"killed": expected, "again": expected, "untouched": True}
