@@ -27,8 +27,8 @@ inputs["padding_mask"][1, 30:] = 0
 def tf_saved_model(file):
     import tensorflow as tf
 
-    served = tf.saved_model.load(file).serve
-    return np.asarray(served({name: tf.constant(array) for name, array in inputs.items()}))
+    model = tf.saved_model.load(file)  # whose variables live as long as it does
+    return np.asarray(model.serve({name: tf.constant(array) for name, array in inputs.items()}))
 
 
 def onnx(file):
