@@ -71,7 +71,7 @@ def programs(model, batch_size: int) -> Iterator[Program]:
             sampling = Sampling(*sampling) if sampling else ()
             rows = Rows(of_flat(state), remaining, stops, seen, keys, sampling)
             steps = default_steps_a_write(b)
-            rows, tokens, _ = decode(
+            rows, tokens, *_ = decode(
                 model, sampler, rows, num_steps, DECODE_CAPACITY, steps_a_write=steps
             )
             return flat(rows.state), rows.remaining, rows.seen, tokens
