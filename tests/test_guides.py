@@ -84,6 +84,7 @@ def test_notebooks_run(name, printed, tmp_path):
     assert printed in "".join(o.text for o in outputs if o.output_type == "stream")
 
 
+@pytest.mark.slow
 def test_a_tiny_hybrid_learns_to_talk(capsys):
     runpy.run_path(str(GUIDES / "chat.py"), run_name="__main__")
     out = capsys.readouterr().out

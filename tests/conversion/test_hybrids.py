@@ -164,6 +164,7 @@ class TestWhereTransformersDiffersFromWhatTheWeightsWereTrainedWith:
         backbone = keras_mamba2.Mamba2HybridBackbone.from_preset(folder_of("zamba, one block"))
         assert backbone.blocks[0].sublayer.sublayers[0].time_step_limit == (0.0, None)
 
+    @pytest.mark.slow
     def test_step_sizes_are_limited_in_steps_too(self, lm_of):
         """Its cached step does not clip them: there a text continued is not the whole."""
         backbone, ids = lm_of("granite, rotary").backbone, random_ids(t=9)

@@ -343,6 +343,7 @@ def test_a_seed_gives_the_same_text_in_another_process(preset_folder):
     assert ascii(here) == elsewhere.strip()
 
 
+@pytest.mark.slow
 def test_compiled_programs_are_kept_for_the_next_process(preset_folder, tmp_path):
     from jax.experimental.compilation_cache import compilation_cache
 

@@ -161,6 +161,7 @@ def test_samplers_with_loops_of_their_own(lm, greedy, sampler):
     lm.compile(sampler="greedy")
 
 
+@pytest.mark.slow
 def test_perplexity_is_that_of_the_loss(lm):
     text = "To be, or not to be, that is the question: whether 'tis nobler in the mind"
     ids = np.frombuffer(text.encode(), "uint8").astype("int32")

@@ -56,6 +56,7 @@ def compiled(f):
 
 
 class Mamba2MixerTest(TestCase):
+    @pytest.mark.slow
     def test_layer(self):
         self.run_layer_test(
             Mamba2Mixer,

@@ -49,6 +49,7 @@ class Mamba2HybridBackboneTest(TestCase):
             "padding_mask": np.ones((2, 7), "int32"),
         }
 
+    @pytest.mark.slow
     def test_backbone_basics(self):
         self.run_backbone_test(
             cls=Mamba2HybridBackbone,
@@ -109,6 +110,7 @@ def test_multipliers_are_where_they_belong(backbone):
 
 
 @pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.slow
 def test_gradients_reach_every_weight(remat):
     backbone = Mamba2HybridBackbone(**INIT_KWARGS, remat=remat)
     reference.randomize(backbone)
@@ -138,6 +140,7 @@ def test_a_state_of_other_layers_is_refused(backbone, tmp_path):
         state.save(tmp_path / "state", backbone)
 
 
+@pytest.mark.slow
 def test_what_a_file_of_a_state_holds_does_not_depend_on_the_room(backbone, tmp_path):
     ids = np.arange(5)[None]
     sizes = []
@@ -168,6 +171,7 @@ def test_bad_arguments_are_named(changes, message):
         Mamba2HybridBackbone(**{**INIT_KWARGS, **changes})
 
 
+@pytest.mark.slow
 def test_dtypes_under_low_precision():
     backbone = Mamba2HybridBackbone(**INIT_KWARGS, dtype="bfloat16")
     ids = np.arange(6)[None]

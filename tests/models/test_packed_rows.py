@@ -20,7 +20,7 @@ T = sum(LENGTHS)
 EPS = np.finfo("float32").eps
 
 
-@pytest.fixture(scope="module", params=["mamba2", "hybrid"])
+@pytest.fixture(scope="module", params=["mamba2", pytest.param("hybrid", marks=pytest.mark.slow)])
 def lm(request):
     arguments = {"state_dim": 4, "head_dim": 4, "num_groups": 2, "chunk_size": 4}
     if request.param == "mamba2":
@@ -95,6 +95,7 @@ def test_numbers_in_padding_do_not_matter(lm, documents):
 
 
 @pytest.mark.skipif(keras.config.backend() != "jax", reason="takes gradients with jax.grad")
+@pytest.mark.slow
 def test_gradients_are_the_sum_over_documents_alone(lm, documents):
     rng = np.random.default_rng(1)
     weights = [np.float32(rng.normal(size=(1, length, 8))) for length in LENGTHS]

@@ -257,6 +257,7 @@ def waves(count, seed):
     return series[:, :16], series[:, 16:], unit
 
 
+@pytest.mark.slow
 def test_it_learns():
     """The next half of a wave, of any unit and phase, from two waves with gaps."""
     keras.utils.set_random_seed(0)

@@ -100,6 +100,7 @@ def test_mapped_over_a_dataset(preprocessor, kind):
 # Keras says it of every dataset whose length it cannot ask for.
 @pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")
 @pytest.mark.parametrize("kind", DATASETS)
+@pytest.mark.slow
 def test_fit_and_evaluate_see_batches_of_one_size(lm, kind):
     texts = TEXTS * 6
     expected = lm.evaluate(texts, batch_size=3, verbose=0)

@@ -138,6 +138,7 @@ def test_a_loaded_model_keeps_its_dtype(folder, tmp_path, mode, dtype):
 
 
 @pytest.mark.parametrize("mode", ["gptq", "awq"])
+@pytest.mark.slow
 def test_the_calibration_data_count(folder, mode):
     """Weights that do not depend on them are rounded to nearest, whatever the mode is called."""
     one, other = (values_of(quantized(folder, mode, texts=[text])) for text in ("aaaa", "zyxw"))
@@ -168,6 +169,7 @@ def test_adapters_learn_on_quantized_weights(folder, mode, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.slow
 def test_merging_quantizes_anew(folder, mode):
     lm = quantized(folder, mode)
     adapt(lm)
@@ -179,6 +181,7 @@ def test_merging_quantizes_anew(folder, mode):
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.slow
 def test_adapters_first_is_the_same(folder, mode):
     lm = keras_mamba2.Mamba2CausalLM.from_preset(folder)
     adapt(lm)
@@ -227,6 +230,7 @@ def test_filters_choose_layers(folder):
     assert quantized == {"in_proj"}
 
 
+@pytest.mark.slow
 def test_float8_training(folder):
     lm = quantized(folder, "float8")
     lm.compile(optimizer=keras.optimizers.AdamW(1e-2))

@@ -91,6 +91,7 @@ def test_training_starts_each_epoch_and_evaluation_anew(training):
     assert training.evaluate(windows, verbose=0) < before
 
 
+@pytest.mark.slow
 def test_dropout_and_remat_are_those_of_training():
     losses = []
     for changes in ({}, {"remat": True}, {"dropout": 0.5}, {"dropout": 0.5, "remat": True}):
