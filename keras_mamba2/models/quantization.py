@@ -1,5 +1,6 @@
 """What `quantize` needs to know of a backbone, beside what Keras does."""
 
+import re
 from typing import Any
 
 import keras
@@ -7,6 +8,7 @@ import keras
 from keras_mamba2._compat.keras_layers import flatten_layers
 from keras_mamba2.arguments import instance
 from keras_mamba2.arguments import optional
+from keras_mamba2.layers.mixture_of_experts import MixtureOfExperts
 from keras_mamba2.layers.projection import CALIBRATED_MODES
 from keras_mamba2.layers.projection import Projection
 from keras_mamba2.layers.reversible_embedding import ReversibleEmbedding
@@ -69,6 +71,23 @@ def check(backbone, config) -> None:
             f"inputs at a time, and there are up to {widest}. "
             f"Received: group_size={config.group_size}"
         )
+
+
+def quantize_experts(backbone, mode: str | None, config, filters) -> None:
+    """Quantizes the experts that `filters` let pass: Keras asks only layers without layers."""
+    mode = mode if config is None else config.mode
+    for layer in flatten_layers(backbone):
+        if isinstance(layer, MixtureOfExperts) and _passes(layer, filters):
+            layer.quantize(mode)
+
+
+def _passes(layer, filters) -> bool:
+    if filters is is_quantizable:
+        return True
+    if callable(filters):
+        return filters(layer)
+    patterns = [filters] if isinstance(filters, str) else filters
+    return any(re.search(pattern, layer.name) for pattern in patterns)
 
 
 def remember_policies(backbone) -> None:

@@ -4,11 +4,25 @@ Notation: n tokens of size d, k experts for each, of e. The four ways agree up t
 """
 
 from collections.abc import Callable
+from typing import Any
+from typing import NamedTuple
 
 import keras
 from keras import ops
 
 from keras_mamba2.ops import matrix
+
+
+class Rounded(NamedTuple):
+    """Kernels in int8; each column of each expert has its own scale."""
+
+    rounded: Any  # (e in out), int8
+    scale: Any  # (e 1 out)
+
+
+def rounded(kernels) -> Rounded:
+    scale = ops.maximum(ops.max(ops.abs(kernels), axis=1, keepdims=True) / 127, 1e-30)
+    return Rounded(ops.cast(ops.round(kernels / scale), "int8"), scale)
 
 
 def grouped_matmul(x, weights, experts, num_experts: int, compute: Callable):
@@ -19,8 +33,8 @@ def grouped_matmul(x, weights, experts, num_experts: int, compute: Callable):
         weights: tensor `(n k)`, of the experts of a token.
         experts: int tensor `(n k)`, which experts they are.
         num_experts: int, e.
-        compute: function of `x` and `matmul`, which multiplies rows by kernels `(e in out)`, each
-            row by that of its expert.
+        compute: function of `x` and `matmul`, which multiplies rows by kernels `(e in out)`, or
+            by `Rounded` ones, each row by that of its expert.
 
     Returns:
         Tensor `(n d)`.
@@ -41,8 +55,11 @@ def _sliced(x, weights, experts, compute):
     for i in range(experts.shape[1]):
 
         def matmul(rows, kernels, expert=experts[0, i]):
-            kernel = ops.slice(kernels, (expert, 0, 0), (1, *kernels.shape[1:]))
-            return matrix.matmul(rows, kernel[0])
+            def of_expert(kernels):
+                return ops.slice(kernels, (expert, 0, 0), (1, *kernels.shape[1:]))[0]
+
+            kernels, scale = _parts(kernels, rows.dtype, of_expert)
+            return matrix.matmul(rows, kernels) * scale
 
         total = total + ops.cast(compute(x, matmul), weights.dtype) * weights[:, i : i + 1]
     return ops.cast(total, x.dtype)
@@ -52,9 +69,12 @@ def _gathered(x, weights, experts, compute):
     """For few tokens: reads only the matrices of the chosen experts."""
 
     def matmul(rows, kernels):
-        kernels = ops.take(kernels, experts, axis=0)  # (n k in out)
+        def of_experts(kernels):
+            return ops.take(kernels, experts, axis=0)  # (n k in out)
+
+        kernels, scale = _parts(kernels, rows.dtype, of_experts)
         layout = "nd,nkdf->nkf" if len(rows.shape) == 2 else "nkd,nkdf->nkf"
-        return ops.einsum(layout, rows, kernels)
+        return ops.einsum(layout, rows, kernels) * (scale if scale is ONE else scale[:, :, 0])
 
     return _weighted_sum(compute(x, matmul), weights)
 
@@ -69,7 +89,9 @@ def _sorted(x, weights, experts, num_experts: int, compute):
     sizes = ops.sum(ops.cast(flat[:, None] == ops.arange(num_experts), "int32"), axis=0)
 
     def matmul(rows, kernels):
-        return lax.ragged_dot(rows, kernels, sizes)
+        kernels, scale = _parts(kernels, rows.dtype)
+        y = lax.ragged_dot(rows, kernels, sizes)
+        return y if scale is ONE else y * ops.take(scale[:, 0], ops.take(flat, order), axis=0)
 
     y = compute(ops.take(x, order // k, axis=0), matmul)
     y = ops.take(y, ops.argsort(order), axis=0)
@@ -80,12 +102,23 @@ def _all_experts(x, weights, experts, num_experts: int, compute):
     """Every expert for every token, on backends without a product by groups of rows."""
 
     def matmul(rows, kernels):
+        kernels, scale = _parts(kernels, rows.dtype)
         layout = "nd,edf->nef" if len(rows.shape) == 2 else "ned,edf->nef"
-        return ops.einsum(layout, rows, kernels)
+        return ops.einsum(layout, rows, kernels) * (scale if scale is ONE else scale[:, 0])
 
     y = compute(x, matmul)  # (n e d)
     chosen = ops.one_hot(experts, num_experts, dtype=weights.dtype)  # (n k e)
     return _weighted_sum(y, ops.einsum("nk,nke->ne", weights, chosen))
+
+
+ONE = 1.0  # the scale of kernels that are not rounded
+
+
+def _parts(kernels, dtype, chosen: Callable = lambda kernels: kernels):
+    """The chosen kernels in `dtype`, and their scale."""
+    if not isinstance(kernels, Rounded):
+        return chosen(kernels), ONE
+    return ops.cast(chosen(kernels.rounded), dtype), ops.cast(chosen(kernels.scale), dtype)
 
 
 def _weighted_sum(y, weights):
