@@ -177,6 +177,10 @@ def report():
     for name in dict.fromkeys(key.split(",")[0] for key in found["blocks"]):
         cells = [f"{found['blocks'][f'{name}, {t} tokens']:.2f}" for t in TOKENS]
         lines.append(f"| a block of `{name}`, in steps | {' | '.join(cells)} |")
+    for name in dict.fromkeys(key.split(",")[0] for key in found["blocks"]):
+        costs = [found["blocks"][f"{name}, {t} tokens"] for t in TOKENS]
+        cells = [f"{break_even(t, cost):.2f}" for t, cost in zip(TOKENS, costs, strict=True)]
+        lines.append(f"| of `{name}`, pays above an acceptance of | {' | '.join(cells)} |")
     lines += ["", "| | |", "| --- | --- |"]
     lines += [f"| text that {name}, 130M, speed | {v:.2f}x |" for name, v in found["texts"].items()]
     lines += [
@@ -184,6 +188,12 @@ def report():
     ]
     write_table("\n".join(lines), HERE / "README.md", "speculation")
     plot(found["blocks"])
+
+
+def break_even(t: int, cost: float) -> float:
+    """The acceptance at which a round of t tokens makes as many as `cost` steps."""
+    a = np.linspace(0, 1, 1001)
+    return float(a[sum(a**i for i in range(t)) >= cost][0])
 
 
 def plot(blocks: dict[str, float]) -> None:
