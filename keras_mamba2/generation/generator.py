@@ -1,5 +1,7 @@
 """The host's side of generation: prompts in, tokens out, run after run of a compiled loop."""
 
+import functools
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -27,6 +29,7 @@ from keras_mamba2.generation.search import search
 from keras_mamba2.generation.speculate import speculate
 from keras_mamba2.generation.speculative_decoding import SpeculativeDecoding
 from keras_mamba2.host.blocks import LONG_PROMPT
+from keras_mamba2.host.blocks import block_sizes
 from keras_mamba2.host.blocks import blocks
 from keras_mamba2.host.blocks import feed
 from keras_mamba2.host.decoding import NOT_FINITE_REASON
@@ -329,6 +332,33 @@ class Generator:
             rows = rows._replace(state=self._grow(rows.state, room=room))
             row = row._replace(state=self._grow(row.state, room=room))
         return Rows(*self._put(rows, np.array(index, "int32"), row))
+
+    def programs_for(
+        self, batch_size: int, prompt_lengths: Sequence[int]
+    ) -> list[Callable[[], None]]:
+        """Functions each of which compiles one program that prompts of these lengths need.
+
+        They run it once, on zeros, and may be called from several threads.
+        """
+        like = np.zeros(batch_size, "int8")
+        rooms = {tuple(self._room([np.zeros(n)]).items()): n for n in prompt_lengths}
+        sizes = {size for n in prompt_lengths for size in block_sizes(n - 1)}
+
+        def prefill(room, size: int) -> None:
+            block = np.zeros((batch_size, size), "int32"), np.ones((batch_size, size), bool)
+            ops.convert_to_numpy(self._prefill_block(self._zeros(like, **room), *block).length)
+
+        def decode(room) -> None:
+            token = np.zeros(1, "int32")
+            rows = self.start([token] * batch_size, np.ones(batch_size), seed=0)
+            state = self._zeros(like, **room).with_token(rows.state.token)
+            self.decode(rows._replace(state=state)).all_tokens()
+
+        tasks: list[Callable[[], None]] = []
+        for room in map(dict, rooms):
+            tasks.append(functools.partial(decode, room))
+            tasks += [functools.partial(prefill, room, size) for size in sorted(sizes)[::-1]]
+        return tasks
 
     def advance(self, rows: Rows, num_steps: int, with_logprobs: bool = False):
         """Runs the loop for at most `num_steps <= DECODE_CAPACITY` tokens a row.

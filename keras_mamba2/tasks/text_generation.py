@@ -1,12 +1,17 @@
+import concurrent.futures
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
+import keras
 import numpy as np
+import tqdm.auto
 
 from keras_mamba2.arguments import BOOLEAN
+from keras_mamba2.arguments import SIZE
 from keras_mamba2.arguments import optional
+from keras_mamba2.arguments import several
 from keras_mamba2.generation import Decoding
 from keras_mamba2.generation import Generator
 from keras_mamba2.generation import Proposer
@@ -247,6 +252,31 @@ class TextGeneration:
         if penalty == 1 and not needs_history(self.sampler) and self.speculation is None:
             return None
         return [np.array(self.preprocessor.tokenizer(text), "int32")]
+
+    def warm_up(self, batch_size: int = 1, prompt_lengths: Sequence[int] | int = 1024) -> None:
+        """Compiles what `generate` and `stream` need now, and not with the first prompt.
+
+        The programs are compiled at the same time, on as many processors as there are. They are
+        those of the sampler that the model was compiled with, without sampling arguments.
+
+        Args:
+            batch_size: int, how many prompts will share a batch.
+            prompt_lengths: int or several, how many tokens prompts will have. Programs of one
+                length serve most others: prompts are cut into blocks of 512, 64 and 8 tokens.
+        """
+        lengths = [prompt_lengths] if isinstance(prompt_lengths, int) else prompt_lengths
+        lengths = several(SIZE)("prompt_lengths", lengths)
+        tasks = self.make_generate_function().programs_for(SIZE("batch_size", batch_size), lengths)
+        with tqdm.auto.tqdm(total=len(tasks), desc="Compiling", unit=" programs") as bar:
+            if keras.distribution.distribution() is not None:  # other threads would not see it
+                for task in tasks:
+                    task()
+                    bar.update()
+                return
+            with concurrent.futures.ThreadPoolExecutor() as pool:
+                for done in concurrent.futures.as_completed(map(pool.submit, tasks)):
+                    done.result()
+                    bar.update()
 
     def prefill(self, inputs, state: Mamba2State | None = None) -> Mamba2State:
         """Reads text without generating any.

@@ -364,3 +364,25 @@ def test_compiled_programs_are_kept_for_the_next_process(preset_folder, tmp_path
         jax.config.update("jax_compilation_cache_dir", before)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
         compilation_cache.reset_cache()
+
+
+PROGRAMS = ("_zeros", "_prefill_block", "_decode", "_speculate", "_copy", "_grow")
+
+
+@pytest.mark.parametrize("speculation", [None, keras_mamba2.PromptLookup(3)])
+def test_after_a_warm_up_nothing_is_compiled(preset_folder, speculation):
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder, preprocessor=None)
+    lm.compile(sampler="greedy", speculation=speculation)
+    lm.warm_up(batch_size=2, prompt_lengths=[70, 9])
+    generator = lm.make_generate_function()
+    before = [getattr(generator, name).program._cache_size() for name in PROGRAMS]
+    assert sum(before) >= 4
+    for lengths in ((70, 70), (9, 9), (5, 66)):
+        generator.generate([np.array(p) for p in prompts_of(*lengths)], np.array([9, 9]), ())
+    assert [getattr(generator, name).program._cache_size() for name in PROGRAMS] == before
+
+
+@pytest.mark.parametrize("arguments", [(0, 9), (1, 0), (1, [9, -1]), (1, "a"), (1.5, 9)])
+def test_a_warm_up_of_nothing_is_refused(lm, arguments):
+    with pytest.raises(ValueError, match="`(batch_size|prompt_lengths)` must be"):
+        lm.warm_up(*arguments)
