@@ -324,8 +324,10 @@ class Generator:
         """`rows` with `row`, a batch of one, at `index`. The given `rows` cannot be used any more.
 
         The other rows do not change. `row` comes from `start` with the same sampler. The row at
-        `index` is overwritten: it should have no tokens remaining.
+        `index` is overwritten: it should have no tokens remaining. Nothing is proposed to rows of
+        several texts: they lose their context.
         """
+        rows, row = rows._replace(context=()), row._replace(context=())
         backbone = self.model.backbone
         if self._needs_room and room_of(rows.state, backbone) != room_of(row.state, backbone):
             room = max(room_of(state, backbone) for state in (rows.state, row.state))

@@ -316,6 +316,17 @@ def test_other_lengths_and_rows_compile_nothing_anew(models, proposers):
     assert program._cache_size() == 1
 
 
+def test_rows_that_are_inserted_go_on_without_proposals(models):
+    lm = models["hybrid"]
+    lm.compile(sampler="greedy", speculation=keras_mamba2.PromptLookup(3))
+    expected = run(lm, PROMPTS, 9)[0]
+    generator = lm.make_generate_function()
+    rows = generator.start(PROMPTS[:2], np.array([9, 0]))
+    rows = generator.insert(rows, 1, generator.start(PROMPTS[2:], np.array([9])))
+    _, tokens, *_ = generator.advance(rows, 9)
+    assert np.asarray(tokens)[:, :9].tolist() == [expected[0], expected[2]]
+
+
 def test_rows_that_are_not_finite_are_named(models):
     lm = models["mamba2"]
     lm.compile(sampler="greedy", speculation=keras_mamba2.PromptLookup(3))
