@@ -6,9 +6,11 @@ Where Keras is not installed there is one thing: `load_programs`, for programs t
 import importlib.util
 
 from keras_mamba2.backend_choice import choose_backend
+from keras_mamba2.backend_choice import leave_out_tensorflow
 from keras_mamba2.backend_choice import report_other_backend
 
 choose_backend()
+leave_out_tensorflow()
 
 from keras_mamba2.portable import Programs as Programs
 from keras_mamba2.portable import ProgramState as ProgramState

@@ -2,6 +2,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -48,6 +50,29 @@ def test_a_session_goes_on_in_its_file(preset_folder, tmp_path):
     second = run(" But soft", *options)
     assert second.exit_code == 0, second.output
     assert second.stdout.startswith(first.stdout.removesuffix("\n") + " But soft")
+
+
+def test_its_process_runs_without_tensorflow(preset_folder, tmp_path):
+    """Which takes long to import. `sys.argv` is that of the installed command."""
+    code = """
+import sys
+from keras_mamba2.cli import app
+
+assert sys.modules["tensorflow"] is None
+for arguments in (
+    ["generate", "to be", "--preset", sys.argv[1], "--max-new-tokens=5"],
+    ["convert", sys.argv[1], sys.argv[2] + "/hf", "--to", "transformers"],
+    ["convert", sys.argv[2] + "/hf", sys.argv[2] + "/keras"],
+    ["inspect", sys.argv[2] + "/keras"],
+):
+    app(arguments, standalone_mode=False)
+"""
+    script = tmp_path / "keras-mamba2"
+    script.write_text(code)
+    command = [sys.executable, script, preset_folder, tmp_path]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("to be")
 
 
 @pytest.mark.parametrize("speculation", [("--prompt-lookup",), ("--draft",)])
