@@ -28,6 +28,7 @@ from keras_mamba2.generation.score import block_loss
 from keras_mamba2.generation.search import search
 from keras_mamba2.generation.speculate import speculate
 from keras_mamba2.generation.speculative_decoding import SpeculativeDecoding
+from keras_mamba2.host.blocks import BLOCK_SIZES
 from keras_mamba2.host.blocks import LONG_PROMPT
 from keras_mamba2.host.blocks import block_sizes
 from keras_mamba2.host.blocks import blocks
@@ -69,6 +70,7 @@ class Generator:
     # For `Decoding`.
     to_numpy = staticmethod(ops.convert_to_numpy)
     decode_capacity = DECODE_CAPACITY
+    block_sizes = BLOCK_SIZES
 
     def __init__(self, model, steps_a_write: int | None = None):
         self.model = model
@@ -188,7 +190,7 @@ class Generator:
 
     def _feed(self, state: Mamba2State, prompts: list[np.ndarray]) -> Mamba2State:
         """The state after all tokens of `prompts`. `state` cannot be used any more."""
-        return feed(state, prompts, self._prefill_block, self._prefill_row)
+        return feed(state, prompts, self._prefill_block, self._prefill_row, sizes=self.block_sizes)
 
     def start(
         self,
@@ -344,7 +346,7 @@ class Generator:
         """
         like = np.zeros(batch_size, "int8")
         rooms = {tuple(self._room([np.zeros(n)]).items()): n for n in prompt_lengths}
-        sizes = {size for n in prompt_lengths for size in block_sizes(n - 1)}
+        sizes = {size for n in prompt_lengths for size in block_sizes(n - 1, self.block_sizes)}
 
         def prefill(room, size: int) -> None:
             block = np.zeros((batch_size, size), "int32"), np.ones((batch_size, size), bool)

@@ -10,7 +10,6 @@ import pytest
 import keras_mamba2
 from keras_mamba2.host import room as host_room
 from keras_mamba2.layers import sublayer
-from keras_mamba2.state import room
 from tests import reference
 
 LEAST = 8  # tokens that fit at first, so that small texts grow too
@@ -112,7 +111,7 @@ def test_room_doubles_so_that_few_programs_are_compiled(lm):
     generator.generate([np.array(prompt_of(3))], np.array([130]), ())
     sizes = generator._decode.program._cache_size()
     assert sizes <= 1 + math.log2(256 / LEAST)
-    assert room.room_for(257) == 512
+    assert host_room.room_for(257) == 512
 
 
 def test_sessions_fork_save_and_resume(lm, tmp_path):

@@ -1,7 +1,6 @@
 """generate = one step after another, for any lengths, padding, chunk size and block sizes."""
 
 import functools
-from unittest import mock
 
 import jax
 import numpy as np
@@ -11,8 +10,6 @@ from hypothesis import strategies as st
 
 import keras_mamba2
 from keras_mamba2.generation import Generator
-from keras_mamba2.generation import generator as generator_module
-from keras_mamba2.generation import prefill
 from keras_mamba2.generation import prompts_of
 from tests.laws import examples
 
@@ -41,7 +38,14 @@ def model_of(preset_folder):
 @pytest.fixture(scope="module")
 def generator_of(model_of):
     """One for each set of block sizes, so that nothing compiles twice."""
-    return functools.cache(lambda chunk_size, sizes: Generator(model_of(chunk_size)[0]))
+
+    @functools.cache
+    def generator(chunk_size, sizes):
+        generator = Generator(model_of(chunk_size)[0])
+        generator.block_sizes = sizes
+        return generator
+
+    return generator
 
 
 def step_by_step(lm, step, prompt, count):
@@ -77,13 +81,9 @@ def test_generate_is_step_by_step(model_of, generator_of, lengths, side, chunk_s
     lm, step = model_of(chunk_size)
     generator = generator_of(chunk_size, sizes)
     prompts = [np.random.default_rng([seed, n]).integers(0, 256, n) for n in lengths]
-    with (
-        mock.patch.object(prefill, "BLOCK_SIZES", sizes),
-        mock.patch.object(generator_module, "BLOCK_SIZES", sizes),
-    ):
-        read, _ = prompts_of(inputs_of(prompts, side))
-        found = generator.generate(read, np.full(len(read), NEW), ())
-        state = generator.prefill(prompts)
+    read, _ = prompts_of(inputs_of(prompts, side))
+    found = generator.generate(read, np.full(len(read), NEW), ())
+    state = generator.prefill(prompts)
     for i, prompt in enumerate(prompts):
         new, _ = step_by_step(lm, step, prompt, NEW)
         assert (read[i].tolist(), found[i].tolist()) == (prompt.tolist(), new)

@@ -17,6 +17,7 @@ from keras_mamba2.generation import speculative_decoding
 from keras_mamba2.generation.speculative_decoding import Pace
 from keras_mamba2.host import room as host_room
 from keras_mamba2.host.rows import Rows
+from keras_mamba2.host.state_file import filled
 from keras_mamba2.layers import sublayer
 from keras_mamba2.state import room
 from tests import reference
@@ -119,7 +120,7 @@ def assert_same(lm, found, expected):
     for i in range(ours.batch_size):
         n = int(ours.length[i])
         pairs = [
-            [room.filled(leaf, spec, n) for spec, leaf in room._tensors(state[i], lm.backbone)]
+            [filled(leaf, spec, n) for spec, leaf in room._tensors(state[i], lm.backbone)]
             for state in (ours, theirs)
         ]
         for mine, its in zip(*pairs, strict=True):
