@@ -117,6 +117,7 @@ def test_logits_are_those_of_the_original(folder, tensors):
     assert np.abs(backbone.logits(x) - truth).max() <= 128 * EPS * np.abs(truth).max()
 
 
+@pytest.mark.slow
 def test_the_first_tokens_after_a_prompt_are_right(folder, tensors):
     """The original keeps the outputs of its convolution, where steps need its inputs."""
     backbone = keras_mamba2.Mamba2HybridBackbone.from_preset(folder)

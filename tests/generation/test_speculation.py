@@ -132,7 +132,7 @@ def assert_same(lm, found, expected):
     ("kind", "proposer"),
     [
         ("mamba2", "lookup"),
-        ("hybrid", "itself"),
+        slow("hybrid", "itself"),
         slow("mamba2", "itself"),
         slow("mamba2", "more ids"),
         slow("hybrid", "lookup"),
@@ -344,7 +344,7 @@ def test_rows_that_are_not_finite_are_named(models):
 class TestTexts:
     """What users call, with the embedded preset's kind of tokenizer."""
 
-    @pytest.mark.parametrize("proposer", ["lookup", slow("itself")])
+    @pytest.mark.parametrize("proposer", [slow("lookup"), slow("itself")])
     def test_of_all_kinds_are_those_without(self, models, proposers, proposer, tmp_path):
         lm, texts = models["hybrid"], ["to be, or not to be, ", "a"]
 

@@ -77,6 +77,7 @@ def test_blocks_of_one_name_share_a_transformer(backbone):
     assert len(backbone.weights) == len({id(weight) for weight in backbone.weights})
 
 
+@pytest.mark.slow
 def test_the_state_law(backbone):
     ids = np.random.default_rng(0).integers(20, size=(2, 11))
     whole, after = jax.jit(backbone.call_with_state)(ids, backbone.initial_state(2, 11))
@@ -94,6 +95,7 @@ def test_the_state_law(backbone):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_multipliers_are_where_they_belong(backbone):
     """Twice as large embeddings and half the multiplier are one model, and so for the logits."""
     ids = np.arange(6)[None]

@@ -87,6 +87,7 @@ def test_it_is_saved_and_goes_on(lm, tmp_path):
         assert all(layer.quantization_mode == "int8" for layer in experts_of(loaded))
 
 
+@pytest.mark.slow
 def test_generation_is_the_argmax_of_the_whole(lm):
     ids = [5, 9, 3]
     for _ in range(4):
@@ -104,6 +105,7 @@ def test_filters_count_for_experts_too(filters):
     assert {layer.quantization_mode for layer in experts_of(lm)} == {None}
 
 
+@pytest.mark.slow
 def test_other_modes_leave_experts_as_they_are():
     lm = model()
     lm.quantize("int4")

@@ -153,6 +153,7 @@ def adapt(lm):
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.slow
 def test_adapters_learn_on_quantized_weights(folder, mode, tmp_path):
     lm = quantized(folder, mode)
     lm.backbone.enable_lora(4)

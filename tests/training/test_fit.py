@@ -364,6 +364,7 @@ def test_rows_without_a_token_or_a_target_are_refused(lm, rows):
 
 
 @pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.slow
 def test_shuffle_is_another_order_in_every_epoch(lm, monkeypatch, packing):
     tokenizer = lm.preprocessor.tokenizer
     preprocessor = keras_mamba2.Mamba2CausalLMPreprocessor(tokenizer, 8, packing=packing)
