@@ -75,7 +75,7 @@ def texts(
     import keras_mamba2
 
     found = {}
-    for what, sampler in (("repeats", "greedy"), ("does not repeat", "random")):
+    for what, sampler in (("repeats one token", "greedy"), ("does not repeat", "random")):
         seconds: dict[str, list[float]] = {"plain": [], "lookup": []}
         models = {
             "plain": compiled_model(preset, sampler),
@@ -83,7 +83,7 @@ def texts(
         }
         for i in range(rounds + 1):  # the first compiles
             for who, lm in models.items():
-                if not i and what == "repeats":
+                if not i and what == "repeats one token":
                     repeat_the_last_token(lm)
                 start = time.perf_counter()
                 generate(lm, np.arange(100, 132), tokens)
