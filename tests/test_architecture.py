@@ -30,8 +30,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 OUTSIDE_COMPAT = [path for path in FILES if path.parent.name != "_compat"]
 OVERRIDDEN = runpy.run_path(str(PACKAGE / "_compat" / "overridden.py"))["OVERRIDDEN"]
 # Of the server. What is not of the engine is of the application.
-ENGINE = ["answers", "engine", "prefix_cache", "prompts", "reading", "requests"]
-ENGINE += ["scheduler", "slots"]
+ENGINE = ["answers", "engine", "prefix_cache", "prefix_folder", "prompts", "reading"]
+ENGINE += ["requests", "scheduler", "slots"]
 WEB = ["fastapi", "pydantic", "prometheus_client", "starlette", "uvicorn"]
 # Documented, in spite of their names.
 OF_NAMED_TUPLES = {"_asdict", "_field_defaults", "_fields", "_make", "_replace"}

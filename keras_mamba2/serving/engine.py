@@ -41,7 +41,7 @@ class Engine:
         max_tokens: int, how many tokens a sequence may have, prompt included. Attention reserves
             room for them. `None` for 32,768, for a model with attention 4,096.
         prefix_cache_bytes: int, of the states that are kept for prompts to come.
-        prefix_cache_folder: path, where these states are kept when the engine is closed.
+        prefix_cache_folder: path, where these states are kept, so that a later engine has them.
         block_size: int, how many tokens of a prompt are read at once: 8, 64 or 512. `None`
             takes what is quick enough for others to go on meanwhile.
 
@@ -132,13 +132,13 @@ class Engine:
             self._changed.notify()
 
     def close(self) -> None:
-        """Finishes what has been submitted, keeps the states of known prefixes, and ends."""
+        """Finishes what has been submitted, and what is to be written, and ends."""
         with self._changed:
             self._is_closing = True
             self._changed.notify()
         if self._thread.ident is not None:
             self._thread.join()
-            self.prefix_cache.save()
+        self.prefix_cache.close()
 
     @property
     def is_ready(self) -> bool:

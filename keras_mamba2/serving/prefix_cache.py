@@ -2,32 +2,22 @@
 
 import collections
 import hashlib
-import json
-import logging
 import pathlib
-from typing import NamedTuple
 
 import numpy as np
 
+from keras_mamba2.serving.prefix_folder import Known
+from keras_mamba2.serving.prefix_folder import PrefixFolder
+from keras_mamba2.serving.prefix_folder import key_of
 from keras_mamba2.state import NO_TOKEN
 from keras_mamba2.state import Mamba2State
-from keras_mamba2.state import files
 from keras_mamba2.state.host import on_host
 from keras_mamba2.tasks.known_prefixes import common_length
-
-logger = logging.getLogger(__name__)
 
 # A state is not worth its bytes for fewer tokens.
 SHORTEST = 32
 # The last prompts, with which a new one is compared.
 REMEMBERED = 64
-
-
-class Known(NamedTuple):
-    """The state after `token_ids`, in the memory of the host."""
-
-    token_ids: np.ndarray
-    state: Mamba2State
 
 
 class PrefixCache:
@@ -39,7 +29,7 @@ class PrefixCache:
     Args:
         backbone: the model's backbone. The states are of this one, and no other's are accepted.
         max_bytes: int, how many bytes of states are kept.
-        folder: path, where `save` writes them, and from where they are read at the start.
+        folder: path, where a thread writes them, and from where they are read at the start.
         shortest: int, texts of fewer tokens are not kept.
     """
 
@@ -56,10 +46,10 @@ class PrefixCache:
         self._backbone = backbone
         self._known: collections.OrderedDict[bytes, Known] = collections.OrderedDict()
         self._prompts: collections.deque[np.ndarray] = collections.deque(maxlen=REMEMBERED)
-        # Apart by model, so that several servers may share a folder.
-        self._folder = None if folder is None else folder / files.fingerprint(backbone)[:16]
+        self._folder = None if folder is None else PrefixFolder(folder, backbone)
         if self._folder is not None:
-            self._load(self._folder)
+            for known in self._folder.read():
+                self._keep(known)
 
     def __len__(self) -> int:
         return len(self._known)
@@ -73,8 +63,9 @@ class PrefixCache:
             self.misses += 1
             return None
         self.hits += 1
-        self._known.move_to_end(found)
-        return self._known[found]
+        known = self._known[found]
+        self._use(found, known)
+        return known
 
     def meeting(self, token_ids: np.ndarray) -> int:
         """How many tokens `token_ids` have in common with one of the last prompts, at most.
@@ -96,51 +87,34 @@ class PrefixCache:
             state = on_host(state, self._backbone).with_token(np.array([NO_TOKEN], "int32"))
             self._keep(Known(token_ids, state))
 
-    def save(self) -> None:
-        """Writes all states into the folder, if there is one, and removes others from it."""
-        if self._folder is None:
-            return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        names = {key.hex() + ".safetensors" for key in self._known}
-        for file in self._folder.glob("*.safetensors"):
-            if file.name not in names:
-                file.unlink()
-        for key, known in self._known.items():
-            file = self._folder / f"{key.hex()}.safetensors"
-            if not file.exists():
-                text = json.dumps(known.token_ids.tolist())
-                known.state.save(file, self._backbone, text)
-            file.touch()  # so that their times have the order in which they were used
-
-    def _load(self, folder: pathlib.Path) -> None:
-        for file in sorted(folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime):
-            try:
-                self._keep(self._read(file))
-            except (OSError, ValueError, OverflowError) as error:
-                logger.warning("Not used as a known prefix: %s", error)
-
-    def _read(self, file: pathlib.Path) -> Known:
-        *parts, text = files.load(file, self._backbone)
-        state = on_host(Mamba2State(*parts), self._backbone)
-        token_ids = np.array(json.loads(text), "int32")
-        if file.stem != _key(token_ids).hex() or state.length.tolist() != [len(token_ids)]:
-            raise ValueError(f"{file} is the state after another text than its name says.")
-        return Known(token_ids, state)
+    def close(self) -> None:
+        """Waits until all states are in the folder, if there is one."""
+        if self._folder is not None:
+            self._folder.close()
 
     def _keep(self, known: Known) -> None:
-        key = _key(known.token_ids)
-        if key in self._known:
-            self._known.move_to_end(key)
-            return
-        size = known.state.nbytes
+        key, size = key_of(known.token_ids), known.state.nbytes
         if size > self.max_bytes:
+            self._forget(key)
             return
-        self._known[key] = known
-        self.nbytes += size
+        if key not in self._known:
+            self._known[key] = known
+            self.nbytes += size
+        self._use(key, known)
         while self.nbytes > self.max_bytes:
-            _, oldest = self._known.popitem(last=False)
-            self.nbytes -= oldest.state.nbytes
+            oldest, dropped = self._known.popitem(last=False)
+            self.nbytes -= dropped.state.nbytes
             self.evictions += 1
+            self._forget(oldest)
+
+    def _use(self, key: bytes, known: Known) -> None:
+        self._known.move_to_end(key)
+        if self._folder is not None:
+            self._folder.keep(key, known)
+
+    def _forget(self, key: bytes) -> None:
+        if self._folder is not None:
+            self._folder.remove(key)
 
     def _keys(self, token_ids: np.ndarray) -> list[bytes]:
         """The keys of the beginnings of `token_ids` that have the length of a known text."""
@@ -154,7 +128,3 @@ class PrefixCache:
             keys.append(digest.copy().digest())
             start = end
         return keys
-
-
-def _key(token_ids: np.ndarray) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(token_ids, "<i4").tobytes()).digest()

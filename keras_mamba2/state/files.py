@@ -48,8 +48,8 @@ def named_leaves(state, *path: str) -> Iterator[tuple[str, Any]]:
         yield from named_leaves(part, *path, name)
 
 
-def save(file, state, backbone, text: str = "") -> None:
-    """See `Mamba2State.save`."""
+def save(file, state, backbone, text: str = "", own: str | None = None) -> None:
+    """See `Mamba2State.save`. `own` is the fingerprint of the backbone, if it is known."""
     check_belongs(state, backbone)
     longest = int(np.max(ops.convert_to_numpy(state.length), initial=0))
     tensors = {}
@@ -58,15 +58,18 @@ def save(file, state, backbone, text: str = "") -> None:
             tensors[f"{name}.{i}"] = _array(filled(leaf, spec, longest), spec)
     for name in COUNTS:
         tensors[name] = np.asarray(ops.convert_to_numpy(getattr(state, name)))
-    state_file.write(file, tensors, backbone.architecture, fingerprint(backbone), text)
+    own = own or fingerprint(backbone)
+    state_file.write(file, tensors, backbone.architecture, own, text)
 
 
 def _array(leaf, spec) -> np.ndarray:
+    if isinstance(leaf, np.ndarray):  # what is on the host does not go over the device
+        return np.ascontiguousarray(leaf, stored_dtype(spec))
     return np.ascontiguousarray(ops.convert_to_numpy(ops.cast(leaf, stored_dtype(spec))))
 
 
-def load(file, backbone) -> StoredState:
-    """Reads a file of `save`.
+def load(file, backbone, own: str | None = None) -> StoredState:
+    """Reads a file of `save`. `own` as there.
 
     Raises:
         ValueError: that names the file, if it is missing, truncated, damaged, of another version,
@@ -74,7 +77,7 @@ def load(file, backbone) -> StoredState:
     """
     specs = named_specs(backbone)
     tensors, text = state_file.read(
-        file, specs, backbone.architecture, fingerprint(backbone), backbone.vocabulary_size
+        file, specs, backbone.architecture, own or fingerprint(backbone), backbone.vocabulary_size
     )
     leaves = [ops.convert_to_tensor(tensors[name], spec.dtype) for name, spec in specs.items()]
     counts = {name: ops.convert_to_tensor(tensors[name], "int32") for name in COUNTS}

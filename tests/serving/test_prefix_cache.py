@@ -1,6 +1,12 @@
 """States of known beginnings: which are found, which are kept, and by whom."""
 
 import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -9,9 +15,11 @@ import keras_mamba2
 from keras_mamba2.serving.engine import Engine
 from keras_mamba2.serving.prefix_cache import PrefixCache
 from keras_mamba2.state import Mamba2State
+from keras_mamba2.state import files
 from tests.serving.collected import GREEDY
 from tests.serving.collected import Collected
 from tests.serving.collected import alone
+from tests.serving.collected import wait_until
 
 TEXT = np.arange(100, dtype="int32")
 
@@ -98,28 +106,28 @@ class TestFolder:
         cache = PrefixCache(backbone, 2**30, tmp_path, shortest=4)
         add(cache, backbone, TEXT[:10], TEXT[:20])
         cache.longest(TEXT[:10])
-        cache.save()
+        cache.close()
         again = PrefixCache(backbone, 2**30, tmp_path, shortest=4)
         found = again.longest(TEXT)
         np.testing.assert_array_equal(found.token_ids, TEXT[:20])
         assert found.state.length.tolist() == [20]
-        again.save()
+        again.close()
         assert len(list(tmp_path.rglob("*.safetensors"))) == 2
 
     def test_what_is_not_kept_any_more_is_removed(self, backbone, nbytes, tmp_path):
         cache = PrefixCache(backbone, 2**30, tmp_path, shortest=4)
         add(cache, backbone, TEXT[:10], TEXT[:20], TEXT[:30])
         cache.longest(TEXT[:10])
-        cache.save()
+        cache.close()
         smaller = PrefixCache(backbone, 2 * nbytes, tmp_path, shortest=4)
         assert {len(known.token_ids) for known in smaller._known.values()} == {10, 30}
-        smaller.save()
+        smaller.close()
         assert len(list(tmp_path.rglob("*.safetensors"))) == 2
 
     def test_those_of_another_model_are_never_used(self, backbone, preset_folder, tmp_path, caplog):
         cache = PrefixCache(backbone, 2**30, tmp_path, shortest=4)
         add(cache, backbone, TEXT)
-        cache.save()
+        cache.close()
         other = keras_mamba2.Mamba2Backbone.from_preset(preset_folder)
         table = other.token_embedding.embeddings
         table.assign(table + 1)
@@ -127,7 +135,7 @@ class TestFolder:
         assert len(theirs) == 0
         # Not even if somebody moves the file.
         [file] = tmp_path.rglob("*.safetensors")
-        theirs.save()
+        theirs.close()
         folder = next(f for f in tmp_path.iterdir() if f != file.parent)
         os.rename(file, folder / file.name)
         assert len(PrefixCache(other, 2**30, tmp_path, shortest=4)) == 0
@@ -137,7 +145,7 @@ class TestFolder:
     def test_a_damaged_file_is_left_out(self, backbone, tmp_path, caplog, damage):
         cache = PrefixCache(backbone, 2**30, tmp_path, shortest=4)
         add(cache, backbone, TEXT)
-        cache.save()
+        cache.close()
         [file] = tmp_path.rglob("*.safetensors")
         if damage == "cut":
             file.write_bytes(file.read_bytes()[:-9])
@@ -145,6 +153,93 @@ class TestFolder:
             file.rename(file.with_name("0" * 64 + ".safetensors"))
         assert len(PrefixCache(backbone, 2**30, tmp_path, shortest=4)) == 0
         assert "Not used as a known prefix" in caplog.text
+
+
+def file_names(folder):
+    """The files and what is beside them, such as what a dead writer leaves."""
+    return sorted(path.name for path in folder.glob("*/*"))
+
+
+class Slow:
+    """A disk that writes when it is told to."""
+
+    def __init__(self, monkeypatch):
+        self.may_write = threading.Event()
+        self.written = []
+        save = files.save
+
+        def wait_and_save(file, *args):
+            assert self.may_write.wait(timeout=60)
+            self.written.append(file.name)
+            save(file, *args)
+
+        monkeypatch.setattr(files, "save", wait_and_save)
+
+
+class TestInTheBackground:
+    def test_states_are_written_while_it_goes_on(self, backbone, tmp_path):
+        cache = PrefixCache(backbone, 2**30, tmp_path, shortest=4)
+        add(cache, backbone, TEXT[:10])
+        wait_until(lambda: list(tmp_path.glob("*/*.safetensors")))
+        again = PrefixCache(backbone, 2**30, tmp_path, shortest=4)  # as after a crash
+        assert len(again.longest(TEXT).token_ids) == 10
+
+    def test_nobody_waits_for_a_slow_disk(self, backbone, nbytes, tmp_path, monkeypatch):
+        """And it does not write what is not wanted any more, nor twice what is used twice."""
+        slow = Slow(monkeypatch)
+        cache = PrefixCache(backbone, 3 * nbytes, tmp_path, shortest=4)
+        for _ in range(2):
+            add(cache, backbone, *(TEXT[:n] for n in range(10, 60)))
+        assert cache.evictions > 90
+        slow.may_write.set()
+        cache.close()
+        assert len(slow.written) <= 4  # three, and the one that it was at
+        assert len(file_names(tmp_path)) == 3
+        again = PrefixCache(backbone, 2**30, tmp_path, shortest=4)
+        assert {len(known.token_ids) for known in again._known.values()} == {57, 58, 59}
+
+    def test_an_engine_goes_on_beside_a_slow_disk(self, lm, tmp_path, monkeypatch):
+        slow = Slow(monkeypatch)
+        engine = Engine(lm, max_sequences=1, block_size=64, prefix_cache_folder=tmp_path)
+        engine.start()
+        for prompt in ("a" * 40, "b" * 40):
+            assert [Collected(prompt).submit(engine).tokens()] == alone(lm, prompt, **GREEDY)
+        assert slow.written == []
+        slow.may_write.set()
+        engine.close()
+        assert len(file_names(tmp_path)) == 4  # after each prompt, and after each text
+
+    def test_a_full_disk_ends_nothing(self, backbone, tmp_path, monkeypatch, caplog):
+        def fail(*args):
+            raise OSError("No space left on device")
+
+        cache = PrefixCache(backbone, 2**30, tmp_path, shortest=4)
+        with monkeypatch.context() as context:
+            context.setattr(files, "save", fail)
+            add(cache, backbone, TEXT[:10])
+            wait_until(lambda: "No space left on device" in caplog.text)
+        add(cache, backbone, TEXT[:20])
+        assert len(cache.longest(TEXT[:15]).token_ids) == 10  # and written now
+        cache.close()
+        assert len(file_names(tmp_path)) == 2
+
+    @pytest.mark.slow
+    def test_a_killed_process_leaves_whole_files(self, backbone, preset_folder, tmp_path, caplog):
+        script = pathlib.Path(__file__).with_name("keep_until_killed.py")
+        found = []
+        for pause in (0.0, 0.05, 0.2):
+            command = [sys.executable, script, preset_folder, tmp_path]
+            with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE) as process:
+                process.stdout.readline()  # files are written now
+                time.sleep(pause)
+                process.kill()
+            assert process.returncode == -signal.SIGKILL
+            cache = PrefixCache(backbone, 2**30, tmp_path, shortest=4)
+            assert len(cache) == len(file_names(tmp_path))
+            found.append(len(cache))
+            cache.close()
+        assert any(found)
+        assert caplog.text == ""
 
 
 def test_an_engine_finds_what_another_one_knew(lm, tmp_path):

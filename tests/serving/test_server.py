@@ -11,6 +11,7 @@ import time
 import httpx
 import pytest
 
+from tests.serving.collected import wait_until
 from tests.serving.conftest import NAME
 from tests.serving.conftest import client_of
 
@@ -53,6 +54,23 @@ def test_sigterm_finishes_what_runs_and_keeps_what_is_known(preset_folder, tmp_p
     with served(preset_folder, *options) as (_, address), client_of(address) as client:
         answer = client.completions.create(**{**body, "max_tokens": 5})
         assert answer.usage.prompt_tokens_details.cached_tokens == len(prompt) - 1
+
+
+@pytest.mark.slow
+def test_a_killed_server_has_kept_what_it_knew(preset_folder, tmp_path):
+    known = tmp_path / "known"
+    options = ("--name", NAME, "--max-sequences", 2, "--prefix-cache-folder", known)
+    prompt = "Once more unto the breach, dear friends, once more"
+    body = {"model": NAME, "prompt": prompt, "max_tokens": 5, "temperature": 0}
+    with served(preset_folder, *options) as (process, address), client_of(address) as client:
+        before = client.completions.create(**body)
+        wait_until(lambda: len(list(known.rglob("*.safetensors"))) == 2)
+        process.kill()
+        process.wait()
+    with served(preset_folder, *options) as (_, address), client_of(address) as client:
+        answer = client.completions.create(**body)
+    assert answer.usage.prompt_tokens_details.cached_tokens == len(prompt) - 1
+    assert answer.choices[0].text == before.choices[0].text
 
 
 def test_without_the_extra_it_says_how_to_install(preset_folder):
