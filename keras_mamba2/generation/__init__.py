@@ -6,6 +6,7 @@ parameters and random numbers (`picking.py`). `Generator` calls them. Samplers w
 their own run as in KerasHub (`search.py`).
 """
 
+from keras_mamba2.generation.generator import SCORING_SIZES as SCORING_SIZES
 from keras_mamba2.generation.generator import Generator as Generator
 from keras_mamba2.generation.generator import prompts_of as prompts_of
 from keras_mamba2.generation.picking import needs_history as needs_history

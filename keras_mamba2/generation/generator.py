@@ -24,6 +24,7 @@ from keras_mamba2.generation.programs import compiled
 from keras_mamba2.generation.rows import put
 from keras_mamba2.generation.rows import select
 from keras_mamba2.generation.sampler import FilterSampler
+from keras_mamba2.generation.score import block_logprobs
 from keras_mamba2.generation.score import block_loss
 from keras_mamba2.generation.search import search
 from keras_mamba2.generation.speculate import speculate
@@ -53,6 +54,8 @@ from keras_mamba2.state.room import needs_room
 from keras_mamba2.state.room import room_of
 from keras_mamba2.state.room import with_room
 
+# A prompt is scored in these blocks: the logits of a longer one would take much memory.
+SCORING_SIZES = BLOCK_SIZES[1:]
 MOST_TOKENS = np.iinfo("int32").max
 # A search holds whole rows in memory: the prompt and all tokens that may follow.
 MOST_SEARCHED = 1_000_000
@@ -93,6 +96,9 @@ class Generator:
         def loss(state, token_ids, targets, padding_mask):
             return block_loss(model, state, token_ids, targets, padding_mask)
 
+        def logprobs(state, token_ids, targets, padding_mask, num_likely):
+            return block_logprobs(model, state, token_ids, targets, padding_mask, num_likely)
+
         # For rows with their own sampling parameters, whatever the model's sampler is.
         sampler = model.sampler
         self._filters = sampler if isinstance(sampler, FilterSampler) else FilterSampler()
@@ -121,6 +127,7 @@ class Generator:
         self._prefill_block = compiled(model, prefill, donate=True)
         self._prefill_row = compiled(model, prefill_one, donate=True)
         self._block_loss = compiled(model, loss, donate=True)
+        self._block_logprobs = compiled(model, logprobs, donate=True, static=("num_likely",))
         self._decode = compiled(
             model, decode_rows, donate=True, static=("with_logprobs", "num_likely")
         )
@@ -281,6 +288,28 @@ class Generator:
         state = self._feed(state, [token_ids])
         ops.convert_to_numpy(state.length)  # waits for the device
         return state
+
+    def read_scoring(
+        self, state: Mamba2State, token_ids: np.ndarray, targets: np.ndarray, num_likely: int
+    ) -> tuple[Mamba2State, np.ndarray, np.ndarray, np.ndarray]:
+        """As `read`, and how likely the model found each of `targets` after its token.
+
+        Returns:
+            The state; the log probabilities `(n)` of the targets; and of the `num_likely` likeliest
+            tokens in their places the ids and the log probabilities, `(n k)` both.
+        """
+        found = []
+        pairs = zip(
+            blocks([token_ids], SCORING_SIZES), blocks([targets], SCORING_SIZES), strict=True
+        )
+        for (inputs, mask), (outputs, _) in pairs:
+            state, logprobs, likely = self._block_logprobs(
+                state, inputs, outputs, mask, num_likely=num_likely
+            )
+            arrays = (logprobs, likely.token_ids, likely.logprobs)
+            found.append([ops.convert_to_numpy(array)[0][mask[0]] for array in arrays])
+        logprobs, top_ids, top_logprobs = map(np.concatenate, zip(*found, strict=True))
+        return state, logprobs, top_ids, top_logprobs
 
     def sequences(
         self,

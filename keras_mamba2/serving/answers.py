@@ -18,12 +18,15 @@ from keras_mamba2.serving.requests import Request
 
 
 class LikelyToken(NamedTuple):
-    """A token with its log probability, and where its text begins in the text of its choice."""
+    """A token with its log probability, and where its text begins in the text of its choice.
+
+    The first token of a prompt has nothing before it, and no probability.
+    """
 
     text: str
-    logprob: float
+    logprob: float | None
     offset: int
-    top: list[tuple[str, float]]  # the likeliest tokens in its place
+    top: list[tuple[str, float]] | None  # the likeliest tokens in its place
 
 
 class Piece(NamedTuple):
@@ -106,7 +109,10 @@ class Answer:
                     which, delivery = await self._deliveries.get()
                 if delivery.error is not None:
                     raise RuntimeError(str(delivery.error)) from delivery.error
-                piece = self._piece(which, delivery)
+                if (scores := delivery.prompt_likely) is None:
+                    piece = self._piece(which, delivery)
+                else:  # in another thread, since a long one takes a while
+                    piece = await asyncio.to_thread(self._prompt_piece, which, delivery, scores)
                 if piece.text or piece.likely or piece.finish_reason:
                     yield piece
         finally:
@@ -148,6 +154,7 @@ class Answer:
                     seed=seed,
                     count=len(mine),
                     with_likely=self._num_likely is not None,
+                    scores_prompt=asked.scores,
                     keep=asked.keep,
                 )
             )
@@ -178,6 +185,23 @@ class Answer:
             text += choice.stream.finish()
         choice.num_characters += len(text)
         return Piece(number, text, likely, choice.finish_reason)
+
+    def _prompt_piece(self, which: int, delivery: Delivery, scores: LikelyTokens) -> Piece:
+        """The prompt, of which nothing else is said before."""
+        number = self._numbers[which][delivery.sequence]
+        choice, asked = self.choices[number], self.asked[number // self.count]
+        likely = [] if self._num_likely is None else self._prompt_tokens(asked, scores)
+        choice.num_characters = len(asked.text)
+        choice.finish_reason = delivery.finish_reason
+        return Piece(number, asked.text, likely, delivery.finish_reason)
+
+    def _prompt_tokens(self, asked: Prompt, scores: LikelyTokens) -> list[LikelyToken]:
+        offsets = self._prompts.offsets(asked)
+        first, *others = asked.token_ids.tolist()
+        tokens = [LikelyToken(self._prompts.token_text(first), None, offsets[0], None)]
+        for i, token_id in enumerate(others):
+            tokens.append(self._likely_token(token_id, offsets[i + 1], scores, i))
+        return tokens
 
     def _one_by_one(self, choice: Choice, delivery: Delivery) -> tuple[str, list[LikelyToken]]:
         """Takes tokens up to the one that completes a stop string, however many came at once."""

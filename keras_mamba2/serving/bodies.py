@@ -76,7 +76,7 @@ class CompletionBodies:
         return {
             "tokens": [token.text for token in likely],
             "token_logprobs": [token.logprob for token in likely],
-            "top_logprobs": [dict(token.top) for token in likely],
+            "top_logprobs": [_by_text(token.top) for token in likely],
             "text_offset": [token.offset for token in likely],
         }
 
@@ -122,14 +122,19 @@ class ChatBodies(CompletionBodies):
         content = [
             {
                 **_token(token.text, token.logprob),
-                "top_logprobs": [_token(text, logprob) for text, logprob in token.top],
+                "top_logprobs": [_token(text, logprob) for text, logprob in token.top or ()],
             }
             for token in likely
         ]
         return {"content": content, "refusal": None}
 
 
-def _token(text: str, logprob: float) -> Body:
+def _by_text(top: list[tuple[str, float]] | None) -> dict[str, float] | None:
+    """Of tokens with one text, such as parts of characters, the likeliest stands for all."""
+    return None if top is None else dict(reversed(top))
+
+
+def _token(text: str, logprob: float | None) -> Body:
     # What is part of a character has no bytes here: a decoder gives text only.
     encoded = None if "\N{REPLACEMENT CHARACTER}" in text else list(text.encode())
     return {"token": text, "logprob": logprob, "bytes": encoded}

@@ -178,10 +178,11 @@ class Engine:
         if prompt.min() < 0 or prompt.max() >= size:
             bad = prompt[(prompt < 0) | (prompt >= size)][0]
             raise ValueError(f"Token id {bad} is outside the model's vocabulary of {size}.")
-        if len(prompt) + SIZE("limit", request.limit) > self.max_tokens:
+        limit = integer(at_least=0 if request.scores_prompt else 1)("limit", request.limit)
+        if len(prompt) + limit > self.max_tokens:
             raise ValueError(
                 f"This model's maximum context length is {self.max_tokens} tokens. The prompt has "
-                f"{len(prompt)}, and {request.limit} are asked for."
+                f"{len(prompt)}, and {limit} are asked for."
             )
         integer(at_least=1, at_most=self.max_sequences)("count", request.count)
         if len(request.stop_token_ids) > STOP_TOKEN_CAPACITY:

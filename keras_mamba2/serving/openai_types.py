@@ -122,6 +122,7 @@ class CompletionRequest(Generation):
     )
     echo: bool | None = False
     logprobs: int | None = Field(None, ge=0, le=MOST_LIKELY)
+    max_tokens: int | None = Field(None, ge=0, le=2**31 - 1)
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -137,12 +138,15 @@ class CompletionRequest(Generation):
     def max_new_tokens(self) -> int:
         return 16 if self.max_tokens is None else self.max_tokens  # OpenAI's default
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the prompt is told with its log probabilities, or without any new token."""
+        return bool(self.echo) and (self.logprobs is not None or self.max_new_tokens == 0)
+
     @model_validator(mode="after")
     def _check_echo(self):
-        if self.echo and self.logprobs is not None:
-            raise ValueError(
-                "`logprobs` are those of new tokens, not of the prompt: not together with `echo`."
-            )
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("`max_tokens: 0` asks for nothing, unless `echo` asks for the prompt.")
         return self
 
 

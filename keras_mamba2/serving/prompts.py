@@ -24,6 +24,7 @@ class Prompt:
 
     token_ids: np.ndarray
     text: str  # what `echo` repeats
+    scores: bool  # whether it is told with its log probabilities
     limit: int
     parameters: dict[str, Any]
     stop_token_ids: tuple[int, ...]
@@ -46,6 +47,7 @@ class Prompts:
         self._lm = lm
         self._max_tokens = max_tokens
         self._tokenizer = lm.preprocessor.tokenizer
+        self._token_texts: dict[int, str] = {}
 
     @property
     def chats(self) -> bool:
@@ -64,6 +66,7 @@ class Prompts:
             Prompt(
                 token_ids=token_ids,
                 text=text,
+                scores=body.scores_prompt,
                 limit=body.max_new_tokens,
                 parameters={**COMPLETION_DEFAULTS, **body.sampling},
                 stop_token_ids=stop_token_ids,
@@ -99,6 +102,7 @@ class Prompts:
         return Prompt(
             token_ids=token_ids,
             text="",
+            scores=False,
             limit=limit,
             parameters=parameters,
             stop_token_ids=stops,
@@ -112,7 +116,21 @@ class Prompts:
 
     def token_text(self, token_id: int) -> str:
         """A token alone; where it is part of a character, with the replacement character."""
-        return self._tokenizer.detokenize([token_id])
+        if token_id not in self._token_texts:
+            self._token_texts[token_id] = self._tokenizer.detokenize([token_id])
+        return self._token_texts[token_id]
+
+    def offsets(self, prompt: Prompt) -> list[int]:
+        """Where in the text of a prompt each of its tokens begins.
+
+        Tokens that stand before a text, and are no part of it, begin at 0.
+        """
+        stream, position, offsets = TextStream(self._tokenizer.detokenize, (), ()), 0, []
+        for token_id in prompt.token_ids.tolist():
+            offsets.append(position)
+            position += len(stream.push([token_id]))
+        before = position + len(stream.finish()) - len(prompt.text)
+        return [min(max(offset - before, 0), len(prompt.text)) for offset in offsets]
 
     def _read(self, prompt: str | list[int]) -> tuple[np.ndarray, str]:
         if isinstance(prompt, str):

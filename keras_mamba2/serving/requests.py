@@ -27,6 +27,7 @@ class Delivery(NamedTuple):
     likely: LikelyTokens | None = None  # if the request asks for them
     finish_reason: str | None = None  # "stop" at a stop token, "length" at the limit
     error: Exception | None = None  # which has ended the sequence
+    prompt_likely: LikelyTokens | None = None  # of the prompt after its first token, if asked for
 
 
 @dataclasses.dataclass(eq=False)
@@ -35,13 +36,15 @@ class Request:
 
     Args:
         prompt: int32 array, at least one token id.
-        limit: int, how many new tokens each sequence may get.
+        limit: int, how many new tokens each sequence may get; 0 to score the prompt alone.
         parameters: of `FilterSampler`.
         deliver: function of a `Delivery`, called from the engine's thread; it must not wait.
         stop_token_ids: token ids that end a sequence, at most `STOP_TOKEN_CAPACITY`.
         seed: int, for the random numbers.
         count: int, the number of sequences.
         with_likely: bool, whether log probabilities are delivered.
+        scores_prompt: bool, whether those of the prompt are too, before anything else. All of it
+            is read for that, since states do not know them; and none is kept.
         keep: how many tokens of the prompt other prompts are likely to begin with. States are
             kept there. `None` for all of it.
     """
@@ -54,6 +57,7 @@ class Request:
     seed: int = 0
     count: int = 1
     with_likely: bool = False
+    scores_prompt: bool = False
     keep: tuple[int, ...] | None = None
 
     cached_tokens: int = dataclasses.field(default=0, init=False)  # known, and so not read

@@ -3,19 +3,24 @@
 import dataclasses
 import logging
 import time
+from collections.abc import Callable
 
 import numpy as np
 
+from keras_mamba2.generation import SCORING_SIZES
 from keras_mamba2.generation import Generator
 from keras_mamba2.host.blocks import BLOCK_SIZES
 from keras_mamba2.host.decoding import NOT_FINITE_REASON
 from keras_mamba2.host.rows import DECODE_CAPACITY
+from keras_mamba2.host.rows import Rows
 from keras_mamba2.serving.prefix_cache import PrefixCache
 from keras_mamba2.serving.reading import Reading
 from keras_mamba2.serving.requests import Delivery
+from keras_mamba2.serving.requests import LikelyTokens
 from keras_mamba2.serving.requests import Request
 from keras_mamba2.serving.slots import Advanced
 from keras_mamba2.serving.slots import Slots
+from keras_mamba2.state import Mamba2State
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +83,7 @@ class Scheduler:
         self._cache = cache
         self._block_size = block_size or min(BLOCK_SIZES)
         self._measures = block_size is None
-        self._block_seconds = 0.0
+        self._block_seconds = self._scoring_seconds = 0.0
         self._reads_shortest = False
         self._run_seconds = 0.0
         self._step_seconds: dict[int, float] = {}  # by the number of rows
@@ -92,14 +97,23 @@ class Scheduler:
             quick = [s for s in BLOCK_SIZES if seconds[s] <= READING_SHARE * RUN_SECONDS]
             self._block_size = max(quick, default=min(BLOCK_SIZES))
         self._block_seconds = seconds[self._block_size]
+        self._scoring_seconds = max(map(self._seconds_to_score, SCORING_SIZES))
         logger.info("Prompts are read in blocks of %d tokens: %s", self._block_size, seconds)
 
     def _seconds_to_read(self, size: int) -> float:
+        token_ids = np.zeros(size, "int32")
+        return self._seconds(lambda state: self._generator.read(state, token_ids))
+
+    def _seconds_to_score(self, size: int) -> float:
+        arguments = np.zeros(size, "int32"), np.zeros(size, "int32"), self.slots.num_likely
+        return self._seconds(lambda state: self._generator.read_scoring(state, *arguments)[0])
+
+    def _seconds(self, read: Callable[[Mamba2State], Mamba2State]) -> float:
         """The shortest of several times, which others on the machine have disturbed least."""
-        state, token_ids = self._empty_state(), np.zeros(size, "int32")
+        state = self._empty_state()
         times = [time.perf_counter()]
         for _ in range(4):  # the first compiles
-            state = self._generator.read(state, token_ids)
+            state = read(state)
             times.append(time.perf_counter())
         return float(np.diff(times).min())
 
@@ -114,7 +128,8 @@ class Scheduler:
     def admit(self, request: Request) -> None:
         """Begins to read a prompt."""
         try:
-            reading = Reading(request, self._generator, self._cache, self.slots.max_tokens)
+            sizes = self.slots.max_tokens, self.slots.num_likely
+            reading = Reading(request, self._generator, self._cache, *sizes)
         except Exception as error:
             self.fail(request, error)
             return
@@ -151,7 +166,10 @@ class Scheduler:
         """Reads until those that run have waited long enough; one block at least."""
         budget = READING_SHARE * max(RUN_SECONDS, self._run_seconds)
         begun, seconds = time.perf_counter(), 0.0
-        while self.reading and (not seconds or seconds + self._block_seconds <= budget):
+        block_seconds = self._block_seconds
+        if any(reading.request.scores_prompt for reading in self.reading):
+            block_seconds = max(block_seconds, self._scoring_seconds)
+        while self.reading and (not seconds or seconds + block_seconds <= budget):
             self._read_block(self._next_to_read())
             seconds = time.perf_counter() - begun
 
@@ -169,17 +187,31 @@ class Scheduler:
         request = reading.request
         try:
             if reading.left:
-                reading.read(self._block_size)
+                size = max(SCORING_SIZES) if request.scores_prompt else self._block_size
+                reading.read(size)
             if reading.left:
                 return
             rows = reading.sequences()
+            scores = reading.scores
         except Exception as error:
             logger.exception("A prompt could not be read.")
             self.fail(request, error)
         else:
             for index, row in enumerate(rows):
-                self.slots.insert(row, Sequence(request, index))
+                self._begin(row, Sequence(request, index), scores)
         self.reading.remove(reading)
+
+    def _begin(self, row: Rows, sequence: Sequence, scores: LikelyTokens | None) -> None:
+        """Delivers what is known of the prompt, and lets the sequence run if it may have tokens."""
+        limit = sequence.request.limit
+        if scores is not None:
+            reason = None if limit else "length"
+            delivery = Delivery(sequence.index, NOTHING, finish_reason=reason, prompt_likely=scores)
+            self._deliver(sequence, delivery)
+        if limit:
+            self.slots.insert(row, sequence)
+        else:
+            self.counts.finished += 1
 
     def _run(self) -> None:
         if not self.slots.used:
@@ -222,6 +254,8 @@ class Scheduler:
 
     def _remember(self, sequence: Sequence) -> None:
         """Keeps the state after a text: a conversation goes on from it."""
+        if sequence.request.scores_prompt:
+            return
         # The last token has not been read yet.
         read = np.concatenate([sequence.request.prompt, sequence.token_ids[:-1]])
         if not sequence.is_cancelled and self._cache.wants(read):

@@ -65,7 +65,9 @@ class Service:
     async def complete(self, body: CompletionRequest, http: Request) -> Response:
         self._check_model(body)
         asked = await self._read(self.prompts.of_completion, body)
-        before = [p.text if body.echo else "" for p in asked for _ in range(body.count)]
+        # A prompt that is scored comes with its scores, as the first piece of the answer.
+        told = body.echo and not body.scores_prompt
+        before = [p.text if told else "" for p in asked for _ in range(body.count)]
         return await self._answer(body, http, asked, CompletionBodies(self.name, before))
 
     async def chat(self, body: ChatRequest, http: Request) -> Response:

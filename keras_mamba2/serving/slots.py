@@ -65,6 +65,11 @@ class Slots:
         self._half_was_enough = 0
 
     @property
+    def num_likely(self) -> int:
+        """Of how many tokens log probabilities are known in each place."""
+        return min(NUM_LIKELY, self.generator.model.backbone.vocabulary_size)
+
+    @property
     def num_rows(self) -> int:
         return len(self._places)
 
@@ -122,8 +127,7 @@ class Slots:
         return results
 
     def _advance(self, rows: Rows, num_steps: int, asked: bool):
-        num_likely = min(NUM_LIKELY, self.generator.model.backbone.vocabulary_size)
-        return self.generator.advance_telling(rows, num_steps, num_likely, asked)
+        return self.generator.advance_telling(rows, num_steps, self.num_likely, asked)
 
     def shrink(self) -> None:
         """Halves the number of rows, once half has been enough for a while."""

@@ -2,10 +2,13 @@
 
 import asyncio
 import re
+from typing import ClassVar
 
 import httpx
+import numpy as np
 import openai
 import pytest
+from keras import ops
 
 from tests.serving.collected import wait_until
 from tests.serving.conftest import NAME
@@ -107,12 +110,10 @@ class TestCompletions:
         found = answer.choices[0].logprobs
         assert found.token_logprobs == pytest.approx(expected["logprobs"].tolist(), abs=1e-4)
         assert len(found.tokens) == len(found.top_logprobs) == len(found.text_offset) == 20
-        for token, logprob, top in zip(
-            found.tokens, found.token_logprobs, found.top_logprobs, strict=True
-        ):
+        for logprob, top in zip(found.token_logprobs, found.top_logprobs, strict=True):
             # Bytes that are no character have one and the same text.
             assert 1 <= len(top) <= 3
-            assert max(top.values()) <= logprob + 1e-6 or "\ufffd" in token
+            assert max(top.values()) == pytest.approx(logprob, abs=1e-6)
         *chunks, _ = client.completions.create(prompt="ROMEO:", **GREEDY, **USAGE, logprobs=3)
         streamed = [
             t for c in chunks if c.choices[0].logprobs for t in c.choices[0].logprobs.tokens
@@ -138,6 +139,88 @@ class TestCompletions:
         options = {**GREEDY, "temperature": 1.0, "top_p": 0}
         answer = client.completions.create(prompt="ROMEO:", **options)
         assert answer.choices[0].text == alone(lm, "ROMEO:")
+
+
+def score(lm, token_ids):
+    """The log probabilities of all tokens `(n v)`, and of its own after the first."""
+    ids = np.array([token_ids])
+    logits = ops.cast(lm.score(ids), "float32")[0, :-1]
+    losses = lm.score(ids[:, :-1], scoring_mode="loss", target_ids=ids[:, 1:])[0]
+    return ops.convert_to_numpy(ops.log_softmax(logits)), -ops.convert_to_numpy(losses)
+
+
+class TestScores:
+    """`echo` with `logprobs`: the log probabilities of the prompt."""
+
+    PROMPT = (
+        "Now is the winter of our discontent, made glorious summer by this sun of York. \u00e9!"
+    )
+    OPTIONS: ClassVar = {"model": NAME, "echo": True, "logprobs": 2, "temperature": 0}
+
+    @pytest.mark.parametrize("as_ids", [False, True])
+    def test_they_are_those_of_score(self, client, lm, as_ids):
+        ids = list(self.PROMPT.encode())
+        every, expected = score(lm, ids)
+        prompt = ids if as_ids else self.PROMPT
+        answer = client.completions.create(prompt=prompt, max_tokens=0, **self.OPTIONS)
+        [choice] = answer.choices
+        assert choice.text == self.PROMPT
+        assert choice.finish_reason == "length"
+        assert answer.usage.prompt_tokens == answer.usage.total_tokens == len(ids)
+        found = choice.logprobs
+        assert found.token_logprobs[0] is found.top_logprobs[0] is None
+        np.testing.assert_allclose(found.token_logprobs[1:], expected, atol=1e-4)
+        best = [max(top.values()) for top in found.top_logprobs[1:]]
+        np.testing.assert_allclose(best, every.max(axis=1), atol=1e-4)
+        # Exactly, by which lm-evaluation-harness tells whether a token is the likeliest.
+        likeliest = [
+            logprob == top for logprob, top in zip(found.token_logprobs[1:], best, strict=True)
+        ]
+        assert likeliest == (every.argmax(axis=1) == ids[1:]).tolist()
+        starts = [len(bytes(ids[:i]).decode(errors="ignore")) for i in range(len(ids))]
+        assert found.text_offset == starts
+        assert found.tokens[:3] == ["N", "o", "w"]
+
+    def test_new_tokens_come_after_them(self, client, lm):
+        """Whatever is known of the prompt, all of it is scored; nothing else changes."""
+        options = {"prompt": self.PROMPT, "max_tokens": 20}
+        plain = client.completions.create(**{**self.OPTIONS, **options, "echo": False})
+        answer = client.completions.create(**self.OPTIONS, **options)
+        n = answer.usage.prompt_tokens
+        assert answer.usage.prompt_tokens_details.cached_tokens == 0
+        assert answer.choices[0].text == self.PROMPT + plain.choices[0].text
+        found, new = answer.choices[0].logprobs, plain.choices[0].logprobs
+        assert found.tokens[n:] == new.tokens
+        assert found.token_logprobs[n:] == pytest.approx(new.token_logprobs, abs=1e-4)
+        assert found.text_offset[n:] == [len(self.PROMPT) + offset for offset in new.text_offset]
+        *chunks, last = client.completions.create(**self.OPTIONS, **options, **USAGE)
+        assert "".join(chunk.choices[0].text for chunk in chunks) == answer.choices[0].text
+        parts = [chunk.choices[0].logprobs for chunk in chunks]
+        streamed = [logprob for part in parts if part for logprob in part.token_logprobs]
+        assert streamed[1:] == pytest.approx(found.token_logprobs[1:], abs=1e-4)
+        assert last.usage == answer.usage
+
+    def test_several_prompts_as_lm_evaluation_harness_asks(self, client, lm):
+        """Of ids, one more token than is wanted, and the sum over a continuation."""
+        prompts = [list(b"ROMEO: you"), list(b"hello, " * 40), [7], list(b"ROMEO: you")]
+        options = {**self.OPTIONS, "logprobs": 1, "max_tokens": 1, "seed": 1234}
+        answer = client.completions.create(prompt=prompts, **options)
+        for ids, choice in zip(prompts, answer.choices, strict=True):
+            found = choice.logprobs.token_logprobs
+            assert len(found) == len(ids) + 1
+            if len(ids) > 1:
+                np.testing.assert_allclose(found[1:-1], score(lm, ids)[1], atol=1e-4)
+
+    def test_an_echo_alone_needs_no_new_token(self, client):
+        options = {"model": NAME, "prompt": "ROMEO:", "echo": True, "max_tokens": 0}
+        answer = client.completions.create(**options, n=2)
+        assert [(c.text, c.logprobs) for c in answer.choices] == [("ROMEO:", None)] * 2
+        assert answer.usage.completion_tokens == 0
+
+    def test_no_state_is_kept_for_them(self, client, engine):
+        known = len(engine.prefix_cache)
+        client.completions.create(prompt="x" * 90, max_tokens=1, **self.OPTIONS)
+        assert len(engine.prefix_cache) == known
 
 
 class TestPrefixes:

@@ -139,6 +139,15 @@ class TestTokens:
         assert (np.diff(top, axis=1) <= 0).all()
         assert all(d.likely is None for d in plain.deliveries)
 
+    def test_scores_of_a_prompt(self, engine, lm):
+        request = Collected("hello " * 40, limit=0, scores_prompt=True).submit(engine).wait()
+        [delivery] = request.deliveries
+        assert (len(delivery.token_ids), delivery.finish_reason) == (0, "length")
+        ids = np.array([request.request.prompt])
+        losses = lm.score(ids[:, :-1], scoring_mode="loss", target_ids=ids[:, 1:])[0]
+        np.testing.assert_allclose(delivery.prompt_likely.logprobs, -losses, atol=1e-4)
+        assert delivery.prompt_likely.top_ids.shape == (239, 20)
+
     @pytest.mark.slow
     def test_of_a_model_with_attention(self, hybrid_engine, hybrid):
         prompts = ["hello", "x" * 200, "what, then?", "you", "x" * 200]
@@ -166,6 +175,7 @@ class TestCompilation:
                     parameters=DRAWN if i % 2 else GREEDY,
                     count=1 + i % 2,
                     with_likely=i % 4 == 0,
+                    scores_prompt=i % 5 == 0,
                     stop_token_ids=(3,) * (i % 8),
                 ).submit(engine)
                 for i in range(16)
@@ -256,6 +266,18 @@ class TestQueue:
         assert not engine.is_ready
         with pytest.raises(Closed):
             Collected("hello").submit(engine)
+
+    def test_a_prompt_to_be_scored_does_not_stop_others_either(self, engine, monkeypatch):
+        monkeypatch.setattr(scheduler, "RUN_SECONDS", 1e-3)  # so that there are many runs
+        order = []
+        running = Collected("hello", limit=3000, on_delivery=lambda d: order.append("running"))
+        running.submit(engine)
+        wait_until(lambda: order)
+        scored = Collected("z" * 4000, 0, scores_prompt=True)
+        scored._on_delivery = lambda d: order.append("scored")
+        scored.submit(engine).wait()
+        engine.cancel(running.request)
+        assert order[: order.index("scored")].count("running") > 10
 
 
 class TestFailures:
