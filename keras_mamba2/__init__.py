@@ -1,12 +1,14 @@
 """Mamba-2 language models for Keras 3. Start at `Mamba2CausalLM.from_preset`.
 
 Where Keras is not installed there is one thing: `load_programs`, for programs that were exported.
+In `keras-mamba2 run-programs` too, which starts sooner without Keras.
 """
 
 import importlib.util
 
 from keras_mamba2.backend_choice import choose_backend
 from keras_mamba2.backend_choice import leave_out_tensorflow
+from keras_mamba2.backend_choice import leaves_out_keras
 from keras_mamba2.backend_choice import report_other_backend
 
 choose_backend()
@@ -16,7 +18,7 @@ from keras_mamba2.portable import Programs as Programs
 from keras_mamba2.portable import ProgramState as ProgramState
 from keras_mamba2.portable import load_programs as load_programs
 
-if importlib.util.find_spec("keras") is not None:
+if importlib.util.find_spec("keras") is not None and not leaves_out_keras():
     from keras_mamba2 import layers as layers
     from keras_mamba2 import ops as ops
     from keras_mamba2 import training as training

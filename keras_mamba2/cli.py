@@ -12,6 +12,8 @@ from typing import Any
 
 import typer
 
+from keras_mamba2.backend_choice import RUN_PROGRAMS
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
@@ -132,23 +134,25 @@ def generate(
             session = lm.resume(state)
         else:
             session, prompt = lm.start(prompt), ""
-        print(session.text + prompt, end="", flush=True)
-        # The first token compiles the programs, which is not part of the speed.
-        lm.generate(prompt, state=session.state, max_new_tokens=1)
-        begun = time.perf_counter()
-        pieces = session.stream(
-            prompt, max_new_tokens=max_new_tokens, stop_strings=stop or (), seed=seed
-        )
-        text = ""
-        for piece in pieces:
-            print(piece, end="", flush=True)
-            text += piece
-        seconds = time.perf_counter() - begun
-        print()
+        options = {"max_new_tokens": max_new_tokens, "stop_strings": stop or (), "seed": seed}
+        text, seconds = print_more(session, prompt, options)
         if state is not None:
             session.save(state)
     count = len(lm.preprocessor.tokenizer(text))
     print(f"{count} tokens, {count / seconds:.0f} tokens/s", file=sys.stderr)
+
+
+def print_more(session, prompt: str, options: dict[str, Any]) -> tuple[str, float]:
+    """Continues a session as its text is printed. Returns the new text, and the time it took."""
+    print(session.text + prompt, end="", flush=True)
+    # The first token compiles the programs, which is not part of the speed.
+    session.lm.generate(prompt, state=session.state, max_new_tokens=1)
+    begun, text = time.perf_counter(), ""
+    for piece in session.stream(prompt, **options):
+        print(piece, end="", flush=True)
+        text += piece
+    print()
+    return text, time.perf_counter() - begun
 
 
 @app.command()
@@ -370,6 +374,55 @@ def export_programs(
         lm.export_programs(folder, weights=weights.value, **given)
     nbytes = sum(path.stat().st_size for path in folder.rglob("*"))
     print(f"{folder}: {nbytes / 1e6:,.1f} MB", file=sys.stderr)
+
+
+@app.command(RUN_PROGRAMS)
+def run_programs(
+    folder: Annotated[pathlib.Path, typer.Argument(help="That export-programs has written.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens at most.")] = 300,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="Below 1 safer, above 1 wilder; 0 is greedy.")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Sample among the likeliest that sum to this."),
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Drop what is this much less likely."),
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(min=1.0, help="Above 1: fewer.")
+    ] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text to stop before; repeatable.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Makes the text reproducible.")] = None,
+    state: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="A session's file: goes on from it if it is there, and is written."),
+    ] = None,
+) -> None:
+    """Continues a prompt with exported programs. Without Keras: it starts in a second or two.
+
+    What is not said about sampling is as it was exported.
+    """
+    import keras_mamba2
+
+    with errors_on_one_line():
+        for text in (prompt, *(stop or ())):
+            check_text("prompt" if text is prompt else "--stop", text)
+        programs = keras_mamba2.load_programs(folder)
+        if state is not None and state.exists():
+            session = programs.resume(state)
+        else:
+            session, prompt = programs.start(prompt), ""
+        options = {"max_new_tokens": max_new_tokens, "stop_strings": stop or (), "seed": seed}
+        sampling = {"temperature": temperature, "top_p": top_p, "min_p": min_p}
+        sampling["repetition_penalty"] = repetition_penalty
+        text, seconds = print_more(session, prompt, {**options, **sampling})
+        if state is not None:
+            session.save(state)
+    print(f"{len(text)} characters, {len(text) / seconds:.0f} characters/s", file=sys.stderr)
 
 
 @app.command()

@@ -160,6 +160,67 @@ def test_export_programs_writes_what_is_loaded(preset_folder, tmp_path):
     assert "exists already and is not an empty folder" in again.stderr
 
 
+@pytest.fixture(scope="module")
+def programs_folder(preset_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "programs"
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder)
+    lm.compile(sampler=keras_mamba2.FilterSampler(temperature=0.8, top_p=0.95))
+    lm.export_programs(folder, platforms=["cpu"], batch_sizes=[1])
+    return folder
+
+
+def test_programs_give_the_text_of_the_model(programs_folder, preset_folder, tmp_path):
+    """Stopped, drawn and greedy, and in a session that either goes on with."""
+    for options in (("--temperature", 0), ("--seed", 3), ("--seed", 4, "--stop", "a")):
+        options = ("--max-new-tokens", 12, *options)
+        result = run_app("run-programs", programs_folder, "ROMEO:", *options)
+        assert result.exit_code == 0, result.output
+        assert result.stdout == run("ROMEO:", "--preset", preset_folder, *options).stdout
+        assert "characters/s" in result.stderr
+    options = ("--max-new-tokens", 10, "--temperature", 0, "--state", tmp_path / "a.safetensors")
+    first = run_app("run-programs", programs_folder, "ROMEO:", *options)
+    assert first.exit_code == 0, first.output
+    shutil.copy(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    second = run_app("run-programs", programs_folder, " But soft", *options)
+    other = ("--preset", preset_folder, *options[:-1], tmp_path / "b.safetensors")
+    assert second.stdout == run(" But soft", *other).stdout
+    assert second.stdout.startswith(first.stdout.removesuffix("\n") + " But soft")
+
+
+def test_programs_run_without_keras(programs_folder, tmp_path):
+    """Though it is installed. `sys.argv` is that of the installed command."""
+    code = """
+import sys
+from keras_mamba2.cli import app
+
+app(standalone_mode=False)
+assert not [name for name in ("keras", "keras_hub", "tensorflow") if sys.modules.get(name)]
+"""
+    script = tmp_path / "keras-mamba2"
+    script.write_text(code)
+    command = [sys.executable, script, "run-programs", programs_folder, "to be", "--seed=1"]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    expected = run_app("run-programs", programs_folder, "to be", "--seed", 1)
+    assert result.stdout == expected.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("{preset}", "to be"), "manifest.json"),
+        (("{folder}/nowhere", "to be"), "nowhere"),
+        (("{folder}", ""), "no tokens"),
+        (("{folder}", "ROMEO\udcff"), "`prompt` must be UTF-8"),
+        (("{folder}", "to be", "--state", "/"), "/ is not a file"),
+    ],
+)
+def test_what_is_wrong_with_programs_is_one_line(programs_folder, preset_folder, arguments, words):
+    names = {"folder": programs_folder, "preset": preset_folder}
+    arguments = [argument.format(**names) for argument in arguments]
+    assert_one_line(run_app("run-programs", *arguments), 2, words)
+
+
 def test_inspect_tells_sizes_without_weights(preset_folder, tmp_path):
     backbone = keras_mamba2.Mamba2Backbone.from_preset(preset_folder)
     result = run_app("inspect", preset_folder)
