@@ -43,7 +43,7 @@ class Choice:
     """A sequence of the engine that becomes a text."""
 
     stream: TextStream
-    stop_token_ids: tuple[int, ...]
+    untold_ids: tuple[int, ...]  # of tokens without log probabilities
     num_tokens: int = 0
     num_characters: int = 0
     finish_reason: str | None = None
@@ -76,7 +76,10 @@ class Answer:
         self.asked = asked
         self.count = count
         self.choices = [
-            Choice(prompts.stream(p), p.stop_token_ids) for p in asked for _ in range(count)
+            # Who scores a prompt counts on as many tokens as were read and picked, an end too.
+            Choice(prompts.stream(p), () if p.scores else p.stop_token_ids)
+            for p in asked
+            for _ in range(count)
         ]
         self._engine = engine
         self._prompts = prompts
@@ -208,7 +211,7 @@ class Answer:
         text, likely = "", []
         for i, token_id in enumerate(delivery.token_ids.tolist()):
             choice.num_tokens += 1
-            if delivery.likely is not None and token_id not in choice.stop_token_ids:
+            if delivery.likely is not None and token_id not in choice.untold_ids:
                 offset = choice.num_characters + len(text)
                 likely.append(self._likely_token(token_id, offset, delivery.likely, i))
             text += choice.stream.push([token_id])

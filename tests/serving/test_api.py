@@ -211,6 +211,18 @@ class TestScores:
             if len(ids) > 1:
                 np.testing.assert_allclose(found[1:-1], score(lm, ids)[1], atol=1e-4)
 
+    def test_an_end_is_told_too(self, client, lm, monkeypatch):
+        """Else the harness, which leaves the last one out, would miss a token of the prompt."""
+        ids = list(b"hello, you")
+        [end, *_] = new_tokens(lm, "hello, you")
+        monkeypatch.setattr(lm.preprocessor.tokenizer, "end_token_id", end)
+        options = {**self.OPTIONS, "logprobs": 1, "max_tokens": 1}
+        [choice] = client.completions.create(prompt=ids, **options).choices
+        assert (choice.text, choice.finish_reason) == ("hello, you", "stop")
+        np.testing.assert_allclose(
+            choice.logprobs.token_logprobs[1:-1], score(lm, ids)[1], atol=1e-4
+        )
+
     def test_an_echo_alone_needs_no_new_token(self, client):
         options = {"model": NAME, "prompt": "ROMEO:", "echo": True, "max_tokens": 0}
         answer = client.completions.create(**options, n=2)
