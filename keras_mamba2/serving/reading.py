@@ -71,8 +71,13 @@ class Reading:
         else:
             self._state = self._generator.read(self._state, piece)
         self._position = end
-        if end in self._keep:
+        if end in self._keep and self.left:  # the next block takes the state's memory
             self._cache.add(self.request.prompt[:end], self._state)
+
+    def remember(self) -> None:
+        """Keeps the state after all that was read, if it is to be kept."""
+        if self._end in self._keep:
+            self._cache.add(self.request.prompt[: self._end], self._state)
 
     def _score(self, piece: np.ndarray, targets: np.ndarray) -> None:
         self._state, *found = self._generator.read_scoring(

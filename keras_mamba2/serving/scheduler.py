@@ -79,6 +79,7 @@ class Scheduler:
         self.counts = Counts()
         self.slots = slots
         self.reading: list[Reading] = []
+        self._were_read: list[Reading] = []
         self._generator = generator
         self._cache = cache
         self._block_size = block_size or min(BLOCK_SIZES)
@@ -138,16 +139,22 @@ class Scheduler:
         self.reading.append(reading)
 
     def visit(self) -> None:
-        """One round: a bounded piece of reading, and one run of the loop."""
+        """One round: a bounded piece of reading, and one run of the loop.
+
+        States are kept when their tokens have been delivered: a copy of a large one takes a while.
+        """
         self._drop_cancelled()
         self._read()
         self._run()
+        for reading in self._were_read:
+            reading.remember()
+        self._were_read = []
 
     def fail_all(self, error: Exception) -> None:
         """Ends all that is in work, and begins with new arrays."""
         for reading in self.reading:
             self.fail(reading.request, error)
-        self.reading = []
+        self.reading, self._were_read = [], []
         for sequence in self.slots.owners:
             self._deliver(sequence, Delivery(sequence.index, NOTHING, error=error))
             self.counts.failed += 1
@@ -199,6 +206,7 @@ class Scheduler:
         else:
             for index, row in enumerate(rows):
                 self._begin(row, Sequence(request, index), scores)
+            self._were_read.append(reading)
         self.reading.remove(reading)
 
     def _begin(self, row: Rows, sequence: Sequence, scores: LikelyTokens | None) -> None:
@@ -247,9 +255,10 @@ class Scheduler:
             stopped = sequence.token_ids[-1] in sequence.request.stop_token_ids
             delivery = delivery._replace(finish_reason="stop" if stopped else "length")
             self.counts.finished += 1
-            self._remember(sequence)
         self._deliver(sequence, delivery)
         if result.has_stopped:
+            if result.is_finite:
+                self._remember(sequence)
             self.slots.release(sequence)
 
     def _remember(self, sequence: Sequence) -> None:

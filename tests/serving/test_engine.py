@@ -196,6 +196,22 @@ class TestCompilation:
         engine.cancel(requests[3].request)
 
 
+def test_nobody_waits_for_a_state_that_is_kept(engine, monkeypatch):
+    """Of a prompt it is kept after the first tokens are delivered, of a text after the last."""
+    order = []
+    add = engine.prefix_cache.add
+
+    def adding(token_ids, state):
+        order.append(len(token_ids))
+        add(token_ids, state)
+
+    monkeypatch.setattr(engine.prefix_cache, "add", adding)
+    request = Collected("q" * 50, limit=30, on_delivery=lambda d: order.append("tokens"))
+    request.submit(engine).wait()
+    wait_until(lambda: 79 in order)
+    assert order == ["tokens", 49, *["tokens"] * order[2:].count("tokens"), 79]
+
+
 class TestQueue:
     def test_a_long_prompt_does_not_stop_others(self, engine, monkeypatch):
         """Between two pieces of its prompt the others get tokens, and a short one overtakes it."""
