@@ -208,4 +208,5 @@ def if_asked(asked, compute, zeros):
 
 def model_variables(model) -> list[keras.Variable]:
     """The variables that generation reads: all but those of the optimizer and the metrics."""
-    return [*model.trainable_variables, *model.non_trainable_variables]
+    # One walk over all layers, at every call of a program: a list of either kind takes one too.
+    return sorted(model.variables, key=lambda variable: not variable.trainable)
