@@ -62,6 +62,15 @@ def preset_folder(tmp_path_factory, byte_tokenizer, small_backbone_arguments):
     return folder
 
 
+def pytest_configure(config):
+    """Most of the fast tier's time is LLVM's, which need not optimize programs that run once.
+
+    The full tier compiles as users do.
+    """
+    if config.option.markexpr == "not slow":
+        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+
 def pytest_collection_modifyitems(items):
     # Every subclass of TensorFlow's TestCase inherits a context manager named like a test.
     items[:] = [item for item in items if item.name != "test_session"]
