@@ -3,11 +3,12 @@
 Random weights cannot show how often proposals of real text are accepted, so the parts are measured:
 
 - `blocks`: the time of a round of t tokens, as a share of a step of plain decoding, on this CPU;
-- `texts`: tokens a second on text that repeats itself and on text that does not, beside plain
-  decoding, with a number of proposals that follows the acceptance;
+- `texts`: tokens a second on text that repeats itself, that copies its prompt, and that does
+  neither, beside plain decoding, with a number of proposals that follows the acceptance;
+- `equal`: how many of 10,000 tokens of the embedded preset differ from those of plain decoding;
 - `acceptance`: how often proposals for real text are right. The embedded preset writes, and its own
   weights in int4 propose; a lookup proposes copies and edited copies of Shakespeare's text;
-- `tpu`: the bytes of HBM of a round at 2.7B, from the program compiled for a v6e.
+- `tpu`: bytes of HBM and operations of a round at 2.7B, from the program compiled for a v6e.
 
 Each writes its part of `results/speculation.json`; `report` makes the README's table and the plot.
 """
@@ -70,29 +71,110 @@ def texts(
     preset: Annotated[str, typer.Option()] = "mamba2_130m_en",
     tokens: Annotated[int, typer.Option()] = 512,
     rounds: Annotated[int, typer.Option()] = 5,
+    file: Annotated[Path, typer.Option(help="tiny Shakespeare")] = SHARED_TEXT,
 ):
     """Tokens a second of a lookup over those of plain decoding."""
     import keras_mamba2
 
     found = {}
-    for what, sampler in (("repeats one token", "greedy"), ("does not repeat", "random")):
-        seconds: dict[str, list[float]] = {"plain": [], "lookup": []}
+    for what, (prompt, sampler, prepare) in texts_to_write(file.read_text(), tokens).items():
         models = {
             "plain": compiled_model(preset, sampler),
             "lookup": compiled_model(preset, sampler, keras_mamba2.PromptLookup()),
         }
-        for i in range(rounds + 1):  # the first compiles
+        seconds: dict[str, list[float]] = {who: [] for who in models}
+        for lm in models.values():
+            prepare(lm)
+            generate(lm, prompt, tokens)  # compiles
+        for _ in range(rounds):
             for who, lm in models.items():
-                if not i and what == "repeats one token":
-                    repeat_the_last_token(lm)
-                start = time.perf_counter()
-                generate(lm, np.arange(100, 132), tokens)
-                if i:
-                    seconds[who].append(time.perf_counter() - start)
+                seconds[who].append(seconds_to_decode(lm, prompt, tokens))
         ratios = [a / b for a, b in zip(seconds["plain"], seconds["lookup"], strict=True)]
         found[what] = round(statistics.median(ratios), 3)
         print(what, found[what], flush=True)
     keep("texts", found)
+
+
+def texts_to_write(text: str, tokens: int) -> dict[str, tuple[np.ndarray, Any, Any]]:
+    """By their names: a prompt, a sampler, and what is done to the weights."""
+    piece = text[-100_000:][: 2 * tokens]
+    copy = np.frombuffer(piece[:tokens].encode(), np.uint8).astype("int32")
+    edit = piece.replace("your", "thy").replace("you", "thou")[:tokens]
+    edit = np.frombuffer(edit.encode(), np.uint8).astype("int32")
+    few = np.arange(100, 132)
+    return {
+        "repeats one token": (few, "greedy", repeat_the_last_token),
+        "copies its prompt": (copy, written(copy, copy), unchanged),
+        "edits its prompt": (copy, written(copy, edit), unchanged),
+        "does not repeat": (few, "random", unchanged),
+    }
+
+
+def written(prompt: np.ndarray, output: np.ndarray):
+    """A sampler that picks the tokens of `output` after `prompt`, whatever their probabilities.
+
+    With random weights no text repeats its prompt. The model does all of its work, and the text
+    is one that was written before.
+    """
+    import keras
+    import keras_hub
+    from keras import ops
+
+    from keras_mamba2.state.digest import digest_after
+
+    text = np.concatenate([prompt, output])[None]
+    ends = range(len(prompt), text.shape[1])
+    digests = np.array([digest_after(np.zeros(1, "int32"), text[:, :i])[0] for i in ends])
+    order = np.argsort(digests)
+
+    class Written(keras_hub.samplers.Sampler):
+        """The random numbers of a token are told the text before it, by its digest."""
+
+        def __init__(self):
+            super().__init__()
+            self.place = keras.random.SeedGenerator(0)
+
+        def get_next_token(self, probabilities):
+            digest = ops.cast(self.place.state[1], "int32")
+            place = ops.searchsorted(digests[order], digest[None])
+            token = ops.take(output[order], ops.minimum(place, len(output) - 1))
+            # Asks for the probabilities, or the model would not be run.
+            return token + ops.cast(probabilities[:, 0] > 1, "int32")
+
+    return Written()
+
+
+@app.command()
+def equal(
+    file: Annotated[Path, typer.Option(help="tiny Shakespeare")] = SHARED_TEXT,
+    pieces: Annotated[int, typer.Option()] = 25,
+    tokens: Annotated[int, typer.Option(help="of each text")] = 400,
+):
+    """How many tokens of the embedded preset are others than those of plain decoding."""
+    import keras_mamba2
+
+    text = file.read_text()[-100_000:]
+    starts = np.linspace(0, len(text) - 2000, pieces).astype(int)
+    draft = keras_mamba2.Mamba2CausalLM.from_preset("mamba2_tiny_shakespeare")
+    draft.quantize("int4")
+    proposers = {
+        "lookup": keras_mamba2.PromptLookup(3),
+        "int4 draft": keras_mamba2.DraftModel(draft, 3),
+    }
+    lm = keras_mamba2.Mamba2CausalLM.from_preset("mamba2_tiny_shakespeare")
+    prompts = lm.preprocessor.prompts([text[i : i + 200] for i in starts])
+    found = {"of": pieces * tokens}
+    for how, sampler in (
+        ("greedy", "greedy"),
+        ("temperature 0.9", keras_mamba2.FilterSampler(temperature=0.9)),
+    ):
+        lm.compile(sampler=sampler)
+        truth = decoded(lm, prompts, tokens)
+        for who, proposer in proposers.items():
+            lm.compile(sampler=sampler, speculation=proposer)
+            found[f"{who}, {how}"] = int(np.sum(decoded(lm, prompts, tokens) != truth))
+            print(found, flush=True)
+    keep("equal", found)
 
 
 @app.command()
@@ -152,7 +234,13 @@ def tpu(
         _, module = tpu_aot.compile_and_read(traced)
         loops = [module.traffic(loop.called[0]) for loop in module.loops()]
         gb = [round(sum(n for n, _ in traffic) / 1e9, 3) for traffic in loops]
-        return {"loops": len(loops), "hbm_gb": gb, "host_transfers": module.host_transfers()}
+        return {
+            "loops": len(loops),
+            "hbm_gb": gb,
+            "gflop": round(programs.product_flops(traced.jaxpr.jaxpr) / 1e9, 2),
+            "kernels": [len(list(module.walk(loop.called[0]))) for loop in module.loops()],
+            "host_transfers": module.host_transfers(),
+        }
 
     draft = keras_mamba2.DraftModel(model("130m", layers))
     lm = model(size, layers)
@@ -251,9 +339,29 @@ def repeat_the_last_token(lm) -> None:
             variable.assign(np.zeros(variable.shape))
 
 
+def unchanged(lm) -> None:
+    """Leaves the weights as they are."""
+
+
 def generate(lm, prompt, count: int) -> None:
+    decoded(lm, [prompt], count)
+
+
+def seconds_to_decode(lm, prompt, count: int) -> float:
+    """Without the time of reading the prompt."""
     generator = lm.make_generate_function()
-    generator.decode(generator.start([prompt], np.array([count]), seed=0)).all_tokens()
+    rows = generator.start([prompt], np.array([count]), seed=0)
+    np.asarray(rows.state.token)  # waits
+    start = time.perf_counter()
+    generator.decode(rows).all_tokens()
+    return time.perf_counter() - start
+
+
+def decoded(lm, prompts, count: int) -> np.ndarray:
+    """The tokens `(b t)` after prompts."""
+    generator = lm.make_generate_function()
+    rows = generator.start(prompts, np.full(len(prompts), count), seed=0)
+    return np.asarray(generator.decode(rows).all_tokens())
 
 
 def looked_up(prompts: list[str], outputs: list[str]) -> float:
