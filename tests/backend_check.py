@@ -15,6 +15,7 @@ from keras_mamba2.ops import causal_conv1d
 from keras_mamba2.ops import causal_conv1d_step
 from keras_mamba2.ops import ssd
 from keras_mamba2.ops import ssd_step
+from keras_mamba2.ops.stochastic_rounding import stochastic_round
 from tests import reference
 
 EPS = np.finfo(np.float32).eps
@@ -38,6 +39,7 @@ SSD = {
 IDS = np.int32([[3, 3, 3, 1, 1, 3, 3], [0, 0, 0, 0, 0, 0, 1]])
 CONV = {"x": normal(b, t, 5), "kernel": normal(k, 5), "bias": normal(5)}
 CONV["conv_state"] = normal(b, k - 1, 5)
+UP = (0, 0, 1, 1, 0, 0, 1, 0)  # which of the first normal numbers are rounded up
 MASK = np.array([[0, 1, 1, 1, 1, 0, 0], [1] * 7], bool)
 
 
@@ -168,6 +170,21 @@ def check_mixer():
     assert_all_close((ops.stack(ys, axis=1), *here), (y, *state), 64)
 
 
+def check_rounded_state():
+    """Of all backends the same bits, but where float32 rounds another way."""
+    x = np.random.default_rng(0).normal(size=(2, 3, 50)).astype("float32")
+    drawn = ops.cast(stochastic_round(ops.convert_to_tensor(x), np.arange(2)), "float32")
+    drawn = ops.convert_to_numpy(drawn)
+    assert_close(drawn, x, 2.0**16)
+    np.testing.assert_array_equal((np.abs(drawn) > np.abs(x))[0, 0, :8], [*map(bool, UP)])
+    mixer, x, _ = random_mixer()
+    mixer.state_dtype = "bfloat16"
+    _, state = mixer.call_with_state(ops.convert_to_tensor(x))
+    y, state = mixer.step(ops.convert_to_tensor(x[:, 0]), state)
+    assert keras.backend.standardize_dtype(state.ssm.dtype) == "bfloat16"
+    assert np.isfinite(ops.convert_to_numpy(ops.cast(y, "float32"))).all()
+
+
 def check_tensorflow_graphs():
     """Batch size and length are unknown while TensorFlow traces."""
     import tensorflow as tf
@@ -222,6 +239,7 @@ if __name__ == "__main__":
         check_causal_conv1d_gradients,
         check_causal_conv1d_step,
         check_mixer,
+        check_rounded_state,
     ]
     if keras.config.backend() == "tensorflow":
         checks.append(check_tensorflow_graphs)

@@ -11,6 +11,7 @@ from keras_mamba2.layers.hybrid_block import HybridBlock as HybridBlock
 from keras_mamba2.layers.mamba2_block import Mamba2Block as Mamba2Block
 from keras_mamba2.layers.mamba2_mixer import Mamba2Mixer as Mamba2Mixer
 from keras_mamba2.layers.mamba2_mixer import MixerState as MixerState
+from keras_mamba2.layers.mamba2_mixer import RoundedMixerState as RoundedMixerState
 from keras_mamba2.layers.mixture_of_experts import MixtureOfExperts as MixtureOfExperts
 from keras_mamba2.layers.mlp import MLP as MLP
 from keras_mamba2.layers.parallel import Parallel as Parallel

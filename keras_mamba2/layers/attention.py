@@ -6,7 +6,6 @@ import keras_hub
 from keras import ops
 from keras import tree
 
-from keras_mamba2._compat.keras_layers import flatten_layers
 from keras_mamba2.arguments import BOOLEAN
 from keras_mamba2.arguments import POSITIVE
 from keras_mamba2.arguments import SIZE
@@ -100,6 +99,7 @@ class Attention(Sublayer):
         "(query|key|value)/kernel": ("weights", "model"),
         "output/kernel": ("model", "weights"),
     }
+    kept_dtypes = ("key_value_dtype",)
 
     def __init__(
         self,
@@ -452,18 +452,6 @@ class Attention(Sublayer):
             }
         )
         return config
-
-
-def set_key_value_dtype(model, value: str | None) -> None:
-    """Sets it for all attention of `model`. States made before do not fit after."""
-    layers = [layer for layer in flatten_layers(model) if isinstance(layer, Attention)]
-    if value is not None and not layers:
-        raise ValueError(
-            "`key_value_dtype` is for attention, and the model has no attention. "
-            f"Received: key_value_dtype={value!r}"
-        )
-    for layer in layers:
-        layer.key_value_dtype = KEY_VALUE_DTYPE("key_value_dtype", value)
 
 
 def _sees(mask, segment_ids, t: int):

@@ -34,6 +34,7 @@ from keras_mamba2.ops.chunk_size import default_chunk_size
 from keras_mamba2.ops.open_chunk import commit_chunk
 from keras_mamba2.ops.open_chunk import open_chunk_output
 from keras_mamba2.ops.open_chunk import put_tokens
+from keras_mamba2.ops.stochastic_rounding import stochastic_round
 
 
 def _limits(limit):
@@ -48,6 +49,7 @@ def _limits(limit):
 
 LIMITS = Kind("two numbers in order, `(0, None)` for no limits, or None", _limits)
 GATED_NORMS = ("after_gate", "before_gate", "none")
+STATE_DTYPE = optional(choice("bfloat16"))
 
 
 class MixerState(NamedTuple):
@@ -55,6 +57,14 @@ class MixerState(NamedTuple):
 
     conv: keras.KerasTensor  # (b k-1 e+2gn), compute dtype
     ssm: keras.KerasTensor  # (b h p n), float32
+
+
+class RoundedMixerState(NamedTuple):
+    """The same with a `state_dtype`, whose rounding depends on how many tokens were read."""
+
+    conv: keras.KerasTensor  # (b k-1 e+2gn), compute dtype
+    ssm: keras.KerasTensor  # (b h p n), the `state_dtype`
+    length: keras.KerasTensor  # (b), int32
 
 
 class MixerChunk(NamedTuple):
@@ -76,7 +86,8 @@ class Mamba2Mixer(Sublayer):
     agree: see `tests/layers/test_mamba2_mixer.py`.
 
     The parameters of the recurrence (`A_log`, `dt_bias`, `D`) are float32 variables, and step
-    sizes, decays and the SSM state are computed in float32, whatever the dtype policy.
+    sizes, decays and the SSM state are computed in float32, whatever the dtype policy. They are
+    kept in it too, but for a state with a `state_dtype`.
 
     Args:
         hidden_dim: int, d, the size of inputs and outputs.
@@ -102,6 +113,8 @@ class Mamba2Mixer(Sublayer):
         a_initializer_range: pair of floats, `-A` is drawn from it at initialisation.
         num_residual_layers: int, the number of layers that add to the residual stream; out_proj
             is scaled by its inverse square root at initialisation.
+        state_dtype: `"bfloat16"`, in which the SSM state is kept between tokens, in half the
+            bytes, rounded stochastically (`ops/stochastic_rounding.py`). `None` for float32.
         **kwargs: see `keras.layers.Layer`.
 
     Call arguments:
@@ -122,6 +135,7 @@ class Mamba2Mixer(Sublayer):
         "dt": ("batch", "sequence", "model"),
         "[BC]": ("batch", "sequence", None, None),
     }
+    kept_dtypes = ("state_dtype",)
 
     def __init__(
         self,
@@ -144,6 +158,7 @@ class Mamba2Mixer(Sublayer):
         time_step_floor: float = 1e-4,
         a_initializer_range: tuple[float, float] = (1, 16),
         num_residual_layers: int = 1,
+        state_dtype: str | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -167,6 +182,7 @@ class Mamba2Mixer(Sublayer):
         self.time_step_floor = time_step_floor
         self.a_initializer_range = a_initializer_range
         self.num_residual_layers = num_residual_layers
+        self.state_dtype = state_dtype
         self._check_config()
 
         self.inner_dim = round(self.expansion * self.hidden_dim)
@@ -221,6 +237,7 @@ class Mamba2Mixer(Sublayer):
             time_step_floor=number(at_least=0),
             a_initializer_range=several(POSITIVE, 2, in_order=True),
             num_residual_layers=SIZE,
+            state_dtype=STATE_DTYPE,
         )
         if self.time_step_min > self.time_step_max:
             raise ValueError(
@@ -281,7 +298,7 @@ class Mamba2Mixer(Sublayer):
         dt = ops.maximum(dt, self.time_step_floor)
         return dt + ops.log(-ops.expm1(-dt))
 
-    def call_with_state(self, x, state: MixerState | None = None, mask=None, segment_ids=None):
+    def call_with_state(self, x, state=None, mask=None, segment_ids=None):
         b, t = ops.shape(x)[:2]
         gate, xBC, dt = self._project(x)
         xBC, conv_state = causal_conv1d(
@@ -304,14 +321,15 @@ class Mamba2Mixer(Sublayer):
             ops.reshape(B, (b, t, self.num_groups, self.state_dim)),
             ops.reshape(C, (b, t, self.num_groups, self.state_dim)),
             self.D,
-            initial_state=None if state is None else state.ssm,
+            initial_state=None if state is None else self._read(state),
             segment_ids=segment_ids,
             chunk_size=self.chunk_size or default_chunk_size(),
         )
         y = self._gated(ops.reshape(y, (b, t, self.inner_dim)), gate)
-        return self.out_proj(y), MixerState(conv_state, ssm_state)
+        count = self._count(mask, b, t)
+        return self.out_proj(y), self._state(conv_state, ssm_state, state, count)
 
-    def step(self, x, state: MixerState, mask=None):
+    def step(self, x, state, mask=None):
         b = ops.shape(x)[0]
         gate, xBC, dt = self._project(x)
         xBC, conv_state = causal_conv1d_step(
@@ -329,12 +347,13 @@ class Mamba2Mixer(Sublayer):
             ops.reshape(B, (b, self.num_groups, self.state_dim)),
             ops.reshape(C, (b, self.num_groups, self.state_dim)),
             self.D,
-            state=state.ssm,
+            state=self._read(state),
         )
         y = self._gated(ops.reshape(y, (b, self.inner_dim)), gate)
-        return self.out_proj(y), MixerState(conv_state, ssm_state)
+        count = self._count(mask, b, 1)
+        return self.out_proj(y), self._state(conv_state, ssm_state, state, count)
 
-    def extend(self, x, state: MixerState, chunk: MixerChunk, start):
+    def extend(self, x, state, chunk: MixerChunk, start):
         b, t = ops.shape(x)[:2]
         gate, xBC, dt = self._project(x)
         inputs = put_tokens(chunk.conv, xBC, start)
@@ -349,15 +368,32 @@ class Mamba2Mixer(Sublayer):
             put_tokens(chunk.B, B, start),
         )
         C = ops.reshape(C, (b, t, self.num_groups, self.state_dim))
-        y = open_chunk_output(*self._inputs(chunk), C, self.D, state=state.ssm, start=start)
+        y = open_chunk_output(*self._inputs(chunk), C, self.D, state=self._read(state), start=start)
         y = self._gated(ops.reshape(y, (b, t, self.inner_dim)), gate)
         return self.out_proj(y), chunk
 
-    def commit(self, state: MixerState, chunk: MixerChunk, count) -> MixerState:
-        return MixerState(
-            conv=causal_conv1d_commit(chunk.conv, conv_state=state.conv, count=count),
-            ssm=commit_chunk(*self._inputs(chunk), state=state.ssm, count=count),
-        )
+    def commit(self, state, chunk: MixerChunk, count) -> MixerState | RoundedMixerState:
+        conv = causal_conv1d_commit(chunk.conv, conv_state=state.conv, count=count)
+        ssm = commit_chunk(*self._inputs(chunk), state=self._read(state), count=count)
+        return self._state(conv, ssm, state, count)
+
+    def _read(self, state: MixerState | RoundedMixerState):
+        """The SSM state in the dtype that it is computed in."""
+        return ops.cast(state.ssm, float32_at_least(state.ssm.dtype))
+
+    def _count(self, mask, b, t):
+        """How many of t tokens are real, `(b)`; None where no state counts them."""
+        if self.state_dtype is None:
+            return None
+        real = ops.ones((b, t), "int32") if mask is None else ops.cast(mask, "int32")
+        return ops.sum(ops.reshape(real, (b, t)), axis=1)
+
+    def _state(self, conv, ssm, before, count) -> MixerState | RoundedMixerState:
+        """The state as it is kept, `count` `(b)` tokens after `before`."""
+        if self.state_dtype is None:
+            return MixerState(conv, ssm)
+        length = ops.cast(count, "int32") + (0 if before is None else before.length)
+        return RoundedMixerState(conv, stochastic_round(ops.cast(ssm, "float32"), length), length)
 
     def _inputs(self, chunk: MixerChunk) -> tuple[Any, Any, Any, Any]:
         """x, dt, A and B of the tokens of an open chunk, as `ssd` takes them."""
@@ -374,11 +410,14 @@ class Mamba2Mixer(Sublayer):
             B=StateTensor((size, self.group_dim), self.compute_dtype),
         )
 
-    def state_spec(self, max_length: int | None = None) -> MixerState:
+    def state_spec(self, max_length: int | None = None) -> MixerState | RoundedMixerState:
         """Of one size, whatever `max_length` is."""
-        return MixerState(
-            conv=StateTensor((self.conv_kernel_size - 1, self.conv_dim), self.compute_dtype),
-            ssm=StateTensor((self.num_heads, self.head_dim, self.state_dim), "float32"),
+        conv = StateTensor((self.conv_kernel_size - 1, self.conv_dim), self.compute_dtype)
+        shape = (self.num_heads, self.head_dim, self.state_dim)
+        if self.state_dtype is None:
+            return MixerState(conv, StateTensor(shape, "float32"))
+        return RoundedMixerState(
+            conv, StateTensor(shape, self.state_dtype), StateTensor((), "int32")
         )
 
     @property
@@ -451,6 +490,7 @@ class Mamba2Mixer(Sublayer):
                 "time_step_floor": self.time_step_floor,
                 "a_initializer_range": self.a_initializer_range,
                 "num_residual_layers": self.num_residual_layers,
+                "state_dtype": self.state_dtype,
             }
         )
         return config

@@ -52,6 +52,8 @@ class Sublayer(keras.layers.Layer):
     # How tensors are cut over devices: the end of a path -> the axis of each dimension, of
     # "batch", "sequence", "model" (heads) and "weights" (an axis whose devices share weights).
     layouts: ClassVar[Mapping[str, tuple[str | None, ...]]] = {}
+    # Attributes that name the dtypes of a state: see `models/kept_dtypes.py`.
+    kept_dtypes: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, **kwargs):
         check_keywords(type(self), kwargs)

@@ -4,6 +4,7 @@ from keras_mamba2.arguments import SIZE
 from keras_mamba2.layers.gated_rms_normalization import GatedRMSNormalization
 from keras_mamba2.layers.mamba2_block import Mamba2Block
 from keras_mamba2.layers.mamba2_mixer import Mamba2Mixer
+from keras_mamba2.models.kept_dtypes import set_kept_dtypes
 from keras_mamba2.models.residual_backbone import ResidualBackbone
 from keras_mamba2.models.residual_backbone import check_dtype
 from keras_mamba2.models.residual_backbone import checked_tokens
@@ -45,6 +46,8 @@ class Mamba2Backbone(ResidualBackbone):
             training.
         remat: bool, whether the inside of blocks is computed again in the backward pass instead of
             being stored: less memory on a TPU, for about a third more operations.
+        state_dtype: `"bfloat16"`, in which states keep what mixers remember, in half the bytes,
+            rounded stochastically. `None` for float32.
         dtype: string or `keras.DTypePolicy`. The parameters of the recurrence, its state and
             the norms are float32 whatever the policy.
         **kwargs: `name` and `trainable`.
@@ -92,6 +95,7 @@ class Mamba2Backbone(ResidualBackbone):
         unpadded_vocabulary_size: int | None = None,
         dropout: float = 0.0,
         remat: bool = False,
+        state_dtype: str | None = None,
         dtype=None,
         **kwargs,
     ):
@@ -155,6 +159,7 @@ class Mamba2Backbone(ResidualBackbone):
         self.unpadded_vocabulary_size = unpadded_vocabulary_size
         self.dropout = dropout
         self.remat = remat
+        set_kept_dtypes(self, state_dtype=state_dtype)
 
     @property
     def architecture(self) -> str:
@@ -188,6 +193,7 @@ class Mamba2Backbone(ResidualBackbone):
                 "unpadded_vocabulary_size": self.unpadded_vocabulary_size,
                 "dropout": self.dropout,
                 "remat": self.remat,
+                "state_dtype": self.state_dtype,
             }
         )
         return config

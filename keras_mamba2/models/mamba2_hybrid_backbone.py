@@ -4,13 +4,10 @@ from typing import Any
 
 import keras
 
-from keras_mamba2._compat.keras_layers import flatten_layers
 from keras_mamba2.arguments import STRING
 from keras_mamba2.arguments import instance
 from keras_mamba2.arguments import several
-from keras_mamba2.layers.attention import KEY_VALUE_DTYPE
 from keras_mamba2.layers.attention import Attention
-from keras_mamba2.layers.attention import set_key_value_dtype
 from keras_mamba2.layers.fed_block import FedBlock
 from keras_mamba2.layers.gated_rms_normalization import GatedRMSNormalization
 from keras_mamba2.layers.hybrid_block import HybridBlock
@@ -20,6 +17,7 @@ from keras_mamba2.layers.mlp import MLP
 from keras_mamba2.layers.parallel import Parallel
 from keras_mamba2.layers.shared_transformer import SharedTransformer
 from keras_mamba2.layers.sublayer import Sublayer
+from keras_mamba2.models.kept_dtypes import set_kept_dtypes
 from keras_mamba2.models.residual_backbone import ResidualBackbone
 from keras_mamba2.models.residual_backbone import check_dtype
 from keras_mamba2.models.residual_backbone import checked_tokens
@@ -71,6 +69,8 @@ class Mamba2HybridBackbone(ResidualBackbone):
         remat: bool, whether the inside of blocks is computed again in the backward pass.
         key_value_dtype: `"int8"`, in which states keep the keys and values of all attention, at
             half the bytes of bfloat16. `None` for the compute dtype.
+        state_dtype: `"bfloat16"`, in which states keep what mixers remember, in half the bytes,
+            rounded stochastically. `None` for float32.
         dtype: string or `keras.DTypePolicy`.
         **kwargs: `name` and `trainable`.
 
@@ -114,12 +114,12 @@ class Mamba2HybridBackbone(ResidualBackbone):
         unpadded_vocabulary_size: int | None = None,
         dropout: float = 0.0,
         remat: bool = False,
+        state_dtype: str | None = None,
         key_value_dtype: str | None = None,
         dtype=None,
         **kwargs,
     ):
         check_dtype(dtype)
-        KEY_VALUE_DTYPE("key_value_dtype", key_value_dtype)
         unpadded_vocabulary_size = checked_tokens(vocabulary_size, unpadded_vocabulary_size)
         _check_blocks(blocks, sublayers)
         self.embedding_multiplier = embedding_multiplier
@@ -158,13 +158,7 @@ class Mamba2HybridBackbone(ResidualBackbone):
         self.unpadded_vocabulary_size = unpadded_vocabulary_size
         self.dropout = dropout
         self.remat = remat
-        if key_value_dtype is not None:
-            set_key_value_dtype(self, key_value_dtype)
-
-    @property
-    def key_value_dtype(self) -> str | None:
-        attention = (layer for layer in flatten_layers(self) if isinstance(layer, Attention))
-        return next((layer.key_value_dtype for layer in attention), None)
+        set_kept_dtypes(self, state_dtype=state_dtype, key_value_dtype=key_value_dtype)
 
     @property
     def architecture(self) -> str:
@@ -192,6 +186,7 @@ class Mamba2HybridBackbone(ResidualBackbone):
                 "unpadded_vocabulary_size": self.unpadded_vocabulary_size,
                 "dropout": self.dropout,
                 "remat": self.remat,
+                "state_dtype": self.state_dtype,
                 "key_value_dtype": self.key_value_dtype,
             }
         )

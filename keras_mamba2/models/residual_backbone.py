@@ -29,6 +29,7 @@ from keras_mamba2.layers.reversible_embedding import ReversibleEmbedding
 from keras_mamba2.layers.sublayer import Sublayer
 from keras_mamba2.models import lora
 from keras_mamba2.models import quantization
+from keras_mamba2.models.kept_dtypes import kept_dtype
 from keras_mamba2.models.layout import check_layout
 from keras_mamba2.models.layout import layout_map
 from keras_mamba2.ops.open_chunk import put_tokens
@@ -94,6 +95,14 @@ class ResidualBackbone(AtomicPreset, AtomicSave, WholeWeights, keras_hub.models.
         with building():
             super().__init__(inputs=inputs, outputs=self._hidden_states(**inputs), **kwargs)
         self.input_spec = None  # Keras' own knows no other names; `standard_names` checks them
+
+    @property
+    def state_dtype(self) -> str | None:
+        return kept_dtype(self, "state_dtype")
+
+    @property
+    def key_value_dtype(self) -> str | None:
+        return kept_dtype(self, "key_value_dtype")
 
     def call(self, inputs, training=None):
         return self._hidden_states(**standard_names(inputs))  # Keras passes `training` on

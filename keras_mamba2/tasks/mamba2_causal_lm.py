@@ -1,4 +1,6 @@
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import keras
 import keras_hub
@@ -8,6 +10,7 @@ from keras_mamba2._compat.keras_hub_presets import load_task
 from keras_mamba2.arguments import BOOLEAN
 from keras_mamba2.arguments import PATH
 from keras_mamba2.arguments import SIZE
+from keras_mamba2.arguments import Kind
 from keras_mamba2.arguments import check_keywords
 from keras_mamba2.arguments import check_names
 from keras_mamba2.arguments import instance
@@ -20,11 +23,11 @@ from keras_mamba2.generation import Proposer
 from keras_mamba2.generation import check_speculation
 from keras_mamba2.generation import sampler_of
 from keras_mamba2.generation import use_compilation_cache
-from keras_mamba2.layers.attention import KEY_VALUE_DTYPE
-from keras_mamba2.layers.attention import set_key_value_dtype
 from keras_mamba2.models import Mamba2Backbone
 from keras_mamba2.models import Mamba2State
 from keras_mamba2.models import quantization
+from keras_mamba2.models.kept_dtypes import KEPT_DTYPES
+from keras_mamba2.models.kept_dtypes import set_kept_dtypes
 from keras_mamba2.models.residual_backbone import ResidualBackbone
 from keras_mamba2.saving import AtomicPreset
 from keras_mamba2.saving import AtomicSave
@@ -121,27 +124,22 @@ class Mamba2CausalLM(
             preset: the name of a preset, the path of a folder, or a handle `hf://user/name`.
             load_weights: bool. If false, the weights are those of a new model.
             **kwargs: as there. `dtype` is a policy or its name, or `"auto"` for the dtype that
-                the weights in the files have. `key_value_dtype="int8"` keeps keys and values of
-                attention in half the bytes of bfloat16. `sequence_length` and `packing` are set on
-                the preprocessor: see `Mamba2CausalLMPreprocessor`.
+                the weights in the files have. `state_dtype="bfloat16"` keeps the states of mixers
+                in half the bytes, `key_value_dtype="int8"` keys and values of attention.
+                `sequence_length` and `packing` are set on the preprocessor: see
+                `Mamba2CausalLMPreprocessor`.
 
         Raises:
             ValueError: for an unknown preset, damaged files, an unknown keyword, and options of
                 the preprocessor together with `preprocessor`.
         """
         BOOLEAN("load_weights", load_weights)
-        check_names(cls, kwargs, "dtype", "key_value_dtype", *PREPROCESSING)
-        key_value_dtype = KEY_VALUE_DTYPE("key_value_dtype", kwargs.pop("key_value_dtype", None))
-        options = {
-            name: kind(name, kwargs.pop(name))
-            for name, kind in PREPROCESSING.items()
-            if name in kwargs
-        }
+        check_names(cls, kwargs, "dtype", *KEPT_DTYPES, *PREPROCESSING)
+        kept, options = (_taken(kwargs, kinds) for kinds in (KEPT_DTYPES, PREPROCESSING))
         if options and "preprocessor" in kwargs:
             raise ValueError(f"Set {', '.join(options)} on the `preprocessor` that you pass.")
         lm = cls._from_preset(preset, load_weights, **kwargs)
-        if key_value_dtype is not None:
-            set_key_value_dtype(lm.backbone, key_value_dtype)
+        set_kept_dtypes(lm.backbone, **kept)
         for name, value in options.items():
             setattr(lm.preprocessor, name, value)
         return lm
@@ -297,3 +295,8 @@ class Mamba2CausalLM(
 
     def compile_from_config(self, config: dict) -> None:
         compile_from_config(self, config)
+
+
+def _taken(kwargs: dict[str, Any], kinds: Mapping[str, Kind]) -> dict[str, Any]:
+    """Takes the arguments of these names out of `kwargs`, checked."""
+    return {name: kind(name, kwargs.pop(name)) for name, kind in kinds.items() if name in kwargs}

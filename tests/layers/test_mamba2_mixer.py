@@ -256,6 +256,7 @@ class TestConfig:
         "time_step_floor": 0.02,
         "a_initializer_range": (1, 2),
         "num_residual_layers": 3,
+        "state_dtype": "bfloat16",
     }
 
     def test_every_argument_survives_a_round_trip_through_json(self):
