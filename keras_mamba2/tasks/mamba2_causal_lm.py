@@ -195,7 +195,6 @@ class Mamba2CausalLM(
         quantization.check(self.backbone, config)
         filters = quantization.is_quantizable if filters is None else filters
         super().quantize(mode, config=config, filters=filters, **kwargs)
-        quantization.quantize_experts(self.backbone, mode, config, filters)
         quantization.remember_policies(self.backbone)
 
     def get_quantization_layer_structure(self, mode: str):
