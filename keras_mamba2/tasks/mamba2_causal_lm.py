@@ -174,7 +174,7 @@ class Mamba2CausalLM(
         export_to_transformers(self.backbone, tokenizer, path, dtype, generation_defaults=defaults)
 
     def quantize(self, mode: str | None = None, config=None, filters=None, **kwargs) -> None:
-        """Quantizes the projections, and in int8 and int4 the embedding with its head.
+        """Quantizes the projections, and in int8 and int4 experts and the embedding with its head.
 
         As `keras.Model.quantize`. The recurrence stays in float32. LoRA adapters can be trained
         on weights in int8 and int4. A saved model keeps the mode and sizes of groups, but not the
