@@ -337,8 +337,8 @@ def write_peft_adapter(
     refused = architecture.model_type in FUSED
     if refused and any(layer.name == "out_proj" for layer in adapted):
         warnings.warn(
-            f"There are adapters of out_proj, which `peft` refuses for {architecture.name}, since "
-            "the fused CUDA kernels would pass them by. For `peft`, adapt others alone, or call "
+            "There are adapters of out_proj, which `peft` refuses for Mamba-2, since the fused "
+            "CUDA kernels would pass them by. For `peft`, adapt others alone, or call "
             "`backbone.merge_lora()` and export the model.",
             stacklevel=3,
         )
