@@ -23,6 +23,7 @@ from benchmarks.report import HERE
 from benchmarks.report import write_table
 from keras_mamba2 import Mamba2CausalLM
 from keras_mamba2 import Mamba2HybridBackbone
+from keras_mamba2._compat.keras_layers import flatten_layers
 from keras_mamba2.conversion.config import read_constructor_arguments
 from keras_mamba2.conversion.deferred import deferred_initialization
 from keras_mamba2.generation import Generator
@@ -103,7 +104,7 @@ def least_bytes(backbone, room: int) -> float:
 
 
 def experts_in(layer) -> list[MixtureOfExperts]:
-    return [part for part in layer._flatten_layers() if isinstance(part, MixtureOfExperts)]
+    return [part for part in flatten_layers(layer) if isinstance(part, MixtureOfExperts)]
 
 
 def size_of(variable) -> int:

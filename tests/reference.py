@@ -204,10 +204,10 @@ def routes(token, weights, config):
 
 def _expert(x, expert, weights, config):
     activation = ACTIVATIONS[config["activation"]]
-    up = x @ weights["experts_up"][expert]
-    gate = x @ weights["experts_gate"][expert] if config["gated"] else None
+    up = x @ weights["experts_up/kernel"][expert]
+    gate = x @ weights["experts_gate/kernel"][expert] if config["gated"] else None
     inner = activation(up) if gate is None else activation(gate) * up
-    return inner @ weights["experts_down"][expert]
+    return inner @ weights["experts_down/kernel"][expert]
 
 
 def dense(x, weights, name):

@@ -84,7 +84,7 @@ def test_has_value(without_value):
 
 
 def test_initialize(without_value):
-    part("keras_variables").initialize(without_value, keras.ops.convert_to_tensor([1.0, 2.0, 3.0]))
+    part("keras_variables").initialize(without_value, np.array([1, 2, 3], "float32"))
     np.testing.assert_array_equal(without_value.numpy(), [1, 2, 3])
     without_value.assign([3.0, 2.0, 1.0])
     np.testing.assert_array_equal(without_value.numpy(), [3, 2, 1])
@@ -152,6 +152,25 @@ def dense():
     layer = keras.layers.Dense(3)
     layer.build((None, 4))
     return layer
+
+
+def test_unlocked():
+    layer = dense()
+    with part("keras_layers").unlocked(layer):
+        layer.add_weight(name="new", shape=())
+    assert [variable.name for variable in layer.variables] == ["kernel", "bias", "new"]
+    with pytest.raises(ValueError, match="cannot add new elements of state"):
+        layer.add_weight(name="newer", shape=())
+
+
+def test_int4_block_size():
+    size = part("keras_layers").int4_block_size
+    assert size(keras.layers.Dense(3)) is None
+    assert size(keras.layers.Dense(3, dtype="int4/16_from_float32")) == 16
+    assert size(keras.layers.Dense(3, dtype="int4/-1_from_float32")) is None
+    config = keras.quantizers.Int4QuantizationConfig
+    assert size(keras.layers.Dense(3), config(block_size=8)) == 8
+    assert size(keras.layers.Dense(3), config(block_size=-1)) is None
 
 
 def test_untrack_variable():

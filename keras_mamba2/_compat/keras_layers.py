@@ -1,6 +1,10 @@
 """Private parts of `keras.layers`."""
 
+import contextlib
+from collections.abc import Iterator
+
 import keras
+from keras.src.quantizers.quantization_config import get_block_size_for_layer
 
 
 def flatten_layers(
@@ -21,6 +25,29 @@ def untrack_variable(layer: keras.layers.Layer, variable: keras.Variable) -> Non
     of a second each time. Written for Keras 3.15.
     """
     layer._untrack_variable(variable)
+
+
+@contextlib.contextmanager
+def unlocked(layer: keras.layers.Layer) -> Iterator[None]:
+    """Lets `layer` have more weights, also after `build`.
+
+    `_tracker`, as `enable_lora` of Keras' own layers. Written for Keras 3.15.
+    """
+    layer._tracker.unlock()
+    try:
+        yield
+    finally:
+        layer._tracker.lock()
+
+
+def int4_block_size(layer: keras.layers.Layer, config=None) -> int | None:
+    """How many inputs share a scale in int4, by `config` or the policy of `layer`; `None` for all.
+
+    `get_block_size_for_layer`, since a layer can have its policy from a map. Written for Keras
+    3.15.
+    """
+    size = get_block_size_for_layer(layer, config)
+    return None if size == -1 else size
 
 
 def stored_kernel(layer: keras.layers.Dense) -> keras.Variable:

@@ -18,10 +18,17 @@ def has_value(variable: keras.Variable) -> bool:
 
 
 def initialize(variable: keras.Variable, value) -> None:
-    """Gives `variable`, which has no value, its first one: a tensor of its shape and dtype.
+    """Gives `variable`, which has no value, its first one: an array of its shape and dtype.
+
+    In a distribution each device gets its part of it, and none the whole.
 
     `_initialize` and `_initializer`, since `assign` wants a value there. Written for Keras 3.15.
     """
+    # Keras puts an array of numpy on the devices by the variable's layout, and takes a tensor
+    # from the one on which it lies.
+    is_laid_out = keras.config.backend() == "jax" and keras.distribution.distribution() is not None
+    if not is_laid_out:
+        value = keras.ops.convert_to_tensor(value, dtype=variable.dtype)
     variable._initialize(value)
     variable._initializer = None
 

@@ -66,7 +66,7 @@ def set_value(variable: keras.Variable, value) -> None:
     if has_value(variable):
         variable.assign(value)
     else:
-        initialize(variable, keras.ops.convert_to_tensor(value, dtype=variable.dtype))
+        initialize(variable, value)
 
 
 def initialize_the_rest(variables: Iterable[keras.Variable]) -> None:

@@ -34,6 +34,7 @@ class Weight(NamedTuple):
     layout: Layout = SAME
     part: int = 0  # which of the parts of the tensor's rows (out) it is
     parts: tuple[int, ...] = (1,)  # how large they are, beside one another
+    parameter: str | None = None  # its name in transformers' memory, if it is no module's weight
 
 
 def _rows_axis(shape: Sequence[int]) -> int:
@@ -82,12 +83,14 @@ class Names(NamedTuple):
         layers: string, what the names of a layer begin with, `{}` its number.
         blocks: for each block of a layer, end of a variable path -> `Weight` below `layers`.
         ignored: regular expression for tensors that no model here has.
+        renamed: strings, what names begin with in files, and then in transformers' memory.
     """
 
     outside: Mapping[str, Weight]
     layers: str
     blocks: Sequence[Mapping[str, Weight]]
     ignored: str = "(?!)"
+    renamed: tuple[str, str] = ("", "")
 
     def pieces(self, variable: keras.Variable) -> list[Piece]:
         """What fills `variable`.
@@ -119,6 +122,16 @@ class Names(NamedTuple):
                 f"Received: path={path!r}"
             )
         return table[end], prefix
+
+    def in_memory(self, path: str) -> str:
+        """What transformers calls the module of the variable at `path`, or the parameter."""
+        weight, prefix = self.weight(path)
+        return self.renamed_name(prefix + (weight.parameter or weight.name.removesuffix(".weight")))
+
+    def renamed_name(self, name: str) -> str:
+        """A name in transformers' memory, of one in a file."""
+        in_file, in_memory = self.renamed
+        return in_memory + name.removeprefix(in_file) if name.startswith(in_file) else name
 
     def is_vocabulary(self, name: str) -> bool:
         """Whether the rows of a tensor are tokens."""

@@ -1,4 +1,8 @@
-"""LoRA adapters of the `peft` library for transformers' Mamba-2: read, and written back."""
+"""LoRA adapters of the `peft` library for transformers' models: read, and written back.
+
+`peft` adapts the matrices of all experts as one parameter, with a rank for each expert. Of two
+parameters of a module one adapter wraps the other, which tensors are named by: see `_wrappers`.
+"""
 
 import collections
 import json
@@ -10,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
 
-import keras
 import numpy as np
 
 from keras_mamba2.atomic_files import atomic_folder
@@ -19,6 +22,7 @@ from keras_mamba2.conversion.config import errors_naming
 from keras_mamba2.conversion.export import StoredWeight
 from keras_mamba2.conversion.export import write_safetensors
 from keras_mamba2.conversion.names import LINEAR
+from keras_mamba2.conversion.names import Layout
 from keras_mamba2.conversion.names import Names
 from keras_mamba2.conversion.names import Weight
 from keras_mamba2.conversion.readers import read_file
@@ -43,7 +47,7 @@ KNOWN_KEYS = {
     *("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_pattern"),
     *("layers_to_transform", "lora_dropout", "inference_mode", "base_model_name_or_path"),
     *("revision", "auto_mapping", "peft_version", "runtime_config", "megatron_core", "eva_config"),
-    *("qalora_group_size", "ensure_weight_tying"),
+    *("qalora_group_size", "ensure_weight_tying", "target_parameters"),
 }
 # What a key may be. Other initialisations change the weights that are adapted.
 POSSIBLE = {
@@ -56,6 +60,10 @@ MOST_REPETITIONS = 2  # in the pattern for a module's name
 DEFAULT_RANK = DEFAULT_ALPHA = 8  # of `peft.LoraConfig`
 
 
+# Models for which `peft` refuses adapters of out_proj.
+FUSED = ("mamba2", "falcon_h1", "nemotron_h")
+
+
 class Adapter(NamedTuple):
     """What a file says of one projection. The layer adds `alpha / rank` times the product."""
 
@@ -64,13 +72,32 @@ class Adapter(NamedTuple):
     A: StoredTensor  # (rank in)
     B: StoredTensor  # (out rank)
 
-    def assign_to(self, layer: keras.layers.Dense) -> None:
-        layer.lora_kernel_a.assign(LINEAR.to_variable(self.A.read()).astype("float32"))
-        layer.lora_kernel_b.assign(LINEAR.to_variable(self.B.read()).astype("float32"))
+    def assign_to(self, layer: Any) -> None:
+        layout_of_a, layout_of_b = _layouts(layer)
+        layer.lora_kernel_a.assign(layout_of_a.to_variable(self.A.read()).astype("float32"))
+        layer.lora_kernel_b.assign(layout_of_b.to_variable(self.B.read()).astype("float32"))
+
+
+def _layouts(layer) -> tuple[Layout, Layout]:
+    """How the factors A and B lie in a file."""
+    e = getattr(layer, "num_experts", None)
+    if e is None:
+        return LINEAR, LINEAR
+    # (e*r in) <-> (e in r), and (out r*e) <-> (e r out)
+    return (
+        Layout(
+            lambda a: a.reshape(e, -1, a.shape[-1]).swapaxes(1, 2),
+            lambda a: a.swapaxes(1, 2).reshape(-1, a.shape[1]),
+        ),
+        Layout(
+            lambda b: b.reshape(len(b), -1, e).transpose(2, 1, 0),
+            lambda b: b.transpose(2, 1, 0).reshape(b.shape[-1], -1),
+        ),
+    )
 
 
 def read_peft_adapter(
-    layers: Sequence[keras.layers.Dense], backbone_config: Mapping[str, Any], preset
+    layers: Sequence[Any], backbone_config: Mapping[str, Any], preset
 ) -> dict[Any, Adapter]:
     """The adapters in a folder, or in a repository `hf://user/name`, by layer.
 
@@ -90,12 +117,12 @@ def read_peft_adapter(
         _check_config(config)
         tensors = read_file(file)
         _check_sound(file, tensors)
-        pairs = _pairs(tensors)
         names = exported_as(backbone_config)[0].names_for(backbone_config)
-        modules = {module_name(layer, names): layer for layer in layers if _is_whole(layer, names)}
+        pairs = _pairs(tensors, names)
+        modules = _modules(layers, names, config.get("target_parameters") or ())
         _check_modules(pairs, modules)
         return {
-            modules[module]: _adapter(module, pair, modules[module], config)
+            modules[module]: _adapter(pair, modules[module], config, names)
             for module, pair in pairs.items()
         }
 
@@ -108,15 +135,51 @@ def _check_sound(file, tensors: Mapping[str, StoredTensor]) -> None:
     refuse_non_finite(file, bad)
 
 
-def module_name(layer: keras.layers.Dense, names: Names) -> str:
+def module_name(layer, names: Names) -> str:
     """The name in transformers, such as `backbone.layers.0.mixer.in_proj`."""
-    weight, prefix = names.weight(f"{layer.path}/kernel")
-    return (prefix + weight.name).removesuffix(".weight")
+    return names.in_memory(f"{layer.path}/kernel")
 
 
-def _is_whole(layer: keras.layers.Dense, names: Names) -> bool:
-    """Whether transformers has a module for this projection alone."""
+def _is_whole(layer, names: Names) -> bool:
+    """Whether transformers has a module, or a parameter, for this projection alone."""
     return names.weight(f"{layer.path}/kernel")[0].parts == (1,)
+
+
+def _is_parameter(layer, names: Names) -> bool:
+    return names.weight(f"{layer.path}/kernel")[0].parameter is not None
+
+
+def _modules(layers: Sequence[Any], names: Names, targets: Sequence[str]) -> dict[str, Any]:
+    """The layers that `peft` may adapt, by what the names of their tensors begin with.
+
+    Args:
+        layers: all projections.
+        names: of their weights.
+        targets: names of the parameters that are adapted, or their ends.
+    """
+    parameters = [module_name(layer, names) for layer in layers if _is_parameter(layer, names)]
+    wrappers = _wrappers([name for name in parameters if _ends_with_one(name, targets)])
+    modules = {}
+    for layer in layers:
+        name = module_name(layer, names)
+        if _is_whole(layer, names) and (name in wrappers or name not in parameters):
+            modules[wrappers.get(name, name)] = layer
+    return modules
+
+
+def _ends_with_one(name: str, ends: Sequence[str]) -> bool:
+    return any(name == end or name.endswith(f".{end}") for end in ends)
+
+
+def _wrappers(parameters: Sequence[str]) -> dict[str, str]:
+    """The module of each parameter's adapter: the last one of a module wraps the others."""
+    wrappers: dict[str, str] = {}
+    for name in reversed(dict.fromkeys(parameters)):
+        module = name.rpartition(".")[0]
+        while module in wrappers.values():
+            module += ".base_layer"
+        wrappers[name] = module
+    return wrappers
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
@@ -133,6 +196,12 @@ def _check_config(config: Mapping[str, Any]) -> None:
                 "`peft`'s `merge_and_unload`, and load the whole model. Received: "
                 f"{shortened(key)}={shortened(value)}"
             )
+    targets = config.get("target_parameters") or []
+    if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+        raise ValueError(
+            f"`target_parameters` must be a list of names in {ADAPTER_CONFIG_FILE}. "
+            f"Received: {shortened(targets)}"
+        )
     _check_numbers(config)
 
 
@@ -162,14 +231,14 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
                 ) from error
 
 
-def _pairs(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
+def _pairs(tensors: Mapping[str, StoredTensor], names: Names) -> dict[str, dict[str, StoredTensor]]:
     """The factors A and B of each module."""
     pairs: dict[str, dict[str, StoredTensor]] = collections.defaultdict(dict)
     unknown = []
     for name, tensor in tensors.items():
         match = TENSOR_NAME.fullmatch(name)
         if match:
-            pairs[match["module"]][match["factor"]] = tensor
+            pairs[names.renamed_name(match["module"])][match["factor"]] = tensor
         else:
             unknown.append(name)
     if unknown:
@@ -189,11 +258,14 @@ def _check_modules(pairs: Mapping[str, Any], modules: Mapping[str, Any]) -> None
         )
 
 
-def _adapter(module: str, pair: Mapping[str, StoredTensor], layer, config) -> Adapter:
+def _adapter(pair: Mapping[str, StoredTensor], layer, config, names: Names) -> Adapter:
+    module = module_name(layer, names)
     rank = _by_module(module, config.get("rank_pattern"), config.get("r", DEFAULT_RANK))
     alpha = _by_module(module, config.get("alpha_pattern"), config.get("lora_alpha", DEFAULT_ALPHA))
-    expected = {"A": (rank, layer.input_spec.axes[-1]), "B": (layer.units, rank)}
-    for factor, shape in expected.items():
+    for factor, layout, variable_shape in zip(
+        "AB", _layouts(layer), layer.lora_shapes(rank), strict=True
+    ):
+        shape = layout.file_shape(variable_shape)
         if pair[factor].shape != shape:
             raise ValueError(
                 f"The adapter is one of a model of another size. {module}.lora_{factor} has shape "
@@ -217,7 +289,7 @@ def _some(names: Sequence[str], count: int = 4) -> str:
 
 
 def write_peft_adapter(
-    layers: Sequence[keras.layers.Dense],
+    layers: Sequence[Any],
     backbone_config: Mapping[str, Any],
     folder,
     base_model_name_or_path: str | None = None,
@@ -231,7 +303,7 @@ def write_peft_adapter(
         base_model_name_or_path: string, where `peft`'s `Auto` classes find the model.
 
     Warns:
-        UserWarning: if out_proj is adapted, which `peft` refuses for Mamba-2.
+        UserWarning: if out_proj is adapted, which `peft` refuses for most families.
 
     Raises:
         ValueError: if no layer is adapted, for one that is a part of a module of transformers, and
@@ -240,7 +312,8 @@ def write_peft_adapter(
     adapted = [layer for layer in layers if layer.lora_enabled]
     if not adapted:
         raise ValueError("There is no LoRA adapter to save. Call `backbone.enable_lora` first.")
-    names = exported_as(backbone_config)[0].names_for(backbone_config)
+    architecture = exported_as(backbone_config)[0]
+    names = architecture.names_for(backbone_config)
     for layer in adapted:
         if not _is_whole(layer, names):
             raise ValueError(
@@ -249,34 +322,35 @@ def write_peft_adapter(
                 "`backbone.merge_lora()` and export the model."
             )
     config = {**_config(layers, names), "base_model_name_or_path": base_model_name_or_path}
+    modules = _modules(adapted, names, [module_name(layer, names) for layer in adapted])
     weights = [
-        StoredWeight.of(
-            variable, Weight(f"{PREFIX}{module_name(layer, names)}.lora_{factor}.weight", LINEAR)
+        StoredWeight.of(variable, Weight(f"{PREFIX}{module}.lora_{factor}.weight", layout))
+        for module, layer in modules.items()
+        for factor, layout, variable in zip(
+            "AB", _layouts(layer), (layer.lora_kernel_a, layer.lora_kernel_b), strict=True
         )
-        for layer in adapted
-        for factor, variable in (("A", layer.lora_kernel_a), ("B", layer.lora_kernel_b))
     ]
     with atomic_folder(folder) as temporary:
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (temporary / ADAPTER_CONFIG_FILE).write_text(text, "utf-8")
         write_safetensors(temporary / ADAPTER_WEIGHTS[0], weights)
-    if any(layer.name == "out_proj" for layer in adapted):
+    refused = architecture.model_type in FUSED
+    if refused and any(layer.name == "out_proj" for layer in adapted):
         warnings.warn(
             "There are adapters of out_proj, which `peft` refuses for Mamba-2, since the fused "
-            "CUDA kernels would pass them by. For `peft`, adapt in_proj alone, or call "
+            "CUDA kernels would pass them by. For `peft`, adapt others alone, or call "
             "`backbone.merge_lora()` and export the model.",
             stacklevel=3,
         )
 
 
-def _config(layers: Sequence[keras.layers.Dense], names: Names) -> dict[str, Any]:
+def _config(layers: Sequence[Any], names: Names) -> dict[str, Any]:
     """What `peft.LoraConfig` is to say: the commonest rank and alpha, and who differs."""
     adapted = {module_name(layer, names): layer for layer in layers if layer.lora_enabled}
     ranks = {module: layer.lora_rank for module, layer in adapted.items()}
     alphas = {module: layer.lora_alpha for module, layer in adapted.items()}
     rank, alpha = (collections.Counter(v.values()).most_common(1)[0][0] for v in (ranks, alphas))
-    names = {layer.name for layer in adapted.values()}
-    everywhere = sum(layer.name in names for layer in layers) == len(adapted)
+    parameters = [name for name, layer in adapted.items() if _is_parameter(layer, names)]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -287,5 +361,16 @@ def _config(layers: Sequence[keras.layers.Dense], names: Names) -> dict[str, Any
         "lora_alpha": alpha,
         "rank_pattern": {m: value for m, value in ranks.items() if value != rank},
         "alpha_pattern": {m: value for m, value in alphas.items() if value != alpha},
-        "target_modules": sorted(names) if everywhere else list(adapted),
+        "target_modules": _targets([m for m in adapted if m not in parameters], layers, names),
+        # With the name of their module: `experts.down_proj`.
+        "target_parameters": _targets(parameters, layers, names, parts=2) or None,
     }
+
+
+def _targets(
+    adapted: Sequence[str], layers: Sequence[Any], names: Names, parts: int = 1
+) -> list[str]:
+    """The last parts of the names in `adapted`, if they are those of no other projection."""
+    ends = sorted({".".join(name.split(".")[-parts:]) for name in adapted})
+    meant = {name for layer in layers if _ends_with_one(name := module_name(layer, names), ends)}
+    return ends if meant == set(adapted) else list(adapted)

@@ -24,20 +24,19 @@ from keras_mamba2.ops.causal_conv import causal_conv1d_commit
 from keras_mamba2.ops.causal_conv import causal_conv1d_extend
 from keras_mamba2.ops.checks import float32_at_least
 from keras_mamba2.ops.open_chunk import put_tokens
+from keras_mamba2.ops.rounding import Rounded
+from keras_mamba2.ops.rounding import restored
+from keras_mamba2.ops.rounding import rounded
 from keras_mamba2.ops.segments import documents_of
 
 KEY_VALUE_DTYPE = optional(choice("int8"))
 
 
-class Rounded(NamedTuple):
-    """Keys or values in int8, each vector with its own scale."""
-
-    rounded: keras.KerasTensor  # (b g c p), int8
-    scale: keras.KerasTensor  # (b g c 1), float32
-
-
 class AttentionState(NamedTuple):
-    """The keys and values of the tokens before, with room for c tokens."""
+    """The keys and values of the tokens before, with room for c tokens.
+
+    In int8 each vector has its own scale.
+    """
 
     keys: keras.KerasTensor | Rounded  # (b g c p), compute dtype, rotated
     values: keras.KerasTensor | Rounded  # (b g c p), compute dtype
@@ -396,15 +395,12 @@ class Attention(Sublayer):
         x = ops.transpose(x, (0, 2, 1, 3))
         if self.key_value_dtype is None:
             return x
-        x = ops.cast(x, "float32")
-        scale = ops.max(ops.abs(x), axis=-1, keepdims=True) / 127
-        return Rounded(ops.cast(ops.round(x / ops.maximum(scale, 1e-30)), "int8"), scale)
+        return rounded(ops.cast(x, "float32"), axis=-1)
 
     def _read(self, stored):
         if self.key_value_dtype is None:
             return stored
-        x = ops.cast(stored.rounded, "float32") * stored.scale
-        return ops.cast(x, self.compute_dtype)
+        return ops.cast(restored(stored, "float32"), self.compute_dtype)
 
     def _attend(self, q, keys, values, seen):
         """Outputs `(b t g r p)`, from two parts of keys, of values, and of what is seen of them."""

@@ -4,20 +4,19 @@ from typing import ClassVar
 import keras
 from keras import ops
 
-from keras_mamba2._compat.keras_layers import untrack_variable
 from keras_mamba2.arguments import BOOLEAN
 from keras_mamba2.arguments import SIZE
 from keras_mamba2.arguments import check_attributes
 from keras_mamba2.arguments import choice
 from keras_mamba2.arguments import number
 from keras_mamba2.arguments import optional
+from keras_mamba2.layers.experts_projection import AnyProjection
+from keras_mamba2.layers.experts_projection import ExpertsProjection
 from keras_mamba2.layers.mlp import Stateless
 from keras_mamba2.layers.mlp import activation_named
 from keras_mamba2.layers.projection import Projection
 from keras_mamba2.ops.checks import float32_at_least
-from keras_mamba2.ops.experts import Rounded
 from keras_mamba2.ops.experts import grouped_matmul
-from keras_mamba2.ops.experts import rounded
 
 SCORINGS = ("softmax", "sigmoid")
 
@@ -64,8 +63,9 @@ class MixtureOfExperts(Stateless):
     """
 
     layouts: ClassVar = {
-        "experts_(gate|up)": ("model", "weights", None),
-        "experts_down": ("model", None, "weights"),
+        "experts_(gate|up)/kernel": ("model", "weights", None),
+        "experts_down/kernel": ("model", None, "weights"),
+        "experts_(gate|up|down)/(kernel_scale|kernel_zero|lora_kernel_[ab])": ("model", None, None),
     }
 
     def __init__(
@@ -102,12 +102,18 @@ class MixtureOfExperts(Stateless):
         self.weights_multiplier = weights_multiplier
         self.latent_dim = latent_dim
         self.use_bias = use_bias
-        self.scales: dict[str, keras.Variable] = {}  # of kernels in int8
         self._activation = activation_named(activation)
         self._check_config()
+        policy = self.dtype_policy
+
+        def experts(name: str, units: int) -> ExpertsProjection:
+            return ExpertsProjection(num_experts, units, name=name, dtype=policy)
+
+        self.experts_gate = experts("experts_gate", intermediate_dim) if gated else None
+        self.experts_up = experts("experts_up", intermediate_dim)
+        self.experts_down = experts("experts_down", latent_dim or hidden_dim)
         self.latent_down = self.latent_up = None
         if latent_dim is not None:
-            policy = self.dtype_policy  # type: ignore[has-type]
             own: dict[str, Any] = {"use_bias": use_bias, "dtype": policy}
             self.latent_down = Projection(latent_dim, name="latent_down", **own)
             self.latent_up = Projection(hidden_dim, name="latent_up", **own)
@@ -161,17 +167,10 @@ class MixtureOfExperts(Stateless):
                 trainable=False,
             )
 
-        def experts(name, n_in, n_out):
-            shape = e, n_in, n_out
-            if self.quantization_mode == "int8":
-                return self._add_rounded(name, shape)
-            bound = n_in**-0.5
-            initializer = keras.initializers.RandomUniform(-bound, bound)
-            return self.add_weight(name=name, shape=shape, initializer=initializer)
-
-        self.experts_gate = experts("experts_gate", d, f) if self.gated else None
-        self.experts_up = experts("experts_up", d, f)
-        self.experts_down = experts("experts_down", f, d)
+        for layer in (self.experts_gate, self.experts_up):
+            if layer is not None:
+                layer.build((None, d))
+        self.experts_down.build((None, f))
         if self.latent_down is not None and self.latent_up is not None:
             self.latent_down.build((None, self.hidden_dim))
             self.latent_up.build((None, self.latent_dim))
@@ -189,47 +188,12 @@ class MixtureOfExperts(Stateless):
 
     def _experts(self, x, matmul):
         """The experts, where `matmul(x, kernels)` gives each token the kernel of its expert."""
-        up = matmul(x, self._kernels("experts_up"))
-        if self.gated:
-            up = self._activation(matmul(x, self._kernels("experts_gate"))) * up
-        else:
+        up = self.experts_up(x, matmul=matmul)
+        if self.experts_gate is None:
             up = self._activation(up)
-        return matmul(up, self._kernels("experts_down"))
-
-    def _kernels(self, name: str):
-        kernels = ops.convert_to_tensor(getattr(self, name))
-        if self.quantization_mode != "int8":
-            return kernels
-        return Rounded(kernels, ops.convert_to_tensor(self.scales[name]))
-
-    def _add_rounded(self, name: str, shape: tuple[int, int, int]) -> keras.Variable:
-        """The kernels in int8, and their scales in `self.scales`."""
-        fixed = {"initializer": "zeros", "trainable": False, "autocast": False}
-        kernels = self.add_weight(name=name, shape=shape, dtype="int8", **fixed)
-        scale_shape = (shape[0], 1, shape[2])
-        self.scales[name] = self.add_weight(
-            name=f"{name}_scale", shape=scale_shape, dtype=self.variable_dtype, **fixed
-        )
-        return kernels
-
-    def quantize(self, mode=None, type_check: bool = True, config=None) -> None:
-        """To int8, weights only. In other modes the experts stay as they are."""
-        if mode != "int8" or self.quantization_mode is not None:
-            return
-        for name in ("experts_gate", "experts_up", "experts_down")[0 if self.gated else 1 :]:
-            variable = getattr(self, name)
-            kernels, scale = rounded(ops.cast(variable, float32_at_least(variable.dtype)))
-            untrack_variable(self, variable)
-            new = self._add_rounded(name, tuple(variable.shape))
-            new.assign(kernels)
-            self.scales[name].assign(scale)
-            setattr(self, name, new)
-        policy = f"int8_from_{self.dtype_policy.name}"  # type: ignore[has-type]
-        self._is_quantized = True  # or Keras would quantize when it hears of the policy
-        self.dtype_policy = keras.dtype_policies.get(policy)
-
-    def quantized_call(self, *args, **kwargs):
-        return self.call(*args, **kwargs)
+        else:
+            up = self._activation(self.experts_gate(x, matmul=matmul)) * up
+        return self.experts_down(up, matmul=matmul)
 
     def _imbalance(self, x, experts, mask):
         """k where every expert gets as many of the tokens `(n d)`, and more where not."""
@@ -281,16 +245,18 @@ class MixtureOfExperts(Stateless):
         return ops.reshape(choice, (-1, self.num_experts))
 
     @property
-    def projections(self) -> tuple[Projection, ...]:
-        return tuple(layer for layer in (self.latent_down, self.latent_up) if layer is not None)
+    def projections(self) -> tuple[AnyProjection, ...]:
+        latent = self.latent_down, self.latent_up
+        layers = self.experts_gate, self.experts_up, self.experts_down, *latent
+        return tuple(layer for layer in layers if layer is not None)
 
     @property
     def weight_axes(self) -> dict[str, dict[str, int]]:
         d = self.latent_dim or self.hidden_dim
         sizes = {"num_experts": self.num_experts, "hidden_dim": d, "f": self.intermediate_dim}
         down = {"num_experts": self.num_experts, "f": self.intermediate_dim, "hidden_dim": d}
-        gate = {"experts_gate": sizes} if self.gated else {}
-        return {**gate, "experts_up": sizes, "experts_down": down}
+        gate = {"experts_gate/kernel": sizes} if self.gated else {}
+        return {**gate, "experts_up/kernel": sizes, "experts_down/kernel": down}
 
     def get_config(self):
         config = super().get_config()

@@ -7,7 +7,7 @@ from keras_mamba2.arguments import check_attributes
 from keras_mamba2.arguments import instance
 from keras_mamba2.arguments import number
 from keras_mamba2.arguments import several
-from keras_mamba2.layers.projection import Projection
+from keras_mamba2.layers.experts_projection import AnyProjection
 from keras_mamba2.layers.sublayer import Sublayer
 
 SUBLAYERS = several(instance(Sublayer))
@@ -100,7 +100,7 @@ class Parallel(Sublayer):
         return tuple(sublayer.state_spec(max_length) for sublayer in self.sublayers)
 
     @property
-    def projections(self) -> tuple[Projection, ...]:
+    def projections(self) -> tuple[AnyProjection, ...]:
         return tuple(layer for sublayer in self.sublayers for layer in sublayer.projections)
 
     @property

@@ -40,6 +40,10 @@ class Projection(keras.layers.Dense):
     def call(self, inputs, training=None):
         return self._finish(matmul(inputs, self.kernel))
 
+    def lora_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of an adapter's factors."""
+        return (self.input_spec.axes[-1], rank), (rank, self.units)
+
     def _finish(self, x):
         x = x if self.bias is None else x + self.bias
         return x if self.activation is None else self.activation(x)

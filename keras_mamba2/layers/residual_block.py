@@ -11,8 +11,8 @@ from keras_mamba2.arguments import SIZE
 from keras_mamba2.arguments import check_attributes
 from keras_mamba2.arguments import check_keywords
 from keras_mamba2.arguments import number
+from keras_mamba2.layers.experts_projection import AnyProjection
 from keras_mamba2.layers.gated_rms_normalization import GatedRMSNormalization
-from keras_mamba2.layers.projection import Projection
 from keras_mamba2.layers.sublayer import Sublayer
 from keras_mamba2.ops.checks import float32_at_least
 from keras_mamba2.ops.segments import document_segments
@@ -156,7 +156,7 @@ class ResidualBlock(keras.layers.Layer):
         return self.sublayer.open_chunk(batch_size, size)
 
     @property
-    def projections(self) -> Sequence[Projection]:
+    def projections(self) -> Sequence[AnyProjection]:
         """See `Sublayer.projections`."""
         return self.sublayer.projections
 

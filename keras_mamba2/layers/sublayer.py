@@ -10,7 +10,7 @@ from keras import tree
 
 from keras_mamba2.arguments import check_keywords
 from keras_mamba2.host.room import LEAST_ROOM
-from keras_mamba2.layers.projection import Projection
+from keras_mamba2.layers.experts_projection import AnyProjection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Sublayer(keras.layers.Layer):
         )
 
     @property
-    def projections(self) -> Sequence[Projection]:
+    def projections(self) -> Sequence[AnyProjection]:
         """The matrices that LoRA adapts and `quantize` quantizes."""
         return ()
 

@@ -9,20 +9,20 @@ from keras_mamba2._compat.keras_hub_models import lora_rank
 from keras_mamba2._compat.keras_hub_models import set_lora_layers
 from keras_mamba2._compat.keras_layers import flatten_layers
 from keras_mamba2._compat.keras_layers import untrack_variable
+from keras_mamba2.layers.experts_projection import AnyProjection
 from keras_mamba2.layers.projection import LORA_MODES
-from keras_mamba2.layers.projection import Projection
 
 
-def projections(backbone) -> list[Projection]:
+def projections(backbone) -> list[AnyProjection]:
     """All matrices of the blocks, each once: blocks may share some."""
     return list(dict.fromkeys(layer for block in backbone.blocks for layer in block.projections))
 
 
-def adapted_projections(backbone) -> list[Projection]:
+def adapted_projections(backbone) -> list[AnyProjection]:
     return [layer for layer in projections(backbone) if layer.lora_enabled]
 
 
-def projections_named(backbone, names) -> list[Projection]:
+def projections_named(backbone, names) -> list[AnyProjection]:
     """The projections that are called one of `names`.
 
     Raises:
@@ -37,7 +37,7 @@ def projections_named(backbone, names) -> list[Projection]:
     return [layer for layer in projections(backbone) if layer.name in names]
 
 
-def enable(backbone, adapters: Mapping[Projection, tuple[int, float]]) -> None:
+def enable(backbone, adapters: Mapping[AnyProjection, tuple[int, float]]) -> None:
     """Freezes the model and adds an adapter to each layer in `adapters`: its `(rank, alpha)`.
 
     Biases are frozen too, so that adapters hold all that training changes.
@@ -114,7 +114,7 @@ def remove(backbone) -> None:
     backbone.trainable = True
 
 
-def _remove_adapter(layer: Projection) -> None:
+def _remove_adapter(layer: AnyProjection) -> None:
     for name in ("lora_kernel_a", "lora_kernel_b"):
         untrack_variable(layer, getattr(layer, name))
         setattr(layer, name, None)
@@ -132,7 +132,7 @@ def check_uniform(backbone) -> None:
             )
 
 
-def read_file(backbone, filepath) -> tuple[list[Projection], int]:
+def read_file(backbone, filepath) -> tuple[list[AnyProjection], int]:
     """The layers that a file of `save_lora_weights` has adapters for, and their rank.
 
     Raises:
@@ -148,11 +148,10 @@ def read_file(backbone, filepath) -> tuple[list[Projection], int]:
         }
     numbered = dict(enumerate(_numbered_layers(backbone)))
     layers = [numbered.get(i) for i in shapes]
-    names = {layer.name for layer in layers if isinstance(layer, Projection)}
+    names = {layer.name for layer in layers if layer is not None}
     expected = {layer for layer in projections(backbone) if layer.name in names}
     if set(layers) != expected or any(
-        (shape_of_a[0], shape_of_b[1]) != (numbered[i].input_spec.axes[-1], numbered[i].units)
-        for i, (shape_of_a, shape_of_b) in shapes.items()
+        factors != numbered[i].lora_shapes(rank) for i, factors in shapes.items()
     ):
         raise ValueError(f"{filepath} holds the adapters of another model.")
     adapted = set(adapted_projections(backbone))

@@ -1,6 +1,5 @@
 """What `quantize` needs to know of a backbone, beside what Keras does."""
 
-import re
 from typing import Any
 
 import keras
@@ -8,7 +7,7 @@ import keras
 from keras_mamba2._compat.keras_layers import flatten_layers
 from keras_mamba2.arguments import instance
 from keras_mamba2.arguments import optional
-from keras_mamba2.layers.mixture_of_experts import MixtureOfExperts
+from keras_mamba2.layers.experts_projection import AnyProjection
 from keras_mamba2.layers.projection import CALIBRATED_MODES
 from keras_mamba2.layers.projection import Projection
 from keras_mamba2.layers.reversible_embedding import ReversibleEmbedding
@@ -25,7 +24,7 @@ CONFIG = optional(
 
 def is_quantizable(layer) -> bool:
     """Keras would warn of every other layer that it has no quantization for it."""
-    return isinstance(layer, Projection | ReversibleEmbedding)
+    return isinstance(layer, AnyProjection | ReversibleEmbedding)
 
 
 def layer_structure(backbone, mode: str) -> dict[str, Any] | None:
@@ -63,7 +62,8 @@ def check(backbone, config) -> None:
             "Keras quantizes with GPTQ only what is stored in float32. Load the model with "
             f"dtype='mixed_bfloat16' or 'float32'. Received: dtype={backbone.variable_dtype!r}"
         )
-    widest = max(layer.kernel.shape[0] for layer in projections(backbone))
+    layers = [layer for layer in projections(backbone) if isinstance(layer, Projection)]
+    widest = max(layer.kernel.shape[0] for layer in layers)
     divides = config.group_size > 0 and GPTQ_BLOCK_SIZE % config.group_size == 0
     if widest > GPTQ_BLOCK_SIZE and not divides:
         raise ValueError(
@@ -71,23 +71,6 @@ def check(backbone, config) -> None:
             f"inputs at a time, and there are up to {widest}. "
             f"Received: group_size={config.group_size}"
         )
-
-
-def quantize_experts(backbone, mode: str | None, config, filters) -> None:
-    """Quantizes the experts that `filters` let pass: Keras asks only layers without layers."""
-    mode = mode if config is None else config.mode
-    for layer in flatten_layers(backbone):
-        if isinstance(layer, MixtureOfExperts) and _passes(layer, filters):
-            layer.quantize(mode)
-
-
-def _passes(layer, filters) -> bool:
-    if filters is is_quantizable:
-        return True
-    if callable(filters):
-        return filters(layer)
-    patterns = [filters] if isinstance(filters, str) else filters
-    return any(re.search(pattern, layer.name) for pattern in patterns)
 
 
 def remember_policies(backbone) -> None:

@@ -338,7 +338,6 @@ class ResidualBackbone(AtomicPreset, AtomicSave, WholeWeights, keras_hub.models.
         quantization.check(self, config)
         filters = quantization.is_quantizable if filters is None else filters
         super().quantize(mode, config=config, filters=filters, **kwargs)
-        quantization.quantize_experts(self, mode, config, filters)
         quantization.remember_policies(self)
 
     def get_quantization_layer_structure(self, mode: str):

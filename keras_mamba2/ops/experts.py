@@ -4,25 +4,14 @@ Notation: n tokens of size d, k experts for each, of e. The four ways agree up t
 """
 
 from collections.abc import Callable
-from typing import Any
-from typing import NamedTuple
 
 import keras
 from keras import ops
 
 from keras_mamba2.ops import matrix
-
-
-class Rounded(NamedTuple):
-    """Kernels in int8; each column of each expert has its own scale."""
-
-    rounded: Any  # (e in out), int8
-    scale: Any  # (e 1 out)
-
-
-def rounded(kernels) -> Rounded:
-    scale = ops.maximum(ops.max(ops.abs(kernels), axis=1, keepdims=True) / 127, 1e-30)
-    return Rounded(ops.cast(ops.round(kernels / scale), "int8"), scale)
+from keras_mamba2.ops.rounding import Packed
+from keras_mamba2.ops.rounding import Rounded
+from keras_mamba2.ops.rounding import restored
 
 
 def grouped_matmul(x, weights, experts, num_experts: int, compute: Callable):
@@ -33,8 +22,8 @@ def grouped_matmul(x, weights, experts, num_experts: int, compute: Callable):
         weights: tensor `(n k)`, of the experts of a token.
         experts: int tensor `(n k)`, which experts they are.
         num_experts: int, e.
-        compute: function of `x` and `matmul`, which multiplies rows by kernels `(e in out)`, or
-            by `Rounded` ones, each row by that of its expert.
+        compute: function of `x` and `matmul`, which multiplies rows by kernels `(e in out)`,
+            `Rounded` or `Packed` ones too, each row by that of its expert.
 
     Returns:
         Tensor `(n d)`.
@@ -111,14 +100,17 @@ def _all_experts(x, weights, experts, num_experts: int, compute):
     return _weighted_sum(y, ops.einsum("nk,nke->ne", weights, chosen))
 
 
-ONE = 1.0  # the scale of kernels that are not rounded
+ONE = 1.0  # for kernels whose products need no scale
 
 
 def _parts(kernels, dtype, chosen: Callable = lambda kernels: kernels):
-    """The chosen kernels in `dtype`, and their scale."""
-    if not isinstance(kernels, Rounded):
-        return chosen(kernels), ONE
-    return ops.cast(chosen(kernels.rounded), dtype), ops.cast(chosen(kernels.scale), dtype)
+    """The chosen kernels in `dtype`, and the scale of their products `(... 1 out)`."""
+    if isinstance(kernels, Rounded):
+        return ops.cast(chosen(kernels.rounded), dtype), ops.cast(chosen(kernels.scale), dtype)
+    if isinstance(kernels, Packed):
+        parts = {name: chosen(getattr(kernels, name)) for name in ("packed", "scale", "zero")}
+        return restored(kernels._replace(**parts), dtype), ONE
+    return chosen(kernels), ONE
 
 
 def _weighted_sum(y, weights):

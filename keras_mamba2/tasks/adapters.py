@@ -46,7 +46,7 @@ class Adapters:
             base_model_name_or_path: string, the model that is adapted, for `peft`'s `Auto` classes.
 
         Warns:
-            UserWarning: if out_proj is adapted, which `peft` refuses for Mamba-2.
+            UserWarning: if out_proj is adapted, which `peft` refuses for most families.
 
         Raises:
             ValueError: if LoRA is not enabled, and for a folder with files in it.

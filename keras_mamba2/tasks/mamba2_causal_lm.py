@@ -172,7 +172,7 @@ class Mamba2CausalLM(
         export_to_transformers(self.backbone, tokenizer, path, dtype, generation_defaults=defaults)
 
     def quantize(self, mode: str | None = None, config=None, filters=None, **kwargs) -> None:
-        """Quantizes the projections, and in int8 and int4 the embedding with its head.
+        """Quantizes the projections, and in int8 and int4 experts and the embedding with its head.
 
         As `keras.Model.quantize`. The recurrence stays in float32. LoRA adapters can be trained
         on weights in int8 and int4. A saved model keeps the mode and sizes of groups, but not the
@@ -193,7 +193,6 @@ class Mamba2CausalLM(
         quantization.check(self.backbone, config)
         filters = quantization.is_quantizable if filters is None else filters
         super().quantize(mode, config=config, filters=filters, **kwargs)
-        quantization.quantize_experts(self.backbone, mode, config, filters)
         quantization.remember_policies(self.backbone)
 
     def get_quantization_layer_structure(self, mode: str):

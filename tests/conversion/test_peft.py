@@ -211,6 +211,7 @@ def assert_refused(lm, files, message):
         ({"use_dora": True}, "uses `use_dora`, which is not supported.*merge_and_unload"),
         ({"modules_to_save": ["lm_head"]}, r"uses `modules_to_save`.*Received:.*\['lm_head'\]"),
         ({"init_lora_weights": "pissa"}, "`init_lora_weights` must be one of .*'pissa'"),
+        ({"target_parameters": 5}, "`target_parameters` must be a list of names.*Received: 5"),
         ({"something_new": 3}, "uses `something_new`, which is not supported"),
         ({"r": 5}, r"lora_A has shape \(4, 16\), and needs \(5, 16\) for rank 5"),
     ],

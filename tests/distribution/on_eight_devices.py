@@ -197,7 +197,7 @@ def check_hybrids():
         for weight, other in zip(weights, others[1], strict=True):
             np.testing.assert_allclose(other, weight, atol=1e-4, rtol=0)
     assert layouts["block_2/sublayers/attention/query/kernel"] == PartitionSpec("batch", "model")
-    assert layouts["block_3/sublayers/experts/experts_up"][0] == "model"
+    assert layouts["block_3/sublayers/experts/experts_up/kernel"][0] == "model"
 
 
 def check_collectives():

@@ -8,8 +8,11 @@ import socket
 import subprocess
 import sys
 
+import keras
 import numpy as np
 import pytest
+
+import keras_mamba2
 
 ROOT = pathlib.Path(__file__).parents[2]
 OF_PARTS = ["check_ssd_sequence_parallel", "check_bad_meshes_are_refused"]
@@ -93,3 +96,54 @@ def test_a_dead_process_stops_the_others_and_together_they_go_on(uninterrupted, 
         error = np.abs(together[name] - weight)
         assert error.max() < 0.09
         assert np.mean(error > 1e-3) < 0.02
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A model of 190 MB, in many tensors: a folder with each format, and its weights."""
+    keras.utils.set_random_seed(0)
+    experts = {"kind": "mixture_of_experts", "gated": False, "activation": "squared_relu"}
+    experts |= {"scoring": "sigmoid", "intermediate_dim": 128, "num_experts": 16}
+    shared = {"kind": "mlp", "gated": False, "activation": "squared_relu"}
+    backbone = keras_mamba2.Mamba2HybridBackbone(
+        vocabulary_size=1024,
+        hidden_dim=256,
+        blocks=["mamba2", "attention", *["experts+shared_expert"] * 40],
+        sublayers={
+            "mamba2": {"state_dim": 16, "head_dim": 32, "num_groups": 4},
+            "attention": {"num_query_heads": 8, "num_key_value_heads": 4, "head_dim": 32},
+            "experts": {**experts, "num_experts_per_token": 2},
+            "shared_expert": {**shared, "intermediate_dim": 128},
+        },
+        tie_word_embeddings=False,
+    )
+    folder = tmp_path_factory.mktemp("large")
+    keras_mamba2.Mamba2CausalLM(backbone).export_to_transformers(folder / "checkpoint")
+    backbone.save_to_preset(folder / "preset")
+    return folder, backbone.get_weights()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("files", "dtype"),
+    [("checkpoint", "float32"), ("checkpoint", "bfloat16"), ("preset", "bfloat16")],
+)
+def test_weights_are_loaded_a_tensor_at_a_time(large, files, dtype):
+    """The host never has the whole model beside its devices, nor has a device."""
+    folder, weights = large
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.distribution.loading", str(folder / files), dtype],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    total, on_device = found["total"], found["on_device"]
+    assert total < 1.01 * sum(w.size for w in weights) * {"float32": 4, "bfloat16": 2}[dtype]
+    sums = [np.abs(w.astype("float64")).sum() for w in weights]
+    np.testing.assert_allclose(found["sums"], sums, rtol=2e-3)  # of bfloat16
+    assert set(found["experts"]) == {"P('model', 'batch', None)"}
+    assert on_device[-1] < 1.05 * total / 8
+    # The memory of these devices is the host's.
+    assert found["peak"] < sum(on_device) + 4 * found["largest"] + 24e6

@@ -1,15 +1,19 @@
-"""Experts in int8: what `quantize` makes of them, and that it is saved."""
+"""Experts in int8 and int4: what `quantize` makes of them, and that it is saved."""
 
 import keras
 import numpy as np
 import pytest
 
 import keras_mamba2
+from keras_mamba2._compat.keras_layers import flatten_layers
 from keras_mamba2.layers import MixtureOfExperts
+from keras_mamba2.layers.experts_projection import ExpertsProjection
+from keras_mamba2.ops.rounding import restored
 from tests import reference
 
 EXPERTS = {"intermediate_dim": 8, "num_experts": 8, "num_experts_per_token": 2}
-KERNELS = "experts_gate", "experts_up", "experts_down"
+# Of the logits' root mean square, measured, times two.
+ERRORS = {"int8": 0.06, "int4": 0.7}
 INPUTS = {"token_ids": np.arange(20)[None], "padding_mask": np.ones((1, 20), "int32")}
 
 
@@ -34,24 +38,36 @@ def model(dtype="float32"):
 
 
 def experts_of(lm):
-    return [x for x in lm.backbone._flatten_layers() if isinstance(x, MixtureOfExperts)]
+    return [x for x in flatten_layers(lm.backbone) if isinstance(x, MixtureOfExperts)]
+
+
+def matrices(layer):
+    return [part for part in layer.projections if isinstance(part, ExpertsProjection)]
+
+
+@pytest.fixture(scope="module", params=ERRORS)
+def mode(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def lm():
+def lm(mode):
     lm = model()
-    lm.quantize("int8")
+    lm.quantize(mode)
     lm.compile(sampler="greedy")
     return lm
 
 
-def test_every_expert_and_no_router_is_rounded(lm):
+def test_every_expert_and_no_router_is_rounded(lm, mode):
     assert len(experts_of(lm)) == 3
     for layer in experts_of(lm):
         assert layer.router.dtype == "float32"
-        kernels = [getattr(layer, name) for name in KERNELS if getattr(layer, name) is not None]
-        assert {kernel.dtype for kernel in kernels} == {"int8"}
-        assert len(layer.scales) == len(kernels) == (3 if layer.gated else 2)
+        assert len(matrices(layer)) == (3 if layer.gated else 2)
+        for part in matrices(layer):
+            assert part.quantization_mode == mode
+            assert part.kernel.dtype == "int8"
+            e, n_in, n_out = part.kernel_shape
+            assert tuple(part.kernel.shape) == (e, n_in, n_out if mode == "int8" else n_out / 2)
 
 
 @pytest.mark.parametrize("t", [1, 3, 20], ids=["sliced", "gathered", "sorted"])
@@ -63,28 +79,28 @@ def test_outputs_are_those_of_the_rounded_weights(lm, t):
             continue
         exact = MixtureOfExperts.from_config({**layer.get_config(), "dtype": "float32"})
         exact.build((None, None, 16))
-        for name in KERNELS:
-            if getattr(layer, name) is not None:
-                kernel = np.asarray(getattr(layer, name), "float32")
-                getattr(exact, name).assign(kernel * np.asarray(layer.scales[name]))
+        for ours, theirs in zip(matrices(layer), matrices(exact), strict=True):
+            theirs.kernel.assign(restored(ours._as_stored(), "float32"))
         exact.router.assign(layer.router)
         y, truth = np.asarray(layer(x)), np.asarray(exact(x))
         np.testing.assert_allclose(y, truth, atol=1e-5 * np.abs(truth).max())
 
 
-def test_logits_stay_near(lm):
+def test_logits_stay_near(lm, mode):
     truth, found = (np.asarray(each(INPUTS)) for each in (model(), lm))
-    assert np.sqrt(np.mean((found - truth) ** 2) / np.mean(truth**2)) < 0.06  # measured, times two
+    error = np.sqrt(np.mean((found - truth) ** 2) / np.mean(truth**2))
+    assert 0 < error < ERRORS[mode]
 
 
-def test_it_is_saved_and_goes_on(lm, tmp_path):
+def test_it_is_saved_and_goes_on(lm, mode, tmp_path):
     logits = np.asarray(lm(INPUTS))
     lm.save_to_preset(tmp_path / "preset")
     lm.save(tmp_path / "model.keras")
     again = keras_mamba2.Mamba2CausalLM.from_preset(str(tmp_path / "preset"), preprocessor=None)
     for loaded in (again, keras.saving.load_model(tmp_path / "model.keras")):
         np.testing.assert_array_equal(np.asarray(loaded(INPUTS)), logits)
-        assert all(layer.quantization_mode == "int8" for layer in experts_of(loaded))
+        parts = [part for layer in experts_of(loaded) for part in matrices(layer)]
+        assert {part.quantization_mode for part in parts} == {mode}
 
 
 @pytest.mark.slow
@@ -98,15 +114,35 @@ def test_generation_is_the_argmax_of_the_whole(lm):
     assert new.tolist() == ids[3:]
 
 
-@pytest.mark.parametrize("filters", ["in_proj", lambda layer: layer.name == "in_proj"])
+@pytest.mark.parametrize("filters", ["experts_up", lambda layer: layer.name == "experts_up"])
 def test_filters_count_for_experts_too(filters):
     lm = model()
     lm.quantize("int8", filters=filters)
-    assert {layer.quantization_mode for layer in experts_of(lm)} == {None}
+    layers = flatten_layers(lm.backbone)
+    assert {layer.name for layer in layers if layer.quantization_mode} == {"experts_up"}
 
 
 @pytest.mark.slow
 def test_other_modes_leave_experts_as_they_are():
     lm = model()
-    lm.quantize("int4")
-    assert {layer.experts_up.dtype for layer in experts_of(lm)} == {"float32"}
+    lm.quantize("float8")
+    parts = [part for layer in experts_of(lm) for part in matrices(layer)]
+    assert {part.quantization_mode for part in parts} == {None}
+    assert {part.kernel.dtype for part in parts} == {"float32"}
+
+
+def test_groups_of_int4_are_those_of_the_configuration(tmp_path):
+    """The last group is smaller; a loaded model has the same."""
+    backbone = keras_mamba2.Mamba2HybridBackbone(
+        vocabulary_size=8,
+        hidden_dim=16,
+        blocks=["mixture_of_experts"],
+        sublayers={"mixture_of_experts": EXPERTS},
+    )
+    backbone.quantize(config=keras.quantizers.Int4QuantizationConfig(block_size=6))
+    up = backbone.blocks[0].projections[1]
+    assert up.kernel_scale.shape == up.kernel_zero.shape == (8, 3, 8)  # 16 inputs
+    backbone.save_to_preset(tmp_path / "preset")
+    again = keras_mamba2.Mamba2HybridBackbone.from_preset(str(tmp_path / "preset"))
+    for ours, theirs in zip(backbone.weights, again.weights, strict=True):
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))

@@ -121,12 +121,20 @@ def _feed_forward() -> dict[str, names.Weight]:
         "mlp/down/kernel": names.Weight(f"{shared}.output_linear.weight", names.LINEAR),
         "experts/router": names.Weight(f"{experts}.router.layer.weight", names.LINEAR),
         **{
-            f"experts/experts_{ours}": names.Weight(
-                f"{experts}.input_linear.weight", names.LINEAR, part, (1, 1)
+            f"experts/experts_{ours}/kernel": names.Weight(
+                f"{experts}.input_linear.weight",
+                names.LINEAR,
+                part,
+                (1, 1),
+                f"{experts}.experts.gate_up_proj",
             )
             for ours, part in rows.items()
         },
-        "experts/experts_down": names.Weight(f"{experts}.output_linear.weight", names.LINEAR),
+        "experts/experts_down/kernel": names.Weight(
+            f"{experts}.output_linear.weight",
+            names.LINEAR,
+            parameter=f"{experts}.experts.down_proj",
+        ),
     }
 
 

@@ -209,8 +209,10 @@ NEMOTRON_H = Architecture(
                 "experts/router": names.Weight("mixer.gate.weight", names.LINEAR),
                 "experts/router_bias": names.Weight("mixer.gate.e_score_correction_bias"),
                 **{
-                    f"experts/experts_{part}": names.Weight(
-                        f"mixer.experts.{{expert}}.{part}_proj.weight", names.LINEAR
+                    f"experts/experts_{part}/kernel": names.Weight(
+                        f"mixer.experts.{{expert}}.{part}_proj.weight",
+                        names.LINEAR,
+                        parameter=f"mixer.experts.{part}_proj",
                     )
                     for part in ("up", "down")
                 },
@@ -219,6 +221,7 @@ NEMOTRON_H = Architecture(
             }
         ],
         ignored=r"mtp\..*",
+        renamed=("backbone.", "model."),
     ),
     config=config,
 )
