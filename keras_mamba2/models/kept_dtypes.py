@@ -26,7 +26,7 @@ def set_kept_dtypes(model, **dtypes: str | None) -> None:
             continue
         layers = list(_layers(model, name))
         if not layers:
-            raise ValueError(f"The model has no layers for `{name}`. Received: {name}={dtype!r}")
+            raise ValueError(f"No layer of the model has a `{name}`. Received: {name}={dtype!r}")
         for layer in layers:
             setattr(layer, name, dtype)
 
