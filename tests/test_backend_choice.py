@@ -24,6 +24,7 @@ def backend_of(keras_home, script=SCRIPT, **environment):
     return result.stdout.split()[-1], result.stderr.count(WARNING)
 
 
+@pytest.mark.slow
 def test_jax_where_nothing_was_chosen(tmp_path):
     assert backend_of(tmp_path, KERAS_BACKEND=None) == ("jax", 0)
     # Keras has written its defaults by now.

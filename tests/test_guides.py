@@ -65,7 +65,7 @@ def test_colab_without_a_wheel_says_how_to_get_one(first_cell):
 @pytest.mark.parametrize(
     ("name", "printed"),
     [
-        ("generate", "ROMEO"),
+        pytest.param("generate", "ROMEO", marks=pytest.mark.slow),
         pytest.param("speculation", "True", marks=pytest.mark.slow),
         pytest.param("load_and_convert", "the same, bit for bit", marks=pytest.mark.slow),
         pytest.param("stateful_generation", "8,192 tokens", marks=pytest.mark.slow),

@@ -49,6 +49,7 @@ def loss_of_card():
     return float(re.search(r"\*\*(\d\.\d+) nats a character\*\*", card).group(1))
 
 
+@pytest.mark.slow
 def test_its_loss_is_what_its_card_says(lm, plays):
     """On the whole validation text, the last tenth, with the state carried from end to end."""
     loss = math.log(lm.perplexity(plays[int(0.9 * len(plays)) :]))

@@ -214,6 +214,7 @@ def test_operations_of_a_prefill_are_about_twice_the_weights():
     assert FULL.prefill_flops(512) / 512 / 2 == pytest.approx(weights_without_embedding, rel=0.2)
 
 
+@pytest.mark.slow
 def test_quantization_is_measured(tmp_path, capsys):
     text = tmp_path / "text"
     text.write_text("To be, or not to be, that is the question.\n" * 20)

@@ -29,6 +29,7 @@ def run(*arguments, **environment):
     )
 
 
+@pytest.mark.slow
 def test_endpoint_cache_and_offline_mode(hub, tmp_path):
     with serving(hub) as address:
         environment = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}

@@ -108,6 +108,7 @@ def truth_of(tensors, ids):
     return x @ t["lm_head.weight"].T
 
 
+@pytest.mark.slow
 def test_logits_are_those_of_the_original(folder, tensors):
     backbone = keras_mamba2.Mamba2HybridBackbone.from_preset(folder)
     assert (backbone.vocabulary_size, backbone.unpadded_vocabulary_size) == (48, 45)

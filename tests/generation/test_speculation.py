@@ -163,7 +163,7 @@ def test_texts_and_states_are_those_without(models, proposers, kind, proposer):
         assert run(lm, [prompt])[0] == [tokens]
 
 
-@pytest.mark.parametrize("proposer", ["lookup", "itself", "fewer ids"])
+@pytest.mark.parametrize("proposer", ["lookup", *map(slow, ("itself", "fewer ids"))])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_what_is_drawn_is_what_is_drawn_without(models, proposers, name, proposer):
     lm = models["mamba2"]
@@ -189,6 +189,7 @@ def test_the_draft_is_right_as_often_as_probabilities_allow(models, proposers):
     assert (int(outcome.accepted), int(outcome.rejected)) == (3 * 20, 0)
 
 
+@pytest.mark.slow
 def test_pairs_of_tokens_have_the_probabilities_of_the_sampler(byte_tokenizer):
     """Exactly: with 40,000 draws, a residual that was left out or counted twice would show."""
     lm, other = (model_of("mamba2", None, 8, 5, seed=seed) for seed in (1, 2))

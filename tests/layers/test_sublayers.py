@@ -261,8 +261,8 @@ def test_a_masked_step_leaves_the_state_as_it_was(name):
     masked_y, masked = step(x[:, 5], before, np.array([True, False, True]))
     for old, new, actual in zip(*map(tree.flatten, (before, after, masked)), strict=True):
         np.testing.assert_array_equal(actual[1], old[1])
-        np.testing.assert_array_equal(np.asarray(actual)[::2], np.asarray(new)[::2])
-    np.testing.assert_array_equal(np.asarray(masked_y)[::2], np.asarray(y)[::2])
+        assert_close(np.asarray(actual)[::2], np.asarray(new)[::2])
+    assert_close(np.asarray(masked_y)[::2], np.asarray(y)[::2])
     # A full row that does not go on keeps what it has.
     _, again = step(x[:, 6], after, np.array([False, False, False]))
     for old, new in zip(tree.flatten(after), tree.flatten(again), strict=True):
@@ -300,6 +300,7 @@ def test_an_open_chunk_is_the_sequence_and_can_be_taken_back(name):
         assert_same_state(layer, new, truth)
 
 
+@pytest.mark.slow
 def test_keys_and_values_in_int8_are_rounded_once():
     """In parts, in steps and in an open chunk alike; and little is lost."""
     exact = layer_of("attention, rotary")

@@ -19,7 +19,7 @@ CASES = {
     "gated": EXPERTS,
     "latent": {**EXPERTS, "latent_dim": 5, "scoring": "sigmoid", "gated": False},
 }
-MODES = [None, "int8", "int4"]
+MODES = [None, *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("int8", "int4"))]
 # One token, few, and many; and many on a backend without products by groups of rows.
 WAYS = {"sliced": 1, "gathered": 3, "sorted": 20, "plain": 20}
 INPUTS = {"token_ids": np.arange(20)[None], "padding_mask": np.ones((1, 20), "int32")}
@@ -168,6 +168,7 @@ def test_only_adapters_learn(mode):
     assert not first.all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_merging_changes_rounding_alone(dtype):
     lm = adapted(dtype=dtype)
@@ -179,6 +180,7 @@ def test_merging_changes_rounding_alone(dtype):
     assert error < (2e-6 if dtype == "float32" else 0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "most"), [("int8", 0.05), ("int4", 0.7)])
 def test_merging_quantizes_anew(mode, most):
     lm = adapted(mode)

@@ -45,7 +45,7 @@ def matrices(layer):
     return [part for part in layer.projections if isinstance(part, ExpertsProjection)]
 
 
-@pytest.fixture(scope="module", params=ERRORS)
+@pytest.fixture(scope="module", params=["int8", pytest.param("int4", marks=pytest.mark.slow)])
 def mode(request):
     return request.param
 

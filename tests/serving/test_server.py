@@ -73,6 +73,7 @@ def test_a_killed_server_has_kept_what_it_knew(preset_folder, tmp_path):
     assert answer.choices[0].text == before.choices[0].text
 
 
+@pytest.mark.slow
 def test_without_the_extra_it_says_how_to_install(preset_folder):
     script = (
         "import sys; sys.modules['uvicorn'] = None\n"

@@ -33,6 +33,7 @@ class Mamba2TextClassifierTest(TestCase):
         }
         self.train_data = (["airplane", "plane", "car"], [2, 1, 0])
 
+    @pytest.mark.slow
     def test_classifier_basics(self):
         self.run_task_test(
             cls=keras_mamba2.Mamba2TextClassifier,
@@ -257,6 +258,7 @@ def marked_texts(count, seed):
     return texts, labels
 
 
+@pytest.mark.slow
 def test_it_learns(byte_tokenizer):
     """What was anywhere in a text is known at its end: texts never seen are classified."""
     keras.utils.set_random_seed(0)

@@ -8,7 +8,8 @@ from keras import ops
 import keras_mamba2
 from keras_mamba2.state.files import fingerprint
 
-MODES = ["int8", "int4", "float8", "gptq", "awq"]
+CALIBRATED = [pytest.param(mode, marks=pytest.mark.slow) for mode in ("gptq", "awq")]
+MODES = ["int8", "int4", "float8", *CALIBRATED]
 WEIGHT_DTYPES = {"int8": "int8", "int4": "int8", "float8": "float32", "gptq": "uint8"}
 WEIGHT_DTYPES["awq"] = "uint8"
 # Of the logits' root mean square, measured, times two. Four bits are few for a model so small.
