@@ -70,14 +70,17 @@ def blocks(
 def texts(
     preset: Annotated[str, typer.Option()] = "mamba2_130m_en",
     tokens: Annotated[int, typer.Option()] = 512,
-    rounds: Annotated[int, typer.Option()] = 5,
+    rounds: Annotated[int, typer.Option()] = 3,
+    only: Annotated[str | None, typer.Option(help="one of the texts, by its name")] = None,
     file: Annotated[Path, typer.Option(help="tiny Shakespeare")] = SHARED_TEXT,
 ):
     """Tokens a second of a lookup over those of plain decoding."""
     import keras_mamba2
 
-    found = {}
+    found = json.loads(FILE.read_text()).get("texts", {}) if FILE.exists() else {}
     for what, (prompt, sampler, prepare) in texts_to_write(file.read_text(), tokens).items():
+        if only not in (None, what):
+            continue
         models = {
             "plain": compiled_model(preset, sampler),
             "lookup": compiled_model(preset, sampler, keras_mamba2.PromptLookup()),
@@ -92,7 +95,7 @@ def texts(
         ratios = [a / b for a, b in zip(seconds["plain"], seconds["lookup"], strict=True)]
         found[what] = round(statistics.median(ratios), 3)
         print(what, found[what], flush=True)
-    keep("texts", found)
+        keep("texts", found)
 
 
 def texts_to_write(text: str, tokens: int) -> dict[str, tuple[np.ndarray, Any, Any]]:
@@ -349,9 +352,11 @@ def generate(lm, prompt, count: int) -> None:
 
 def seconds_to_decode(lm, prompt, count: int) -> float:
     """Without the time of reading the prompt."""
+    import jax
+
     generator = lm.make_generate_function()
     rows = generator.start([prompt], np.array([count]), seed=0)
-    np.asarray(rows.state.token)  # waits
+    jax.block_until_ready(rows.state.layers)
     start = time.perf_counter()
     generator.decode(rows).all_tokens()
     return time.perf_counter() - start

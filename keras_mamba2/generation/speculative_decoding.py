@@ -14,7 +14,7 @@ COST = {"cpu": (0.2, 0.07)}
 ELSEWHERE = (0.0, 0.02)
 # Rounds before the choice is thought over; of a probe, after a while without proposals.
 ROUNDS, PROBE = 32, 6
-SHORTEST_PAUSE, LONGEST_PAUSE = 128, 2048  # tokens
+SHORTEST_PAUSE, LONGEST_PAUSE = 32, 2048  # tokens
 
 
 class SpeculativeDecoding(Decoding):
