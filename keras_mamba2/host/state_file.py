@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -64,7 +66,11 @@ def write(file, tensors: Mapping[str, np.ndarray], model: str, fingerprint: str,
 
 
 def read(
-    file, specs: Mapping[str, TensorSpec], model: str, fingerprint: str, vocabulary_size: int
+    file,
+    specs: Mapping[str, TensorSpec],
+    model: str,
+    fingerprint: Callable[[], str],
+    vocabulary_size: int,
 ) -> tuple[dict[str, np.ndarray], str]:
     """The tensors of a file of `write`, and the text beside them.
 
@@ -72,7 +78,7 @@ def read(
         file: path.
         specs: dict of what each tensor of a layer must be, beside those of `COUNTS`.
         model: string, the architecture that the state must belong to.
-        fingerprint: string, that of its weights.
+        fingerprint: function that returns that of its weights.
         vocabulary_size: int.
 
     Raises:
@@ -80,8 +86,18 @@ def read(
             or the state of another model.
     """
     metadata, tensors = _read(file)
-    _check_metadata(file, metadata, tensors)
-    for key, own in (("model", model), ("fingerprint", fingerprint)):
+    _check_metadata(file, metadata)
+    with ThreadPoolExecutor(
+        1
+    ) as another:  # hashes while the fingerprint is taken: both take a while
+        found = another.submit(checksum, tensors, metadata)
+        weights = fingerprint()
+    if metadata["checksum"] != found.result():
+        raise ValueError(
+            f"{file} is damaged: its checksum is another than when it was written. A state cannot "
+            "be repaired; start a session with the text."
+        )
+    for key, own in (("model", model), ("fingerprint", weights)):
         if metadata[key] != own:
             differ = "has other weights" if key == "fingerprint" else f"is {own}"
             raise ValueError(
@@ -118,7 +134,7 @@ def checksum(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> 
     return digest.hexdigest()
 
 
-def _check_metadata(file, metadata: Mapping[str, str], tensors: Mapping[str, np.ndarray]) -> None:
+def _check_metadata(file, metadata: Mapping[str, str]) -> None:
     version = metadata.get("version")
     if version != FILE_VERSION:
         older = version is not None and version.isdigit() and int(version) < int(FILE_VERSION)
@@ -134,11 +150,6 @@ def _check_metadata(file, metadata: Mapping[str, str], tensors: Mapping[str, np.
         )
     if missing := [key for key in METADATA if key not in metadata]:
         raise ValueError(f"{file} is not the file of a state: it has no {', '.join(missing)}.")
-    if metadata["checksum"] != checksum(tensors, metadata):
-        raise ValueError(
-            f"{file} is damaged: its checksum is another than when it was written. A state cannot "
-            "be repaired; start a session with the text."
-        )
 
 
 def _check_tensors(

@@ -288,7 +288,7 @@ class Programs:
             file,
             {spec.name: spec for spec in manifest.state},
             manifest.model,
-            manifest.fingerprint,
+            lambda: manifest.fingerprint,
             manifest.vocabulary_size,
         )
         dtypes = (jnp.dtype(spec.dtype) for spec in manifest.state)

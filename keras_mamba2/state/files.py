@@ -77,7 +77,11 @@ def load(file, backbone, own: str | None = None) -> StoredState:
     """
     specs = named_specs(backbone)
     tensors, text = state_file.read(
-        file, specs, backbone.architecture, own or fingerprint(backbone), backbone.vocabulary_size
+        file,
+        specs,
+        backbone.architecture,
+        lambda: own or fingerprint(backbone),
+        backbone.vocabulary_size,
     )
     leaves = [ops.convert_to_tensor(tensors[name], spec.dtype) for name, spec in specs.items()]
     counts = {name: ops.convert_to_tensor(tensors[name], "int32") for name in COUNTS}
