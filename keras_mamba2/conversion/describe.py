@@ -71,8 +71,9 @@ def _parameters(backbone, arguments: Mapping[str, Any]) -> str:
     """How many, and where a token takes a few of the experts, how many it uses."""
     total = used = backbone.count_params()
     for weight in backbone.weights:
-        *_, owner, layer, _ = ("", *weight.path.split("/"))
-        if layer.startswith("experts_"):
+        path = weight.path.split("/")
+        if len(path) > 2 and path[-2].startswith("experts_"):
+            owner = path[-3]
             sizes = arguments["sublayers"][owner]
             left_out = sizes["num_experts"] - sizes["num_experts_per_token"]
             used -= left_out * math.prod(weight.shape[1:])
