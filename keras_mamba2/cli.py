@@ -274,6 +274,12 @@ def serve(
         float, typer.Option(min=0, help="For what runs, after SIGTERM.")
     ] = 60.0,
     dtype: Dtype = "auto",
+    state_dtype: Annotated[
+        str | None, typer.Option(help="bfloat16: half the bytes of a mixer's state.")
+    ] = None,
+    key_value_dtype: Annotated[
+        str | None, typer.Option(help="int8: half the bytes of attention's keys and values.")
+    ] = None,
     compilation_cache: Annotated[
         str | None, typer.Option(help="A folder where compiled programs are kept.")
     ] = None,
@@ -297,7 +303,9 @@ def serve(
     from keras_mamba2.serving.server import run
 
     with errors_on_one_line():
-        lm = Mamba2CausalLM.from_preset(preset, dtype=dtype)
+        lm = Mamba2CausalLM.from_preset(
+            preset, dtype=dtype, state_dtype=state_dtype, key_value_dtype=key_value_dtype
+        )
         lm.compile(compilation_cache=compilation_cache)
         engine = Engine(
             lm,

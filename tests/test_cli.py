@@ -126,6 +126,12 @@ def test_an_unknown_dtype_is_one_line(preset_folder, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_another_dtype_of_states_is_one_line(preset_folder):
+    result = run_app("serve", preset_folder, "--state-dtype", "int4")
+    assert result.exit_code == 2
+    assert "state_dtype" in result.output
+
+
 def test_convert_leaves_nothing_half_done(preset_folder, tmp_path, monkeypatch):
     full = tmp_path / "full"
     full.mkdir()

@@ -159,6 +159,16 @@ class TestTokens:
         assert again.request.cached_tokens > 190
 
 
+def test_states_in_bfloat16_are_what_they_are_alone(preset_folder):
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(str(preset_folder), state_dtype="bfloat16")
+    lm.compile(sampler="greedy")
+    prompts = [prompt for prompt in PROMPTS if len(prompt) < 64]
+    with started(lm, prefix_cache_bytes=0) as engine:
+        requests = [Collected(prompt, limit=30).submit(engine) for prompt in prompts]
+        for prompt, request in zip(prompts, requests, strict=True):
+            assert [request.tokens()] == alone(lm, prompt, limit=30, **GREEDY)
+
+
 class TestCompilation:
     @pytest.mark.parametrize(
         "kind", ["engine", pytest.param("hybrid_engine", marks=pytest.mark.slow)]
