@@ -35,6 +35,12 @@ Dtype = Annotated[
 ]
 
 
+Stop = Annotated[list[str] | None, typer.Option(help="Text to stop before; repeatable.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Makes the text reproducible.")]
+SessionFile = Annotated[
+    pathlib.Path | None,
+    typer.Option(help="A session's file: goes on from it if it is there, and is written."),
+]
 Draft = Annotated[
     str | None,
     typer.Option(help="A smaller preset that proposes tokens: the same text, sooner."),
@@ -100,12 +106,9 @@ def generate(
         float, typer.Option(min=0.0, max=1.0, help="Drop what is this much less likely.")
     ] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(min=1.0, help="Above 1: fewer.")] = 1.0,
-    stop: Annotated[list[str] | None, typer.Option(help="Text to stop before; repeatable.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Makes the text reproducible.")] = None,
-    state: Annotated[
-        pathlib.Path | None,
-        typer.Option(help="A session's file: goes on from it if it is there, and is written."),
-    ] = None,
+    stop: Stop = None,
+    seed: Seed = None,
+    state: SessionFile = None,
     draft: Draft = None,
     prompt_lookup: PromptLookup = False,
     dtype: Dtype = "auto",
@@ -118,8 +121,7 @@ def generate(
     from keras_mamba2 import Mamba2CausalLM
 
     with errors_on_one_line():
-        for text in (prompt, *(stop or ())):
-            check_text("prompt" if text is prompt else "--stop", text)
+        check_texts(prompt, stop)
         speculation = speculation_of(draft, prompt_lookup, dtype)
         lm = Mamba2CausalLM.from_preset(preset, dtype=dtype)
         sampler = FilterSampler(
@@ -140,6 +142,12 @@ def generate(
             session.save(state)
     count = len(lm.preprocessor.tokenizer(text))
     print(f"{count} tokens, {count / seconds:.0f} tokens/s", file=sys.stderr)
+
+
+def check_texts(prompt: str, stop: list[str] | None) -> None:
+    check_text("prompt", prompt)
+    for text in stop or ():
+        check_text("--stop", text)
 
 
 def print_more(session, prompt: str, options: dict[str, Any]) -> tuple[str, float]:
@@ -403,12 +411,9 @@ def run_programs(
     repetition_penalty: Annotated[
         float | None, typer.Option(min=1.0, help="Above 1: fewer.")
     ] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Text to stop before; repeatable.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Makes the text reproducible.")] = None,
-    state: Annotated[
-        pathlib.Path | None,
-        typer.Option(help="A session's file: goes on from it if it is there, and is written."),
-    ] = None,
+    stop: Stop = None,
+    seed: Seed = None,
+    state: SessionFile = None,
 ) -> None:
     """Continues a prompt with exported programs. Without Keras: it starts in a second or two.
 
@@ -417,8 +422,7 @@ def run_programs(
     import keras_mamba2
 
     with errors_on_one_line():
-        for text in (prompt, *(stop or ())):
-            check_text("prompt" if text is prompt else "--stop", text)
+        check_texts(prompt, stop)
         programs = keras_mamba2.load_programs(folder)
         if state is not None and state.exists():
             session = programs.resume(state)

@@ -87,9 +87,8 @@ def read(
     """
     metadata, tensors = _read(file)
     _check_metadata(file, metadata)
-    with ThreadPoolExecutor(
-        1
-    ) as another:  # hashes while the fingerprint is taken: both take a while
+    # Hashing leaves the interpreter to the fingerprint: both take a while.
+    with ThreadPoolExecutor(1) as another:
         found = another.submit(checksum, tensors, metadata)
         weights = fingerprint()
     if metadata["checksum"] != found.result():
