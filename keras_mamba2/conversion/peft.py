@@ -58,8 +58,6 @@ POSSIBLE = {
 }
 MOST_REPETITIONS = 2  # in the pattern for a module's name
 DEFAULT_RANK = DEFAULT_ALPHA = 8  # of `peft.LoraConfig`
-
-
 # Models for which `peft` refuses adapters of out_proj.
 FUSED = ("mamba2", "falcon_h1", "nemotron_h")
 
