@@ -1,5 +1,6 @@
 """Prompts of any lengths as blocks of a few lengths, each of which is one compiled program."""
 
+import functools
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -11,18 +12,29 @@ import tqdm.auto
 # A longer prompt has a progress bar.
 LONG_PROMPT = 100_000
 # A prompt is cut into blocks of these lengths, each one compiled program, so that the number of
-# programs does not depend on the prompts. The last block is padded by less than half.
-BLOCK_SIZES = (512, 64, 8)
+# programs does not depend on the prompts.
+BLOCK_SIZES = (512, 128, 32, 8)
+# To read the weights takes as long as to compute with so many tokens: on a CPU a block of n tokens
+# takes 32 + n parts of time. Platforms that compute faster beside their memory prefer fewer blocks
+# still, but lose little.
+WEIGHTS_AS_TOKENS = 32
 
 
 def block_sizes(length: int, sizes: Sequence[int] = BLOCK_SIZES) -> list[int]:
-    """The blocks that a prompt of `length` tokens is cut into."""
-    blocks: list[int] = []
-    for size, smaller in zip(sizes, (*sizes[1:], 0), strict=True):
-        while length > 0 and (length > size // 2 or smaller == 0):
-            blocks.append(size)
-            length -= size
-    return blocks
+    """The blocks that a prompt of `length` tokens is cut into, in falling order.
+
+    The last may be longer than what is left: padding can cost less than one more block.
+    """
+    count, rest = divmod(length, sizes[0])
+    return [sizes[0]] * count + list(_cheapest(rest, tuple(sizes)))
+
+
+@functools.cache
+def _cheapest(length: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    if length <= 0:
+        return ()
+    ways = [(size, *_cheapest(length - size, sizes)) for size in sizes]
+    return min(ways, key=lambda way: sum(way) + WEIGHTS_AS_TOKENS * len(way))
 
 
 def blocks(

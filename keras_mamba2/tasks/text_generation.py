@@ -262,7 +262,7 @@ class TextGeneration:
         Args:
             batch_size: int, how many prompts will share a batch.
             prompt_lengths: int or several, how many tokens prompts will have. Programs of one
-                length serve most others: prompts are cut into blocks of 512, 64 and 8 tokens.
+                length serve most others: prompts are cut into blocks of 512, 128, 32 and 8 tokens.
         """
         lengths = [prompt_lengths] if isinstance(prompt_lengths, int) else prompt_lengths
         lengths = several(SIZE)("prompt_lengths", lengths)

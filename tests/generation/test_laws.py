@@ -13,7 +13,7 @@ from keras_mamba2.generation import Generator
 from keras_mamba2.generation import prompts_of
 from tests.laws import examples
 
-BLOCK_SIZES = [(512, 64, 8), (16, 4), (5,)]
+BLOCK_SIZES = [(512, 128, 32, 8), (16, 4), (5,)]
 CHUNK_SIZES = [1, 3, 64]
 NEW = 6
 

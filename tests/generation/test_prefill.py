@@ -3,17 +3,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keras_mamba2.host.blocks import BLOCK_SIZES
+from keras_mamba2.host.blocks import WEIGHTS_AS_TOKENS
 from keras_mamba2.host.blocks import block_sizes
 from keras_mamba2.host.blocks import blocks
 
 
+def cost(sizes):
+    return sum(sizes) + WEIGHTS_AS_TOKENS * len(sizes)
+
+
 @given(st.integers(0, 5000))
-def test_blocks_cover_the_prompt_and_waste_less_than_half_of_the_last(length):
+def test_blocks_cover_the_prompt_and_only_the_last_is_padded(length):
     sizes = block_sizes(length)
     assert set(sizes) <= set(BLOCK_SIZES)
-    waste = sum(sizes) - length
-    assert waste >= 0
-    assert not sizes or waste < max(sizes[-1] / 2, BLOCK_SIZES[-1])
+    assert sizes == sorted(sizes, reverse=True)
+    assert sum(sizes) >= length
+    assert not sizes or sum(sizes[:-1]) < length
+
+
+@given(st.integers(1, 5000), st.tuples(*[st.integers(0, 4)] * 3))
+def test_no_other_blocks_cost_less(length, counts):
+    others = np.repeat(BLOCK_SIZES[1:], counts).tolist()
+    left = max(length - sum(others), 0)
+    others += [BLOCK_SIZES[0]] * -(-left // BLOCK_SIZES[0])
+    assert cost(block_sizes(length)) <= cost(others)
 
 
 @given(st.lists(st.integers(0, 700), min_size=1, max_size=4))

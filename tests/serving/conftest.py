@@ -25,7 +25,7 @@ def lm(preset_folder):
 
 @pytest.fixture(scope="session")
 def engine(lm):
-    engine = Engine(lm, max_sequences=4, max_waiting=16, max_tokens=4096, block_size=64)
+    engine = Engine(lm, max_sequences=4, max_waiting=16, max_tokens=4096, block_size=32)
     engine.start()
     yield engine
     engine.close()

@@ -46,7 +46,7 @@ def hybrid(byte_tokenizer):
 
 @pytest.fixture(scope="module")
 def hybrid_engine(hybrid):
-    engine = Engine(hybrid, max_sequences=2, max_tokens=500, block_size=64)
+    engine = Engine(hybrid, max_sequences=2, max_tokens=500, block_size=32)
     engine.start()
     yield engine
     engine.close()
@@ -55,7 +55,7 @@ def hybrid_engine(hybrid):
 @contextlib.contextmanager
 def started(lm, **options):
     """An engine of its own, closed at the end."""
-    engine = Engine(lm, **{"max_sequences": 2, "max_tokens": 4096, "block_size": 64, **options})
+    engine = Engine(lm, **{"max_sequences": 2, "max_tokens": 4096, "block_size": 32, **options})
     engine.start()
     try:
         yield engine
@@ -374,7 +374,7 @@ class TestFailures:
             engine.start()
 
     def test_block_size(self, lm):
-        with pytest.raises(ValueError, match=r"one of \(512, 64, 8\)"):
+        with pytest.raises(ValueError, match=r"one of \(512, 128, 32, 8\)"):
             Engine(lm, block_size=7)
 
 

@@ -200,7 +200,7 @@ class TestInTheBackground:
 
     def test_an_engine_goes_on_beside_a_slow_disk(self, lm, tmp_path, monkeypatch):
         slow = Slow(monkeypatch)
-        engine = Engine(lm, max_sequences=1, block_size=64, prefix_cache_folder=tmp_path)
+        engine = Engine(lm, max_sequences=1, block_size=32, prefix_cache_folder=tmp_path)
         engine.start()
         for prompt in ("a" * 40, "b" * 40):
             assert [Collected(prompt).submit(engine).tokens()] == alone(lm, prompt, **GREEDY)
@@ -246,7 +246,7 @@ def test_an_engine_finds_what_another_one_knew(lm, tmp_path):
     prompt = "Once more unto the breach, dear friends, once more"
     cached = []
     for _ in range(2):
-        engine = Engine(lm, max_sequences=1, block_size=64, prefix_cache_folder=tmp_path)
+        engine = Engine(lm, max_sequences=1, block_size=32, prefix_cache_folder=tmp_path)
         engine.start()
         request = Collected(prompt).submit(engine)
         assert [request.tokens()] == alone(lm, prompt, **GREEDY)
