@@ -1,7 +1,10 @@
 import keras
 from keras import ops
 
+from keras_mamba2._compat.keras_layers import has_equal_groups
 from keras_mamba2._compat.keras_layers import stored_embeddings
+from keras_mamba2.ops.int4 import int4_matmul_transposed
+from keras_mamba2.ops.int4 import int4_rows
 from keras_mamba2.ops.matrix import int8_matmul
 from keras_mamba2.ops.matrix import matmul
 from keras_mamba2.ops.matrix import take_rows
@@ -58,3 +61,18 @@ class ReversibleEmbedding(keras.layers.ReversibleEmbedding):
         else:
             kernel, scale = ops.transpose(self.reverse_embeddings), self.reverse_embeddings_scale
         return int8_matmul(inputs, kernel, scale, self.inputs_quantizer)
+
+    def _int4_call(self, inputs, reverse: bool = False):
+        groups = self.embeddings_scale.shape[-1]
+        if not has_equal_groups(self, self.output_dim) or self.output_dim % (2 * groups):
+            return super()._int4_call(inputs, reverse)
+        parts = stored_embeddings(self), self.embeddings_scale, self.embeddings_zero
+        if not reverse and not self.lora_enabled:
+            parts = map(ops.convert_to_tensor, parts)
+            return int4_rows(*parts, ops.cast(inputs, "int32"), self.compute_dtype)
+        if not reverse:
+            return super()._int4_call(inputs)
+        if not self.tie_weights:
+            parts = self.reverse_embeddings, self.reverse_embeddings_scale
+            parts = map(ops.transpose, (*parts, self.reverse_embeddings_zero))
+        return int4_matmul_transposed(inputs, *map(ops.convert_to_tensor, parts))
