@@ -8,6 +8,7 @@ from keras_mamba2._compat.keras_layers import untrack_variable
 from keras_mamba2._compat.keras_variables import never_autocast
 from keras_mamba2.arguments import SIZE
 from keras_mamba2.ops.int4 import int4_matmul
+from keras_mamba2.ops.int4 import on_tpu
 from keras_mamba2.ops.matrix import int8_matmul
 from keras_mamba2.ops.matrix import matmul
 
@@ -92,12 +93,16 @@ class Projection(keras.layers.Dense):
         return self._finish(self._with_adapter(x, inputs))
 
     def _int4_call(self, inputs, training=None):
-        size = self.input_spec.axes[-1]
-        if not has_equal_groups(self, size) or self.units % 2:
-            return super()._int4_call(inputs, training)
-        parts = stored_kernel(self), self.kernel_scale, self.kernel_zero
-        x = int4_matmul(inputs, *map(ops.convert_to_tensor, parts))
-        return self._finish(self._with_adapter(x, inputs))
+        in_keras = super()._int4_call
+        if self.units % 2 or not has_equal_groups(self, self.input_spec.axes[-1]):
+            return in_keras(inputs, training)
+
+        def product(x):
+            parts = stored_kernel(self), self.kernel_scale, self.kernel_zero
+            y = int4_matmul(x, *map(ops.convert_to_tensor, parts))
+            return self._finish(self._with_adapter(y, x))
+
+        return on_tpu(product, in_keras, inputs)
 
     def _with_adapter(self, x, inputs):
         if not self.lora_enabled:

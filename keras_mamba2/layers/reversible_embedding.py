@@ -1,3 +1,5 @@
+import functools
+
 import keras
 from keras import ops
 
@@ -5,6 +7,7 @@ from keras_mamba2._compat.keras_layers import has_equal_groups
 from keras_mamba2._compat.keras_layers import stored_embeddings
 from keras_mamba2.ops.int4 import int4_matmul_transposed
 from keras_mamba2.ops.int4 import int4_rows
+from keras_mamba2.ops.int4 import on_tpu
 from keras_mamba2.ops.matrix import int8_matmul
 from keras_mamba2.ops.matrix import matmul
 from keras_mamba2.ops.matrix import take_rows
@@ -63,16 +66,18 @@ class ReversibleEmbedding(keras.layers.ReversibleEmbedding):
         return int8_matmul(inputs, kernel, scale, self.inputs_quantizer)
 
     def _int4_call(self, inputs, reverse: bool = False):
-        groups = self.embeddings_scale.shape[-1]
-        if not has_equal_groups(self, self.output_dim) or self.output_dim % (2 * groups):
-            return super()._int4_call(inputs, reverse)
+        in_keras = functools.partial(super()._int4_call, reverse=reverse)
+        is_even = self.output_dim % (2 * self.embeddings_scale.shape[-1]) == 0
+        if not is_even or not has_equal_groups(self, self.output_dim):
+            return in_keras(inputs)
         parts = stored_embeddings(self), self.embeddings_scale, self.embeddings_zero
-        if not reverse and not self.lora_enabled:
-            parts = map(ops.convert_to_tensor, parts)
-            return int4_rows(*parts, ops.cast(inputs, "int32"), self.compute_dtype)
+        if not reverse and self.lora_enabled:
+            return in_keras(inputs)
         if not reverse:
-            return super()._int4_call(inputs)
+            ids = ops.cast(inputs, "int32")
+            return int4_rows(*map(ops.convert_to_tensor, parts), ids, self.compute_dtype)
         if not self.tie_weights:
             parts = self.reverse_embeddings, self.reverse_embeddings_scale
             parts = map(ops.transpose, (*parts, self.reverse_embeddings_zero))
-        return int4_matmul_transposed(inputs, *map(ops.convert_to_tensor, parts))
+        matrix = tuple(map(ops.convert_to_tensor, parts))
+        return on_tpu(lambda x: int4_matmul_transposed(x, *matrix), in_keras, inputs)
