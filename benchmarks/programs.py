@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 import jax
+import keras
 import numpy as np
 from jax.extend.core import Jaxpr
 from jax.extend.core import jaxprs_in_params
@@ -23,14 +24,26 @@ from keras_mamba2.state import NO_TOKEN
 Place = Callable[..., jax.ShapeDtypeStruct]  # (shape, dtype) -> argument
 
 
-def abstract_model(workload: Workload, **arguments) -> Mamba2CausalLM:
+def abstract_model(
+    workload: Workload, quantization: str | None = None, **arguments
+) -> Mamba2CausalLM:
     """A model whose variables have shapes and no values: 2.7B would not fit everywhere."""
     arguments = {**workload.model, "chunk_size": workload.chunk_size, **arguments}
+    if quantization:
+        arguments["dtype"] = _quantized_dtype(quantization, arguments)
     with deferred_initialization():
         backbone = Mamba2Backbone(**arguments)
     lm = Mamba2CausalLM(backbone)
     lm.compile(sampler="greedy")
     return lm
+
+
+def _quantized_dtype(mode: str, arguments):
+    """The dtype policies of a quantized model, taken from a small one: to quantize takes values."""
+    sizes = {"vocabulary_size": 16, "unpadded_vocabulary_size": None, "hidden_dim": 64}
+    small = Mamba2Backbone(**{**arguments, **sizes, "head_dim": 16, "state_dim": 16})
+    small.quantize(mode)
+    return keras.dtype_policies.get(small.get_config()["dtype"])
 
 
 def decode_program(

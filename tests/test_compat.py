@@ -173,6 +173,18 @@ def test_int4_block_size():
     assert size(keras.layers.Dense(3), config(block_size=-1)) is None
 
 
+def test_has_equal_groups():
+    def found(dtype, size=32):
+        layer = keras.layers.Dense(4, dtype=dtype)
+        layer.build((None, size))
+        return part("keras_layers").has_equal_groups(layer, size)
+
+    assert found("int4/16_from_float32")
+    assert found("int4/16_from_float32", 8)
+    assert not found("int4/16_from_float32", 40)
+    assert not found("int4/-1_from_float32")
+
+
 def test_untrack_variable():
     layer = dense()
     part("keras_layers").untrack_variable(layer, layer.bias)
@@ -678,29 +690,36 @@ def recording(base, asked, *names):
     return cls
 
 
-def test_dense_calls_what_is_overridden():
+@pytest.mark.parametrize(
+    ("mode", "names"),
+    [
+        ("int8", ("_int8_build", "_int8_call", "_get_kernel_with_merged_lora")),
+        ("int4", ("_int4_call", "_get_kernel_with_merged_lora")),
+    ],
+)
+def test_dense_calls_what_is_overridden(mode, names):
     asked = []
-    names = ("_int8_build", "_int8_call", "_get_kernel_with_merged_lora")
     layer = recording(keras.layers.Dense, asked, *names)(3)
     layer.build((None, 4))
-    layer.quantize("int8", type_check=False)
+    layer.quantize(mode, type_check=False)
     layer(np.ones((1, 4), "float32"))
     layer.enable_lora(2)
     layer.save_own_variables({})
     assert asked == [*names]
 
 
-def test_reversible_embedding_calls_what_is_overridden():
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_reversible_embedding_calls_what_is_overridden(mode):
     asked = []
 
-    class ReversibleEmbedding(keras.layers.ReversibleEmbedding):
-        def _int8_call(self, inputs, reverse=False):
-            asked.append(reverse)
-            return inputs
+    def call(self, inputs, reverse=False):
+        asked.append(reverse)
+        return inputs
 
-    layer = ReversibleEmbedding(5, 4)
+    base = keras.layers.ReversibleEmbedding
+    layer = type("ReversibleEmbedding", (base,), {f"_{mode}_call": call})(5, 4)
     layer.build()
-    layer.quantize("int8", type_check=False)
+    layer.quantize(mode, type_check=False)
     layer(np.ones((1, 3), "int32"))
     layer(np.ones((3, 4), "float32"), reverse=True)
     assert asked == [False, True]

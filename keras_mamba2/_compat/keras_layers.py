@@ -50,6 +50,17 @@ def int4_block_size(layer: keras.layers.Layer, config=None) -> int | None:
     return None if size == -1 else size
 
 
+def has_equal_groups(layer: keras.layers.Layer, size: int) -> bool:
+    """Whether an int4 layer has groups of equal numbers of its `size` inputs, and no more to do.
+
+    `inputs_quantizer` is one that Keras calls on activations. Written for Keras 3.15.
+    """
+    block_size = int4_block_size(layer)
+    if block_size is None or layer.inputs_quantizer is not None:
+        return False
+    return size <= block_size or size % block_size == 0
+
+
 def stored_kernel(layer: keras.layers.Dense) -> keras.Variable:
     """The variable behind `layer.kernel`, without LoRA, as it is stored when quantized.
 

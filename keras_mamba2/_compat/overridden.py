@@ -18,9 +18,11 @@ OVERRIDDEN = (
     # layers/projection.py
     Overridden("keras.layers.Dense", "_int8_build", "(self, kernel_shape, config=None)"),
     Overridden("keras.layers.Dense", "_int8_call", "(self, inputs, training=None)"),
+    Overridden("keras.layers.Dense", "_int4_call", "(self, inputs, training=None)"),
     Overridden("keras.layers.Dense", "_get_kernel_with_merged_lora", "(self)"),
     # layers/reversible_embedding.py
     Overridden("keras.layers.ReversibleEmbedding", "_int8_call", "(self, inputs, reverse=False)"),
+    Overridden("keras.layers.ReversibleEmbedding", "_int4_call", "(self, inputs, reverse=False)"),
     Overridden("keras.layers.Embedding", "_get_embeddings_with_merged_lora", "(self)"),
     # training/kept_weights.py
     Overridden(

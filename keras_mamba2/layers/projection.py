@@ -2,10 +2,13 @@ import keras
 from keras import ops
 from keras import quantizers
 
+from keras_mamba2._compat.keras_layers import has_equal_groups
 from keras_mamba2._compat.keras_layers import stored_kernel
 from keras_mamba2._compat.keras_layers import untrack_variable
 from keras_mamba2._compat.keras_variables import never_autocast
 from keras_mamba2.arguments import SIZE
+from keras_mamba2.ops.int4 import int4_matmul
+from keras_mamba2.ops.int4 import on_tpu
 from keras_mamba2.ops.matrix import int8_matmul
 from keras_mamba2.ops.matrix import matmul
 
@@ -87,10 +90,25 @@ class Projection(keras.layers.Dense):
 
     def _int8_call(self, inputs, training=None):
         x = int8_matmul(inputs, stored_kernel(self), self.kernel_scale, self.inputs_quantizer)
-        if self.lora_enabled:
-            lora_x = ops.matmul(ops.matmul(inputs, self.lora_kernel_a), self.lora_kernel_b)
-            x = x + ops.cast(self.lora_alpha / self.lora_rank * lora_x, x.dtype)
-        return self._finish(x)
+        return self._finish(self._with_adapter(x, inputs))
+
+    def _int4_call(self, inputs, training=None):
+        in_keras = super()._int4_call
+        if self.units % 2 or not has_equal_groups(self, self.input_spec.axes[-1]):
+            return in_keras(inputs, training)
+
+        def product(x):
+            parts = stored_kernel(self), self.kernel_scale, self.kernel_zero
+            y = int4_matmul(x, *map(ops.convert_to_tensor, parts))
+            return self._finish(self._with_adapter(y, x))
+
+        return on_tpu(product, in_keras, inputs)
+
+    def _with_adapter(self, x, inputs):
+        if not self.lora_enabled:
+            return x
+        lora_x = ops.matmul(ops.matmul(inputs, self.lora_kernel_a), self.lora_kernel_b)
+        return x + ops.cast(self.lora_alpha / self.lora_rank * lora_x, x.dtype)
 
     def _get_kernel_with_merged_lora(self):
         if self.quantization_mode in ("int8", "int4") and not self.lora_enabled:

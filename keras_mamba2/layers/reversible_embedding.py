@@ -1,7 +1,13 @@
+import functools
+
 import keras
 from keras import ops
 
+from keras_mamba2._compat.keras_layers import has_equal_groups
 from keras_mamba2._compat.keras_layers import stored_embeddings
+from keras_mamba2.ops.int4 import int4_matmul_transposed
+from keras_mamba2.ops.int4 import int4_rows
+from keras_mamba2.ops.int4 import on_tpu
 from keras_mamba2.ops.matrix import int8_matmul
 from keras_mamba2.ops.matrix import matmul
 from keras_mamba2.ops.matrix import take_rows
@@ -58,3 +64,20 @@ class ReversibleEmbedding(keras.layers.ReversibleEmbedding):
         else:
             kernel, scale = ops.transpose(self.reverse_embeddings), self.reverse_embeddings_scale
         return int8_matmul(inputs, kernel, scale, self.inputs_quantizer)
+
+    def _int4_call(self, inputs, reverse: bool = False):
+        in_keras = functools.partial(super()._int4_call, reverse=reverse)
+        is_even = self.output_dim % (2 * self.embeddings_scale.shape[-1]) == 0
+        if not is_even or not has_equal_groups(self, self.output_dim):
+            return in_keras(inputs)
+        parts = stored_embeddings(self), self.embeddings_scale, self.embeddings_zero
+        if not reverse and self.lora_enabled:
+            return in_keras(inputs)
+        if not reverse:
+            ids = ops.cast(inputs, "int32")
+            return int4_rows(*map(ops.convert_to_tensor, parts), ids, self.compute_dtype)
+        if not self.tie_weights:
+            parts = self.reverse_embeddings, self.reverse_embeddings_scale
+            parts = map(ops.transpose, (*parts, self.reverse_embeddings_zero))
+        matrix = tuple(map(ops.convert_to_tensor, parts))
+        return on_tpu(lambda x: int4_matmul_transposed(x, *matrix), in_keras, inputs)
