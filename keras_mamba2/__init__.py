@@ -7,12 +7,12 @@ In `keras-mamba2 run-programs` too, which starts sooner without Keras.
 import importlib.util
 
 from keras_mamba2.backend_choice import choose_backend
-from keras_mamba2.backend_choice import leave_out_tensorflow
+from keras_mamba2.backend_choice import leave_out_unused
 from keras_mamba2.backend_choice import leaves_out_keras
 from keras_mamba2.backend_choice import report_other_backend
 
 choose_backend()
-leave_out_tensorflow()
+leave_out_unused()
 
 from keras_mamba2.portable import Programs as Programs
 from keras_mamba2.portable import ProgramState as ProgramState

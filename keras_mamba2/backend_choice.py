@@ -10,6 +10,8 @@ logger = logging.getLogger("keras_mamba2")
 
 COMMAND = "keras-mamba2"  # what pyproject.toml calls it
 RUN_PROGRAMS = "run-programs"  # what cli.py calls the one that needs no Keras
+# Optional for Keras and KerasHub: data sets, plots, and preprocessing in graphs.
+UNUSED = ("tensorflow", "tensorflow_text", "pandas", "matplotlib")
 # Keras writes this file when it is first imported, so by itself it is nobody's choice.
 KERAS_DEFAULTS = {
     "floatx": "float32",
@@ -30,14 +32,14 @@ def choose_backend() -> None:
     os.environ["KERAS_BACKEND"] = "jax"
 
 
-def leave_out_tensorflow() -> None:
-    """In the command line's own process on JAX: as if TensorFlow was not installed.
+def leave_out_unused() -> None:
+    """In the command line's own process on JAX: as if some packages were not installed.
 
-    KerasHub imports it where it is, which takes a third of the time to the first token and half
-    of the memory, and nothing that `keras-mamba2` does uses it.
+    Keras and KerasHub import them where they are, and do without where they are not. Nothing that
+    `keras-mamba2` does uses them, and they take half of the time of its imports.
     """
     if _is_command() and os.environ.get("KERAS_BACKEND") == "jax":
-        for name in ("tensorflow", "tensorflow_text"):
+        for name in UNUSED:
             # An import of it then fails, as if it was not there.
             sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 

@@ -9,7 +9,7 @@ import keras_mamba2
 ROOT = pathlib.Path(__file__).parent.parent
 
 # What the package calls when it is imported.
-BACKEND_CHOICE = ("choose_backend", "leave_out_tensorflow", "leaves_out_keras")
+BACKEND_CHOICE = ("choose_backend", "leave_out_unused", "leaves_out_keras")
 BACKEND_CHOICE += ("report_other_backend",)
 HEAVY = ("tensorflow", "torch", "transformers", "matplotlib", "typer", "pandas", "scipy")
 HEAVY += ("fastapi", "prometheus_client", "pydantic", "uvicorn")
