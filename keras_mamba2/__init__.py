@@ -7,12 +7,15 @@ In `keras-mamba2 run-programs` too, which starts sooner without Keras.
 import importlib.util
 
 from keras_mamba2.backend_choice import choose_backend
-from keras_mamba2.backend_choice import leave_out_tensorflow
-from keras_mamba2.backend_choice import leaves_out_keras
 from keras_mamba2.backend_choice import report_other_backend
+from keras_mamba2.command_process import leave_out_unused
+from keras_mamba2.command_process import leaves_out_keras
+from keras_mamba2.command_process import pause_garbage_collection
+from keras_mamba2.command_process import resume_garbage_collection
 
 choose_backend()
-leave_out_tensorflow()
+leave_out_unused()
+pause_garbage_collection()
 
 from keras_mamba2.portable import Programs as Programs
 from keras_mamba2.portable import ProgramState as ProgramState
@@ -51,5 +54,7 @@ else:
             "rest with `pip install keras-mamba2`."
         )
 
+
+resume_garbage_collection()
 
 __version__ = "0.1.0"

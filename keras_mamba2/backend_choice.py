@@ -8,8 +8,6 @@ import sys
 
 logger = logging.getLogger("keras_mamba2")
 
-COMMAND = "keras-mamba2"  # what pyproject.toml calls it
-RUN_PROGRAMS = "run-programs"  # what cli.py calls the one that needs no Keras
 # Keras writes this file when it is first imported, so by itself it is nobody's choice.
 KERAS_DEFAULTS = {
     "floatx": "float32",
@@ -28,27 +26,6 @@ def choose_backend() -> None:
     if "keras" in sys.modules or os.environ.get("KERAS_BACKEND") or _chosen_in_file():
         return
     os.environ["KERAS_BACKEND"] = "jax"
-
-
-def leave_out_tensorflow() -> None:
-    """In the command line's own process on JAX: as if TensorFlow was not installed.
-
-    KerasHub imports it where it is, which takes a third of the time to the first token and half
-    of the memory, and nothing that `keras-mamba2` does uses it.
-    """
-    if _is_command() and os.environ.get("KERAS_BACKEND") == "jax":
-        for name in ("tensorflow", "tensorflow_text"):
-            # An import of it then fails, as if it was not there.
-            sys.modules.setdefault(name, None)  # type: ignore[arg-type]
-
-
-def leaves_out_keras() -> bool:
-    """In the command line's own process, where exported programs are all that is asked for."""
-    return _is_command() and sys.argv[1:2] == [RUN_PROGRAMS]
-
-
-def _is_command() -> bool:
-    return pathlib.Path(sys.argv[0]).stem == COMMAND
 
 
 def _chosen_in_file() -> bool:

@@ -12,7 +12,9 @@ from typing import Any
 
 import typer
 
-from keras_mamba2.backend_choice import RUN_PROGRAMS
+from keras_mamba2.command_process import RUN_PROGRAMS
+from keras_mamba2.compiled_folder import VARIABLE
+from keras_mamba2.compiled_folder import keep_programs
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -47,6 +49,15 @@ Draft = Annotated[
 ]
 PromptLookup = Annotated[
     bool, typer.Option("--prompt-lookup", help="Propose tokens from the text before.")
+]
+
+CompilationCache = Annotated[
+    str | None,
+    typer.Option(
+        envvar=VARIABLE,
+        help="A folder where compiled programs are kept, or off. Default: one in the user's "
+        "cache folder, of 1 GB at most.",
+    ),
 ]
 
 
@@ -112,18 +123,18 @@ def generate(
     draft: Draft = None,
     prompt_lookup: PromptLookup = False,
     dtype: Dtype = "auto",
-    compilation_cache: Annotated[
-        str | None, typer.Option(help="A folder where compiled programs are kept.")
-    ] = None,
+    compilation_cache: CompilationCache = None,
 ) -> None:
     """Continues a prompt: the text to stdout as it comes, the speed to stderr."""
+    import keras
+
     from keras_mamba2 import FilterSampler
     from keras_mamba2 import Mamba2CausalLM
 
     with errors_on_one_line():
         check_texts(prompt, stop)
+        keep_programs(compilation_cache)
         speculation = speculation_of(draft, prompt_lookup, dtype)
-        lm = Mamba2CausalLM.from_preset(preset, dtype=dtype)
         sampler = FilterSampler(
             temperature=temperature,
             top_p=top_p,
@@ -131,7 +142,15 @@ def generate(
             repetition_penalty=repetition_penalty,
             seed=seed,
         )
-        lm.compile(sampler=sampler, speculation=speculation, compilation_cache=compilation_cache)
+
+        def prepare(lm: Mamba2CausalLM) -> None:
+            lm.compile(sampler=sampler, speculation=speculation)
+            if speculation is None and keras.config.backend() == "jax":
+                # While the weights are read.
+                [tokens] = lm.preprocessor.prompts([prompt], continued=False)
+                lm.warm_up(prompt_lengths=max(len(tokens), 1), wait=False)
+
+        lm = Mamba2CausalLM.from_preset(preset, dtype=dtype, on_built=prepare)
         if state is not None and state.exists():
             session = lm.resume(state)
         else:
@@ -200,9 +219,7 @@ def chat(
     draft: Draft = None,
     prompt_lookup: PromptLookup = False,
     dtype: Dtype = "auto",
-    compilation_cache: Annotated[
-        str | None, typer.Option(help="A folder where compiled programs are kept.")
-    ] = None,
+    compilation_cache: CompilationCache = None,
 ) -> None:
     """Talks with a model. Without options, replies are drawn as the checkpoint says.
 
@@ -223,11 +240,12 @@ def chat(
         "seed": seed,
     }
     with errors_on_one_line():
+        keep_programs(compilation_cache)
         preprocessor = Mamba2CausalLMPreprocessor.from_preset(preset)
         preprocessor.chat_template  # noqa: B018  raises, before the weights are read
         speculation = speculation_of(draft, prompt_lookup, dtype)
         lm = Mamba2CausalLM.from_preset(preset, dtype=dtype, preprocessor=preprocessor)
-        lm.compile(speculation=speculation, compilation_cache=compilation_cache)
+        lm.compile(speculation=speculation)
         conversation = lm.start_chat(system, **options)
         if load is not None:
             conversation = lm.resume_chat(load, **options)
@@ -288,9 +306,7 @@ def serve(
     key_value_dtype: Annotated[
         str | None, typer.Option(help="int8: half the bytes of attention's keys and values.")
     ] = None,
-    compilation_cache: Annotated[
-        str | None, typer.Option(help="A folder where compiled programs are kept.")
-    ] = None,
+    compilation_cache: CompilationCache = None,
 ) -> None:
     """Serves a model by OpenAI's API, and a page to try it. Many requests share one loop."""
     try:
@@ -311,10 +327,11 @@ def serve(
     from keras_mamba2.serving.server import run
 
     with errors_on_one_line():
+        keep_programs(compilation_cache)
         lm = Mamba2CausalLM.from_preset(
             preset, dtype=dtype, state_dtype=state_dtype, key_value_dtype=key_value_dtype
         )
-        lm.compile(compilation_cache=compilation_cache)
+        lm.compile()
         engine = Engine(
             lm,
             max_sequences=max_sequences,
@@ -414,6 +431,7 @@ def run_programs(
     stop: Stop = None,
     seed: Seed = None,
     state: SessionFile = None,
+    compilation_cache: CompilationCache = None,
 ) -> None:
     """Continues a prompt with exported programs. Without Keras: it starts in a second or two.
 
@@ -423,6 +441,7 @@ def run_programs(
 
     with errors_on_one_line():
         check_texts(prompt, stop)
+        keep_programs(compilation_cache)
         programs = keras_mamba2.load_programs(folder)
         if state is not None and state.exists():
             session = programs.resume(state)

@@ -42,7 +42,8 @@ SHARDS = {
     "model.safetensors.index.json": "model-*.safetensors",
     "pytorch_model.bin.index.json": "pytorch_model-*.bin",
 }
-KERAS_PARTS = (TASK_FILE, "task.weights.h5", PREPROCESSOR_FILE, "metadata.json")
+TASK_WEIGHTS = "task.weights.h5"
+KERAS_PARTS = (TASK_FILE, TASK_WEIGHTS, PREPROCESSOR_FILE, "metadata.json")
 KERAS_TOKENIZER = ("tokenizer.json", "assets/tokenizer/tokenizer.json")
 CHECKPOINT_TOKENIZER = (
     "tokenizer.json",

@@ -16,6 +16,8 @@ LEAVES = [
     "atomic_files",
     "backend_choice",
     "chat",
+    "command_process",
+    "compiled_folder",
     "conversion",
     "hub",
     "portable",

@@ -15,6 +15,7 @@ from keras_mamba2.conversion.load import load_weights as load_weights
 from keras_mamba2.conversion.peft import read_peft_adapter as read_peft_adapter
 from keras_mamba2.conversion.peft import write_peft_adapter as write_peft_adapter
 from keras_mamba2.conversion.preset_loader import CheckpointLoader as CheckpointLoader
+from keras_mamba2.conversion.preset_loader import OnBuilt as OnBuilt
 from keras_mamba2.conversion.preset_loader import load_preset as load_preset
 from keras_mamba2.conversion.preset_loader import open_preset as open_preset
 from keras_mamba2.conversion.preset_loader import register as register

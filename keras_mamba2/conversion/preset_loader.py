@@ -31,7 +31,9 @@ from keras_mamba2.conversion.tokenizer import has_tokenizer
 from keras_mamba2.conversion.tokenizer import tokenizer_arguments
 from keras_mamba2.preset_files import BACKBONE_NAMES
 from keras_mamba2.preset_files import CONFIG_FILE
+from keras_mamba2.preset_files import KERAS_WEIGHTS
 from keras_mamba2.preset_files import TASK_FILE
+from keras_mamba2.preset_files import TASK_WEIGHTS
 from keras_mamba2.preset_files import Preset
 from keras_mamba2.preset_files import is_foreign
 from keras_mamba2.preset_files import read_json
@@ -40,6 +42,8 @@ from keras_mamba2.untrusted import some
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
+
+OnBuilt = Callable[[Any], None]  # called with a model that may have no values yet
 
 GPT_NEOX = "hf://EleutherAI/gpt-neox-20b"
 # Its tokens, and what embeddings for them are padded to at most.
@@ -61,6 +65,7 @@ class CheckpointLoader(PresetLoader):
     def __init__(self, files: Preset):
         super().__init__(files.name, files.config)
         self.files = files
+        self._fills_later = False
         read_constructor_arguments(files.folder)  # raises
 
     def check_backbone_class(self):
@@ -80,9 +85,13 @@ class CheckpointLoader(PresetLoader):
             load.check_number_of_layers(arguments, folder)
             with deferred_initialization():
                 backbone = self.backbone_class(**{**arguments, **kwargs})
-        load.load_weights(backbone, folder)
-        initialize_the_rest(backbone.variables)  # the seeds of dropout
+        if not self._fills_later:
+            self._fill(backbone)
         return backbone
+
+    def _fill(self, backbone) -> None:
+        load.load_weights(backbone, self.files.weights_folder())
+        initialize_the_rest(backbone.variables)  # the seeds of dropout
 
     @property
     def backbone_class(self) -> type:
@@ -109,11 +118,19 @@ class CheckpointLoader(PresetLoader):
         folder = self.files.tokenizer_folder()
         return folder if has_tokenizer(folder) else self._gpt_neox_folder()
 
-    def load_task(self, cls, load_weights, load_task_weights=False, **kwargs):
+    def load_task(
+        self, cls, load_weights, load_task_weights=False, on_built: OnBuilt | None = None, **kwargs
+    ):
         # Before the weights, so that a missing tokenizer is found before gigabytes are loaded.
         if "preprocessor" not in kwargs and cls.preprocessor_cls:
             kwargs["preprocessor"] = self.load_preprocessor(cls.preprocessor_cls)
-        return super().load_task(cls, load_weights, load_task_weights, **kwargs)
+        self._fills_later = load_weights and "backbone" not in kwargs
+        task = super().load_task(cls, load_weights, load_task_weights, **kwargs)
+        if on_built is not None:
+            on_built(task)
+        if self._fills_later:
+            self._fill(task.backbone)
+        return task
 
     def _gpt_neox_folder(self) -> pathlib.Path:
         size = constructor_arguments(self.config)["unpadded_vocabulary_size"]
@@ -170,7 +187,13 @@ def _check_backbone(serialized: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} has no such arguments: {some(unknown)}")
 
 
-def load_preset(load: Callable, preset: str, load_weights: bool, arguments: dict):
+def load_preset(
+    load: Callable,
+    preset: str,
+    load_weights: bool,
+    arguments: dict,
+    on_built: OnBuilt | None = None,
+):
     """What KerasHub makes of a preset in its own format.
 
     No weight is drawn that the files replace.
@@ -180,17 +203,37 @@ def load_preset(load: Callable, preset: str, load_weights: bool, arguments: dict
         preset: as `open_preset` gives it.
         load_weights: bool.
         arguments: keywords for `from_preset`.
+        on_built: function of a task, called before its weights are read where that can be, and
+            in any case before this returns.
     """
     arguments = keras_arguments(preset, arguments)
-    with contextlib.ExitStack() as stack:
+    is_filled = load_weights and "backbone" not in arguments
+    later = None if on_built is None or not is_filled else _weights_of_the_backbone(preset)
+
+    def errors_named():
         if set(arguments) <= {"dtype"}:  # or those may be what is wrong
-            stack.enter_context(errors_naming(pathlib.Path(preset) / CONFIG_FILE))
-        if not load_weights or "backbone" in arguments:
-            return load(load_weights=load_weights, **arguments)
-        with loading() as variables:
-            model = load(load_weights=True, **arguments)
-        initialize_the_rest(variables)
+            return errors_naming(pathlib.Path(preset) / CONFIG_FILE)
+        return contextlib.nullcontext()
+
+    filled: contextlib.AbstractContextManager[list[keras.Variable]]
+    filled = loading() if is_filled else contextlib.nullcontext([])
+    with errors_named(), filled as variables:
+        model = load(load_weights=load_weights and later is None, **arguments)
+    if on_built is not None:
+        on_built(model)
+    if later is not None:
+        with errors_named():
+            model.backbone.load_weights(later)
+    initialize_the_rest(variables)
     return model
+
+
+def _weights_of_the_backbone(preset: str) -> str | None:
+    """The file of a preset with all of a task's weights, if there is one that can be told."""
+    folder = pathlib.Path(preset)
+    if is_foreign(preset) or (folder / TASK_WEIGHTS).is_file():
+        return None
+    return next(str(folder / name) for name in KERAS_WEIGHTS if (folder / name).exists())
 
 
 def keras_arguments(preset: str, arguments: dict) -> dict:

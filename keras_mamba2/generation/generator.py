@@ -1,5 +1,6 @@
 """The host's side of generation: prompts in, tokens out, run after run of a compiled loop."""
 
+import concurrent.futures
 import functools
 from collections.abc import Callable
 from collections.abc import Iterable
@@ -21,6 +22,7 @@ from keras_mamba2.generation.picking import sampling_of
 from keras_mamba2.generation.prefill import prefill_block
 from keras_mamba2.generation.prefill import prefill_row
 from keras_mamba2.generation.programs import compiled
+from keras_mamba2.generation.programs import prepare
 from keras_mamba2.generation.rows import put
 from keras_mamba2.generation.rows import select
 from keras_mamba2.generation.sampler import FilterSampler
@@ -77,6 +79,8 @@ class Generator:
 
     def __init__(self, model, steps_a_write: int | None = None):
         self.model = model
+        # Of programs that are compiled while the caller goes on.
+        self.compiling: list[concurrent.futures.Future] = []
 
         def zeros(like, room=None):
             return model.backbone.initial_state(like.shape[0], room)
@@ -161,6 +165,11 @@ class Generator:
         rows = [np.concatenate(pair) for pair in zip(prompts, new, strict=True)]
         return padded(rows, np.shape(inputs["token_ids"])[1])
 
+    def wait(self) -> None:
+        """Until nothing is compiled any more: a call would compile the same program once more."""
+        while self.compiling:
+            self.compiling.pop().result()
+
     def prefill(self, prompts: list[np.ndarray], state: Mamba2State | None = None) -> Mamba2State:
         """The state after `prompts`, rows of token ids of any lengths, that continue `state`.
 
@@ -208,6 +217,7 @@ class Generator:
         num_return_sequences: int = 1,
         seed: int | None = None,
         history: Sequence[np.ndarray] | None = None,
+        after: Mamba2State | None = None,
         **parameters: float | None,
     ) -> Rows:
         """The rows before their first new token. Row `i` may get `limits[i]` tokens.
@@ -223,6 +233,7 @@ class Generator:
             seed: int, for the random numbers. `None` takes one from the sampler's generator.
             history: for each prompt the token ids before it, which the state has seen, so that a
                 penalty on repetition applies to them.
+            after: the `Mamba2State` after the prompts, where it is known.
             **parameters: of `FilterSampler`, instead of those of the model's sampler.
         """
         n = num_return_sequences
@@ -236,7 +247,7 @@ class Generator:
         seen = seen_ids(prompts, size)
         if size and history:
             seen |= seen_ids(history, size)
-        after = self.prefill(prompts, state)
+        after = self.prefill(prompts, state) if after is None else after
         context = self._context(prompts, after, history)
         before = () if state is None else map(ops.convert_to_numpy, (state.digest, state.token))
         texts = [text for text in row_texts(prompts, *before) for _ in range(n)]
@@ -371,21 +382,26 @@ class Generator:
     ) -> list[Callable[[], None]]:
         """Functions each of which compiles one program that prompts of these lengths need.
 
-        They run it once, on zeros, and may be called from several threads.
+        They may be called from several threads. On JAX the weights need not be there yet, unless
+        tokens are proposed.
         """
-        like = np.zeros(batch_size, "int8")
+        like, token = np.zeros(batch_size, "int8"), np.zeros(1, "int32")
         rooms = {tuple(self._room([np.zeros(n)]).items()): n for n in prompt_lengths}
         sizes = {size for n in prompt_lengths for size in block_sizes(n - 1, self.block_sizes)}
 
         def prefill(room, size: int) -> None:
             block = np.zeros((batch_size, size), "int32"), np.ones((batch_size, size), bool)
-            ops.convert_to_numpy(self._prefill_block(self._zeros(like, **room), *block).length)
+            prepare(self._prefill_block, prepare(self._zeros, like, **room), *block)
 
         def decode(room) -> None:
-            token = np.zeros(1, "int32")
-            rows = self.start([token] * batch_size, np.ones(batch_size), seed=0)
-            state = self._zeros(like, **room).with_token(rows.state.token)
-            self.decode(rows._replace(state=state)).all_tokens()
+            state = prepare(self._zeros, like, **room).with_token(np.repeat(token, batch_size))
+            prompts, limits = [token] * batch_size, np.ones(batch_size)
+            rows = self.start(prompts, limits, seed=0, after=state)
+            if self.model.speculation is None:
+                prepare(self._decode, rows, np.array(1, "int32"), with_logprobs=False)
+            else:  # the proposer's own programs too
+                state = self._zeros(like, **room).with_token(rows.state.token)
+                self.decode(rows._replace(state=state)).all_tokens()
 
         tasks: list[Callable[[], None]] = []
         for room in map(dict, rooms):

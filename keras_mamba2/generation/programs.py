@@ -8,6 +8,8 @@ import keras
 from keras import ops
 from keras import tree
 
+from keras_mamba2._compat.keras_variables import has_value
+from keras_mamba2.compiled_folder import use_folder
 from keras_mamba2.generation.decode import model_variables
 
 
@@ -100,8 +102,28 @@ def _jitted(model, function, donate, static, assigned, read):
             variable.assign(value)
         return result
 
-    vars(call)["program"] = program
+    def prepare(first, *args, **kwargs):
+        values = [
+            v.value if has_value(v) else jax.ShapeDtypeStruct(v.shape, v.dtype) for v in variables()
+        ]
+        lowered = program.lower(values, first, args, **kwargs)
+        lowered.compile()  # kept by JAX, for a call with arguments of these shapes
+        result, _ = lowered.out_info
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), result)
+
+    vars(call)["program"], vars(call)["prepare"] = program, prepare
     return call
+
+
+def prepare(call, first, *args, **kwargs):
+    """Compiles a program of `compiled` for arguments of these shapes.
+
+    On JAX nothing runs and no variable needs a value: arguments, and what is returned, may be
+    `jax.ShapeDtypeStruct`. Elsewhere, and in a distribution, it is a call with its result.
+    """
+    if keras.distribution.distribution() is not None:
+        return call(first, *args, **kwargs)
+    return vars(call).get("prepare", call)(first, *args, **kwargs)
 
 
 def use_compilation_cache(folder) -> None:
@@ -110,8 +132,4 @@ def use_compilation_cache(folder) -> None:
     Other backends have no such cache; there it does nothing.
     """
     if keras.config.backend() == "jax":
-        import jax
-
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        # By default JAX keeps only programs that took long to compile. Here all are kept.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        use_folder(folder)

@@ -1,4 +1,5 @@
 import functools
+from collections.abc import Callable
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ from keras_mamba2.arguments import check_keywords
 from keras_mamba2.arguments import check_names
 from keras_mamba2.arguments import instance
 from keras_mamba2.arguments import optional
+from keras_mamba2.arguments import shown
+from keras_mamba2.conversion import OnBuilt
 from keras_mamba2.conversion import WholeTaskWeights
 from keras_mamba2.conversion import export_to_transformers
 from keras_mamba2.conversion import load_preset
@@ -117,12 +120,20 @@ class Mamba2CausalLM(
         self.input_spec = None  # as in the backbone, whose own checks name what is wrong
 
     @classmethod
-    def from_preset(cls, preset: str, load_weights: bool = True, **kwargs) -> "Mamba2CausalLM":
+    def from_preset(
+        cls,
+        preset: str,
+        load_weights: bool = True,
+        on_built: Callable[["Mamba2CausalLM"], None] | None = None,
+        **kwargs,
+    ) -> "Mamba2CausalLM":
         """Loads a model by name or folder. See `keras_hub.models.CausalLM.from_preset`.
 
         Args:
             preset: the name of a preset, the path of a folder, or a handle `hf://user/name`.
             load_weights: bool. If false, the weights are those of a new model.
+            on_built: function of the model, called when all but the weights is there. What it
+                starts with `warm_up(wait=False)` is compiled while they are read.
             **kwargs: as there. `dtype` is a policy or its name, or `"auto"` for the dtype that
                 the weights in the files have. `state_dtype="bfloat16"` keeps the states of mixers
                 in half the bytes, `key_value_dtype="int8"` keys and values of attention.
@@ -134,24 +145,32 @@ class Mamba2CausalLM(
                 the preprocessor together with `preprocessor`.
         """
         BOOLEAN("load_weights", load_weights)
+        if on_built is not None and not callable(on_built):
+            raise ValueError(f"`on_built` must be a function. Received: {shown(on_built)}")
         check_names(cls, kwargs, "dtype", *KEPT_DTYPES, *PREPROCESSING)
         kept, options = (_taken(kwargs, kinds) for kinds in (KEPT_DTYPES, PREPROCESSING))
         if options and "preprocessor" in kwargs:
             raise ValueError(f"Set {', '.join(options)} on the `preprocessor` that you pass.")
-        lm = cls._from_preset(preset, load_weights, **kwargs)
-        set_kept_dtypes(lm.backbone, **kept)
-        for name, value in options.items():
-            setattr(lm.preprocessor, name, value)
-        return lm
+
+        def complete(lm):
+            set_kept_dtypes(lm.backbone, **kept)
+            for name, value in options.items():
+                setattr(lm.preprocessor, name, value)
+            if on_built is not None:
+                on_built(lm)
+
+        return cls._from_preset(preset, load_weights, complete, **kwargs)
 
     @classmethod
-    def _from_preset(cls, preset: str, load_weights: bool, **kwargs) -> "Mamba2CausalLM":
+    def _from_preset(
+        cls, preset: str, load_weights: bool, on_built: OnBuilt, **kwargs
+    ) -> "Mamba2CausalLM":
         tokenizer = kwargs.get("preprocessor", "from the preset") == "from the preset"
         loader, preset = open_preset(preset, weights=load_weights, tokenizer=tokenizer)
         if loader is not None:
-            return loader.load_task(cls, load_weights, **kwargs)
+            return loader.load_task(cls, load_weights, on_built=on_built, **kwargs)
         load = functools.partial(load_task, cls, ResidualBackbone, preset)
-        return load_preset(load, preset, load_weights, kwargs)
+        return load_preset(load, preset, load_weights, kwargs, on_built)
 
     def export_to_transformers(self, path, dtype: str | None = None) -> None:
         """Writes a folder for `AutoModelForCausalLM` and `AutoTokenizer` of transformers.

@@ -47,6 +47,7 @@ class TextGeneration:
     def make_generate_function(self) -> Generator:
         if self.generate_function is None:
             self.generate_function = Generator(self)
+        self.generate_function.wait()
         return self.generate_function
 
     def generate(
@@ -253,7 +254,12 @@ class TextGeneration:
             return None
         return [np.array(self.preprocessor.tokenizer(text), "int32")]
 
-    def warm_up(self, batch_size: int = 1, prompt_lengths: Sequence[int] | int = 1024) -> None:
+    def warm_up(
+        self,
+        batch_size: int = 1,
+        prompt_lengths: Sequence[int] | int = 1024,
+        wait: bool = True,
+    ) -> None:
         """Compiles what `generate` and `stream` need now, and not with the first prompt.
 
         The programs are compiled at the same time, on as many processors as there are. They are
@@ -263,20 +269,33 @@ class TextGeneration:
             batch_size: int, how many prompts will share a batch.
             prompt_lengths: int or several, how many tokens prompts will have. Programs of one
                 length serve most others: prompts are cut into blocks of 512, 128, 32 and 8 tokens.
+            wait: bool. If false it returns at once, and the next call that generates waits. On
+                JAX the weights need not be there yet: see `from_preset(on_built=...)`.
+
+        Raises:
+            ValueError: for arguments out of range, and where tokens are proposed, which needs
+                weights, with `wait=False`.
         """
+        BOOLEAN("wait", wait)
+        if self.speculation is not None and not wait:
+            raise ValueError("With `speculation` a warm-up needs weights. Received: wait=False")
         lengths = [prompt_lengths] if isinstance(prompt_lengths, int) else prompt_lengths
         lengths = several(SIZE)("prompt_lengths", lengths)
-        tasks = self.make_generate_function().programs_for(SIZE("batch_size", batch_size), lengths)
-        with tqdm.auto.tqdm(total=len(tasks), desc="Compiling", unit=" programs") as bar:
-            if keras.distribution.distribution() is not None:  # other threads would not see it
-                for task in tasks:
-                    task()
-                    bar.update()
-                return
-            with concurrent.futures.ThreadPoolExecutor() as pool:
-                for done in concurrent.futures.as_completed(map(pool.submit, tasks)):
-                    done.result()
-                    bar.update()
+        generator = self.make_generate_function()
+        tasks = generator.programs_for(SIZE("batch_size", batch_size), lengths)
+        if keras.distribution.distribution() is not None:  # other threads would not see it
+            for task in tqdm.auto.tqdm(tasks, "Compiling", unit=" programs"):
+                task()
+            return
+        pool = concurrent.futures.ThreadPoolExecutor()
+        compiling = [pool.submit(task) for task in tasks]
+        pool.shutdown(wait=False)
+        if not wait:
+            generator.compiling += compiling
+            return
+        done = concurrent.futures.as_completed(compiling)
+        for future in tqdm.auto.tqdm(done, "Compiling", len(tasks), unit=" programs"):
+            future.result()
 
     def prefill(self, inputs, state: Mamba2State | None = None) -> Mamba2State:
         """Reads text without generating any.

@@ -13,6 +13,7 @@ import pytest
 from keras import ops
 
 import keras_mamba2
+from keras_mamba2._compat.keras_variables import has_value
 from keras_mamba2.generation import Generator
 
 MAX_LENGTH = 24
@@ -366,23 +367,65 @@ def test_compiled_programs_are_kept_for_the_next_process(preset_folder, tmp_path
         compilation_cache.reset_cache()
 
 
-PROGRAMS = ("_zeros", "_prefill_block", "_decode", "_speculate", "_copy", "_grow")
+@pytest.fixture
+def compilations():
+    with counting_compilations() as names:
+        yield names
+
+
+PROGRAM = "jit(program)"
 
 
 @pytest.mark.parametrize("speculation", [None, keras_mamba2.PromptLookup(3)])
-def test_after_a_warm_up_nothing_is_compiled(preset_folder, speculation):
+def test_after_a_warm_up_nothing_is_compiled(preset_folder, speculation, compilations):
     lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder, preprocessor=None)
     lm.compile(sampler="greedy", speculation=speculation)
     lm.warm_up(batch_size=2, prompt_lengths=[70, 9])
+    assert compilations.count(PROGRAM) >= 4
+    compilations.clear()
     generator = lm.make_generate_function()
-    before = [getattr(generator, name).program._cache_size() for name in PROGRAMS]
-    assert sum(before) >= 4
     for lengths in ((70, 70), (9, 9), (5, 66)):
         generator.generate([np.array(p) for p in prompts_of(*lengths)], np.array([9, 9]), ())
-    assert [getattr(generator, name).program._cache_size() for name in PROGRAMS] == before
+    assert PROGRAM not in compilations
+
+
+def test_programs_are_compiled_while_weights_are_read(preset_folder, compilations):
+    texts = []
+    for wait in (False, True):
+
+        def prepare(lm, wait=wait):
+            assert not any(has_value(variable) for variable in lm.backbone.weights)
+            lm.compile(sampler="greedy")
+            [tokens] = lm.preprocessor.prompts(["hello"], continued=False)
+            lm.warm_up(prompt_lengths=len(tokens), wait=wait)
+
+        compilations.clear()
+        lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder, on_built=prepare)
+        texts.append(lm.generate("hello", max_new_tokens=5))
+        assert compilations.count(PROGRAM) == 3  # zeros, a block, the loop; each once
+    assert texts[0] == texts[1]
+
+
+def test_what_goes_wrong_meanwhile_is_raised(lm, monkeypatch):
+    def fail():
+        raise MemoryError("none left")
+
+    generator = lm.make_generate_function()
+    monkeypatch.setattr(generator, "programs_for", lambda *_: [fail])
+    lm.warm_up(wait=False)
+    with pytest.raises(MemoryError, match="none left"):
+        lm.prefill({"token_ids": [[1, 2]], "padding_mask": [[1, 1]]})
+    lm.prefill({"token_ids": [[1, 2]], "padding_mask": [[1, 1]]})
 
 
 @pytest.mark.parametrize("arguments", [(0, 9), (1, 0), (1, [9, -1]), (1, "a"), (1.5, 9)])
 def test_a_warm_up_of_nothing_is_refused(lm, arguments):
     with pytest.raises(ValueError, match="`(batch_size|prompt_lengths)` must be"):
         lm.warm_up(*arguments)
+
+
+def test_proposed_tokens_need_weights_to_warm_up(preset_folder):
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder)
+    lm.compile(speculation=keras_mamba2.PromptLookup())
+    with pytest.raises(ValueError, match="wait=False"):
+        lm.warm_up(wait=False)
