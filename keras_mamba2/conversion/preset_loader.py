@@ -233,7 +233,7 @@ def _weights_of_the_backbone(preset: str) -> str | None:
     folder = pathlib.Path(preset)
     if is_foreign(preset) or (folder / TASK_WEIGHTS).is_file():
         return None
-    return next(str(folder / name) for name in KERAS_WEIGHTS if (folder / name).exists())
+    return next((str(folder / name) for name in KERAS_WEIGHTS if (folder / name).exists()), None)
 
 
 def keras_arguments(preset: str, arguments: dict) -> dict:

@@ -99,7 +99,8 @@ class Projection(keras.layers.Dense):
 
         def product(x):
             parts = stored_kernel(self), self.kernel_scale, self.kernel_zero
-            y = int4_matmul(x, *map(ops.convert_to_tensor, parts))
+            kernel, scale, zero = map(ops.convert_to_tensor, parts)
+            y = int4_matmul(x, kernel, scale, zero)
             return self._finish(self._with_adapter(y, x))
 
         return on_tpu(product, in_keras, inputs)

@@ -70,14 +70,14 @@ class ReversibleEmbedding(keras.layers.ReversibleEmbedding):
         is_even = self.output_dim % (2 * self.embeddings_scale.shape[-1]) == 0
         if not is_even or not has_equal_groups(self, self.output_dim):
             return in_keras(inputs)
-        parts = stored_embeddings(self), self.embeddings_scale, self.embeddings_zero
         if not reverse and self.lora_enabled:
             return in_keras(inputs)
-        if not reverse:
-            ids = ops.cast(inputs, "int32")
-            return int4_rows(*map(ops.convert_to_tensor, parts), ids, self.compute_dtype)
-        if not self.tie_weights:
+        parts = stored_embeddings(self), self.embeddings_scale, self.embeddings_zero
+        if reverse and not self.tie_weights:
             parts = self.reverse_embeddings, self.reverse_embeddings_scale
             parts = map(ops.transpose, (*parts, self.reverse_embeddings_zero))
-        matrix = tuple(map(ops.convert_to_tensor, parts))
-        return on_tpu(lambda x: int4_matmul_transposed(x, *matrix), in_keras, inputs)
+        kernel, scale, zero = map(ops.convert_to_tensor, parts)
+        if not reverse:
+            ids = ops.cast(inputs, "int32")
+            return int4_rows(kernel, scale, zero, ids, self.compute_dtype)
+        return on_tpu(lambda x: int4_matmul_transposed(x, kernel, scale, zero), in_keras, inputs)
