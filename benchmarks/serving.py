@@ -209,7 +209,8 @@ def beside(other, name, address, count, prompt_tokens, new_tokens, rounds) -> di
         }
         for server in servers
     }
-    return found | {"ratio": statistics.median(np.divide(rates["server"], rates["llama_cpp"]))}
+    ratios = np.divide(rates["server"], rates["llama_cpp"])
+    return found | {"ratio": float(np.median(ratios))}
 
 
 def generated(lm, prompts, new_tokens) -> float:
