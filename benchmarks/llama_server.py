@@ -54,7 +54,8 @@ def serving(binary: Path, lm, max_sequences: int, max_tokens: int) -> Iterator[s
         write_gguf(folder, file)
         port = free_port()
         command = [binary, "--model", file, "--parallel", max_sequences, "--cont-batching"]
-        command += ["--ctx-size", max_sequences * max_tokens, "--threads", os.cpu_count()]
+        # A request ends when its part of the context is full, so there is a place more.
+        command += ["--ctx-size", max_sequences * (max_tokens + 1), "--threads", os.cpu_count()]
         # No time is lost to states that are kept for requests to come: none begins like another.
         command += ["--cache-ram", 0, "--ctx-checkpoints", 0]
         command += ["--host", "127.0.0.1", "--port", port]
