@@ -5,7 +5,6 @@ weights as GGUF files of several types, where llama.cpp is installed.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from benchmarks.workload import FULL
@@ -21,20 +19,6 @@ from benchmarks.workload import Workload
 
 GGUF_TYPES = {"bfloat16": "BF16", "Q8_0": "Q8_0"}  # by `Workload.dtype`
 MATRIX_SCALE = 0.02
-# Names of transformers by those of llama.cpp, in a block and outside.
-GGUF_NAMES = {
-    "attn_norm.weight": "norm.weight",
-    "ssm_in.weight": "mixer.in_proj.weight",
-    "ssm_conv1d.weight": "mixer.conv1d.weight",
-    "ssm_conv1d.bias": "mixer.conv1d.bias",
-    "ssm_dt.bias": "mixer.dt_bias",
-    "ssm_a": "mixer.A_log",
-    "ssm_d": "mixer.D",
-    "ssm_norm.weight": "mixer.norm.weight",
-    "ssm_out.weight": "mixer.out_proj.weight",
-    "token_embd.weight": "backbone.embeddings.weight",
-    "output_norm.weight": "backbone.norm_f.weight",
-}
 
 
 def main(
@@ -46,11 +30,10 @@ def main(
     (folder / "config.json").write_text(json.dumps(transformers_config(workload)))
     save_file(dict(random_weights(workload)), folder / "model.safetensors", {"format": "pt"})
     if find_spec("llama_cpp") and find_spec("gguf"):
-        from benchmarks.llama_cpp_model import write_gguf
+        from benchmarks.gguf_file import write_gguf
 
-        with safe_open(folder / "model.safetensors", "numpy") as file:
-            for name, kind in GGUF_TYPES.items():
-                write_gguf(folder / f"{name}.gguf", workload, kind, gguf_weights(file.get_tensor))
+        for name, kind in GGUF_TYPES.items():
+            write_gguf(folder, folder / f"{name}.gguf", kind)
 
 
 def transformers_config(workload: Workload) -> dict:
@@ -96,18 +79,6 @@ def random_weights(workload: Workload):
         yield f"{block}mixer.norm.weight", np.ones(e, "float32")
         yield f"{block}mixer.out_proj.weight", matrix(d, e)
     yield "backbone.norm_f.weight", np.ones(d, "float32")
-
-
-def gguf_weights(read: Callable[[str], np.ndarray]) -> Callable[[str, tuple], np.ndarray]:
-    """Weights by llama.cpp's names, from a function that reads them by those of transformers."""
-
-    def weight(name, shape):
-        *block, rest = name.split(".", 2) if name.startswith("blk.") else (name,)
-        prefix = f"backbone.layers.{block[1]}." if block else ""
-        found = read(prefix + GGUF_NAMES[rest])
-        return (-np.exp(found) if rest == "ssm_a" else found).reshape(shape)
-
-    return weight
 
 
 if __name__ == "__main__":

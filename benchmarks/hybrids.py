@@ -1,8 +1,9 @@
-"""Hybrids at their real sizes beside transformers, on a CPU: `python -m benchmarks.hybrids`.
+"""Hybrids at their real sizes beside their peers, on a CPU: `python -m benchmarks.hybrids`.
 
-transformers makes a model of a preset's configuration with random weights and saves it, and both
-libraries load these files, in float32. They are measured by turns in one process, so that what
-disturbs the machine disturbs both. A figure is the median of the rounds.
+transformers makes a model of a preset's configuration with random weights and saves it. All load
+these weights in float32; llama.cpp, where it is installed, from a GGUF file. They are measured by
+turns in one process, so that what disturbs the machine disturbs all. A figure is the median of the
+rounds.
 """
 
 import json
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from datetime import UTC
 from datetime import datetime
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +32,8 @@ from keras_mamba2.preset_files import Preset
 
 PRESETS = ("granite_4.0_h_350m", "falcon_h1_0.5b")
 PACKAGES = ("keras", "jax", "torch", "transformers")
+OURS = "keras_mamba2"
+SHORT_PROMPT = 32  # of decoding
 
 
 def main(
@@ -39,8 +43,12 @@ def main(
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     file: Annotated[Path, typer.Option()] = Path(__file__).parent / "results" / "hybrids_cpu.json",
 ):
-    """Measures decoding and prefill, one row, and writes both figures and their ratio."""
+    """Measures decoding and prefill, one row, and writes all figures and ratios to each peer."""
     versions = {name: metadata.version(name) for name in PACKAGES}
+    if has_llama_cpp():
+        versions["llama_cpp_python"] = metadata.version("llama_cpp_python")
+    else:
+        print("without llama.cpp, which is not installed", flush=True)
     found = {"date": datetime.now(UTC).date().isoformat(), "versions": versions, "presets": {}}
     for name in preset:
         with tempfile.TemporaryDirectory() as folder:
@@ -48,7 +56,7 @@ def main(
             figures = measure(folder, prompt_tokens, new_tokens, rounds)
         found["presets"][name] = figures
         for what, values in figures.items():
-            print(name, what, {key: round(value, 4) for key, value in values.items()}, flush=True)
+            print(name, what, json.dumps(values), flush=True)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(found, indent=1) + "\n")
 
@@ -61,10 +69,13 @@ def save_random_model(name: str, folder: str) -> None:
 
 
 def measure(folder: str, prompt_tokens: int, new_tokens: int, rounds: int):
-    """Seconds of a prefill and of a decoded token, of both, and how many times as fast we are."""
-    subjects = {"keras_mamba2": ours(folder), "transformers": theirs(folder)}
+    """Seconds of a prefill and of a decoded token, of each, and how many times as fast we are."""
+    subjects = {OURS: ours(folder), "transformers": theirs(folder)}
+    if has_llama_cpp():
+        subjects["llama.cpp"] = llama_cpp(folder, max(prompt_tokens, SHORT_PROMPT + new_tokens))
     rng = np.random.default_rng(0)
-    long, short = rng.integers(100, 1000, size=prompt_tokens), rng.integers(100, 1000, size=32)
+    most = json.loads((Path(folder) / "config.json").read_text())["vocab_size"]
+    long, short = (rng.integers(0, most, size=size) for size in (prompt_tokens, SHORT_PROMPT))
     seconds: dict[str, dict[str, list[float]]] = {"prefill": {}, "decode": {}}
     for i in range(rounds + 1):  # the first warms up
         for subject, (prefill, decode) in subjects.items():
@@ -78,7 +89,7 @@ def measure(folder: str, prompt_tokens: int, new_tokens: int, rounds: int):
     }
     medians["decode"] = {key: value / new_tokens for key, value in medians["decode"].items()}
     for values in medians.values():
-        values["ratio"] = values["transformers"] / values["keras_mamba2"]
+        values["ratio"] = {peer: values[peer] / values[OURS] for peer in subjects if peer != OURS}
     return medians
 
 
@@ -124,6 +135,40 @@ def theirs(folder: str):
         before = time.perf_counter() - start
         model.generate(ids, max_new_tokens=count + 1, min_new_tokens=count + 1, **options)
         return 2 * before
+
+    return prefill, decode
+
+
+def has_llama_cpp() -> bool:
+    return all(find_spec(name) for name in ("llama_cpp", "gguf"))
+
+
+def llama_cpp(folder: str, max_tokens: int):
+    from benchmarks.gguf_file import write_gguf
+    from benchmarks.llama_cpp_model import LlamaCpp
+
+    file = Path(folder) / "float32.gguf"
+    write_gguf(Path(folder), file)
+    model = LlamaCpp(file)
+
+    def start() -> float:
+        begun = time.perf_counter()
+        model.start(1, max_tokens)
+        return time.perf_counter() - begun
+
+    def prefill(prompt):
+        before = start()
+        model.advance(prompt[None])
+        return before
+
+    def decode(prompt, count):
+        begun = time.perf_counter()
+        start()
+        token = model.advance(prompt[None]).argmax(-1)[:, None]
+        before = time.perf_counter() - begun
+        for _ in range(count):
+            token = model.advance(token).argmax(-1)[:, None]
+        return before
 
     return prefill, decode
 

@@ -1,79 +1,16 @@
-"""A Mamba-2 for llama.cpp: the GGUF file of a model's weights, and greedy decoding from it."""
+"""Models in llama.cpp: the calls of its C library on a GGUF file."""
 
 import ctypes
 import os
-from collections.abc import Callable
 from pathlib import Path
 
-import gguf
 import llama_cpp
 import numpy as np
-from gguf.quants import quantize
 
-from benchmarks.workload import Workload
+from benchmarks.gguf_tensors import MAX_TOKENS
 
-MAX_TOKENS = 2**20  # sizes nothing in a model without attention
-# What llama.cpp keeps in float32 whatever the type of the file, as its own converter.
-FLOAT32 = (
-    "ssm_conv1d.weight",
-    "ssm_conv1d.bias",
-    "ssm_dt.bias",
-    "ssm_a",
-    "ssm_d",
-    "ssm_norm.weight",
-)
-FLOAT32 += ("attn_norm.weight", "output_norm.weight")
-
-Weight = Callable[[str, tuple[int, ...]], np.ndarray]  # (name, shape) -> float32
-
-
-def write_gguf(path: Path, workload: Workload, type_name: str, weight: Weight) -> None:
-    """Writes the weights that `weight` returns by name, those of blocks one after the other.
-
-    Args:
-        path: of the file.
-        workload: the shapes.
-        type_name: of `gguf.GGMLQuantizationType`, for matrices: F32, BF16, Q8_0.
-        weight: the weights by llama.cpp's names.
-    """
-    d, e, n, h, k = workload.letters()
-    kind = gguf.GGMLQuantizationType[type_name]
-    writer = gguf.GGUFWriter(path, "mamba2")
-    writer.add_context_length(MAX_TOKENS)
-    writer.add_vocab_size(workload.vocabulary_size)
-    writer.add_embedding_length(d)
-    writer.add_feed_forward_length(0)
-    writer.add_head_count(0)
-    writer.add_block_count(workload.num_layers)
-    writer.add_ssm_conv_kernel(k)
-    writer.add_ssm_inner_size(e)
-    writer.add_ssm_state_size(n)
-    writer.add_ssm_time_step_rank(h)
-    writer.add_ssm_group_count(1)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_tokenizer_model("none")
-    block = {
-        "attn_norm.weight": (d,),
-        "ssm_in.weight": (2 * e + 2 * n + h, d),
-        "ssm_conv1d.weight": (e + 2 * n, k),
-        "ssm_conv1d.bias": (e + 2 * n,),
-        "ssm_dt.bias": (h,),
-        "ssm_a": (h, 1),
-        "ssm_d": (h, 1),
-        "ssm_norm.weight": (1, e),
-        "ssm_out.weight": (d, e),
-    }
-    shapes = {"token_embd.weight": (workload.vocabulary_size, d), "output_norm.weight": (d,)}
-    for i in range(workload.num_layers):
-        shapes |= {f"blk.{i}.{name}": shape for name, shape in block.items()}
-    for name, shape in shapes.items():
-        small = name.endswith(FLOAT32)
-        stored = gguf.GGMLQuantizationType.F32 if small else kind
-        writer.add_tensor(name, quantize(weight(name, shape), stored), raw_dtype=stored)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+FLOAT32 = 0  # of `ggml_type`
+NO_FLASH = 0  # of `llama_flash_attn_type`
 
 
 class LlamaCpp:
@@ -89,12 +26,21 @@ class LlamaCpp:
         self.vocabulary_size = llama_cpp.llama_vocab_n_tokens(vocabulary)
         self.context = None
 
-    def start(self, batch_size: int) -> None:
-        """Forgets everything; what comes is `batch_size` rows from their beginnings."""
+    def start(self, batch_size: int, max_tokens: int = MAX_TOKENS) -> None:
+        """Forgets everything; what comes is `batch_size` rows from their beginnings.
+
+        Args:
+            batch_size: the number of rows.
+            max_tokens: that a row can have. Sizes keys and values, and nothing without attention.
+        """
         if self.context:
             llama_cpp.llama_free(self.context)
         parameters = llama_cpp.llama_context_default_params()
-        parameters.n_ctx = MAX_TOKENS
+        parameters.n_ctx = min(batch_size * max_tokens, MAX_TOKENS)
+        # Attention in float32, as others compute it: by default llama.cpp keeps keys and values in
+        # float16, and its flash attention rounds products to float16.
+        parameters.type_k = parameters.type_v = FLOAT32
+        parameters.flash_attn_type = NO_FLASH
         parameters.n_seq_max = batch_size
         parameters.n_batch = parameters.n_ubatch = 512
         parameters.n_threads = parameters.n_threads_batch = os.cpu_count()

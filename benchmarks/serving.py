@@ -1,4 +1,4 @@
-"""The server beside `lm.generate`, in one run: `python -m benchmarks.serving`.
+"""The server beside `lm.generate` and llama.cpp's, in one run: `python -m benchmarks.serving`.
 
 Clients in another process stream answers over HTTP. Everything is measured by turns with what it is
 compared with, so that what disturbs the machine disturbs both.
@@ -29,13 +29,25 @@ import typer
 import uvicorn
 
 import keras_mamba2
+from benchmarks import llama_server
 from keras_mamba2.models.mamba2_tokenizer import byte_vocabulary
 from keras_mamba2.serving.app import create_app
 from keras_mamba2.serving.engine import Engine
 
 PACKAGES = ("keras", "jax", "fastapi", "uvicorn")
 SAMPLING = {"temperature": 0.8, "top_p": 0.95, "seed": 1}
+GREEDY = {"temperature": 0.0}
 RANDOM = "random_130m"
+
+
+def of_llama_cpp(binary: Path | None) -> Path | None:
+    """Checks the binary before anything is measured."""
+    try:
+        if binary is not None:
+            llama_server.version(binary)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    return binary
 
 
 def main(
@@ -49,29 +61,49 @@ def main(
     long_prompt: Annotated[int, typer.Option(help="that is read beside a stream")] = 32_000,
     prefix_tokens: Annotated[int, typer.Option(help="that is known, or not")] = 4_000,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
+    llama_cpp: Annotated[
+        Path | None,
+        typer.Option(
+            "--llama-server",
+            help="the binary of llama.cpp's server, measured with the same weights",
+            callback=of_llama_cpp,
+        ),
+    ] = None,
     file: Annotated[Path, typer.Option()] = Path(__file__).parent / "results" / "serving.json",
 ):
     """Measures throughput, time to the first token, and gaps; writes them and prints tables."""
     versions = {name: metadata.version(name) for name in PACKAGES}
     found: dict[str, Any] = {"date": datetime.now(UTC).date().isoformat(), "versions": versions}
+    if llama_cpp is None:
+        print("without llama.cpp's server; --llama-server says where it is", flush=True)
+    else:
+        versions["llama-server"] = llama_server.version(llama_cpp)
     found["load_before"] = os.getloadavg()
     found["models"] = {}
     for name in model:
         lm = load(name)
-        most = max(clients)
+        most, sizes = max(clients), (prompt_tokens, new_tokens, rounds)
         longest = max(long_prompt, prefix_tokens) + 4 * new_tokens
         engine = Engine(lm, max_sequences=most, max_waiting=4 * most, max_tokens=longest)
         engine.start()
         with serving(engine, name) as address:
             figures: dict[str, Any] = {"throughput": {}}
             for count in clients:
-                measured = throughput(lm, name, address, count, prompt_tokens, new_tokens, rounds)
+                measured = throughput(lm, name, address, count, *sizes)
                 figures["throughput"][count] = measured
                 print(name, count, measured, flush=True)
             figures["gaps"] = gaps(name, address, long_prompt, new_tokens)
             print(name, figures["gaps"], flush=True)
             figures["prefix"] = prefix(name, address, prefix_tokens, rounds)
             print(name, figures["prefix"], flush=True)
+            if llama_cpp is not None:
+                figures["llama_cpp"] = {}
+                length = prompt_tokens + new_tokens
+                with llama_server.serving(llama_cpp, lm, most, length) as other:
+                    for count in clients:
+                        measured = beside(other, name, address, count, *sizes)
+                        figures["llama_cpp"][count] = measured
+                        print(name, count, measured, flush=True)
         engine.close()
         found["models"][name] = figures
     found["load_after"] = os.getloadavg()
@@ -118,28 +150,26 @@ def asked(address: str, clients: list[list[dict]]) -> list[list[dict]]:
     )
 
 
-def prompt_of(count: int, seed: int) -> list[int]:
-    return np.random.default_rng(seed).integers(0, 256, count).tolist()
+def prompt_of(count: int, seed: int | list[int]) -> list[int]:
+    # Printable characters: a client sees a token when it has a text.
+    return np.random.default_rng(seed).integers(32, 127, count).tolist()
 
 
 def throughput(lm, name, address, count, prompt_tokens, new_tokens, rounds) -> dict[str, float]:
     """Tokens a second of both, and seconds to the first token."""
     ratios, rates, first = [], [], []
     for i in range(rounds + 1):  # the first warms up
-        prompts = [prompt_of(prompt_tokens, 1000 * i + c) for c in range(count)]
+        prompts = [prompt_of(prompt_tokens, [0, count, i, c]) for c in range(count)]
         alone = generated(lm, prompts, new_tokens)
         bodies = [
             [{"model": name, "prompt": prompt, "max_tokens": new_tokens, **SAMPLING}]
             for prompt in prompts
         ]
-        answers = [answer for [answer] in asked(address, bodies)]
-        begun = min(answer["begun"] for answer in answers)
-        ended = max(answer["begun"] + answer["times"][-1] for answer in answers)
-        served = sum(a["usage"]["completion_tokens"] for a in answers) / (ended - begun)
+        served, seconds = rate(address, bodies)
         if i:
             rates.append((served, alone))
             ratios.append(served / alone)
-            first += [answer["times"][0] for answer in answers]
+            first += seconds
     return {
         "server_tokens_s": statistics.median(served for served, _ in rates),
         "generate_tokens_s": statistics.median(alone for _, alone in rates),
@@ -147,6 +177,40 @@ def throughput(lm, name, address, count, prompt_tokens, new_tokens, rounds) -> d
         "first_token_s_p50": float(np.percentile(first, 50)),
         "first_token_s_p99": float(np.percentile(first, 99)),
     }
+
+
+def rate(address: str, bodies: list[list[dict]]) -> tuple[float, list[float]]:
+    """Tokens a second of all clients together, and each one's seconds to the first token."""
+    answers = [answer for [answer] in asked(address, bodies)]
+    begun = min(answer["begun"] for answer in answers)
+    ended = max(answer["begun"] + answer["times"][-1] for answer in answers)
+    tokens = sum(answer["usage"]["completion_tokens"] for answer in answers)
+    return tokens / (ended - begun), [answer["times"][0] for answer in answers]
+
+
+def beside(other, name, address, count, prompt_tokens, new_tokens, rounds) -> dict[str, Any]:
+    """The same of our server and of llama.cpp's by turns, and how many times as fast ours is."""
+    servers = {"server": (address, {}), "llama_cpp": (other, llama_server.OPTIONS)}
+    rates: dict[str, list[float]] = {server: [] for server in servers}
+    first: dict[str, list[float]] = {server: [] for server in servers}
+    for i in range(rounds + 1):  # the first warms up
+        prompts = [prompt_of(prompt_tokens, [1, count, i, c]) for c in range(count)]
+        for server, (where, options) in servers.items():
+            body = {"model": name, "max_tokens": new_tokens, **GREEDY, **options}
+            served, seconds = rate(where, [[{**body, "prompt": prompt}] for prompt in prompts])
+            if i:
+                rates[server].append(served)
+                first[server] += seconds
+    found: dict[str, Any] = {
+        server: {
+            "tokens_s": statistics.median(rates[server]),
+            "first_token_s_p50": float(np.percentile(first[server], 50)),
+            "first_token_s_p99": float(np.percentile(first[server], 99)),
+        }
+        for server in servers
+    }
+    ratios = np.divide(rates["server"], rates["llama_cpp"])
+    return found | {"ratio": float(np.median(ratios))}
 
 
 def generated(lm, prompts, new_tokens) -> float:

@@ -93,7 +93,7 @@ class ResidualBackbone(AtomicPreset, AtomicSave, WholeWeights, keras_hub.models.
         # Without `segment_ids`: KerasHub's tools expect the inputs that preprocessors make.
         inputs = {"token_ids": token_id_input, "padding_mask": padding_mask_input}
         with building():
-            super().__init__(inputs=inputs, outputs=self._hidden_states(**inputs), **kwargs)
+            super().__init__(inputs=inputs, outputs=self.hidden_states(**inputs), **kwargs)
         self.input_spec = None  # Keras' own knows no other names; `standard_names` checks them
 
     @property
@@ -105,13 +105,16 @@ class ResidualBackbone(AtomicPreset, AtomicSave, WholeWeights, keras_hub.models.
         return kept_dtype(self, "key_value_dtype")
 
     def call(self, inputs, training=None):
-        return self._hidden_states(**standard_names(inputs))  # Keras passes `training` on
+        return self.hidden_states(**standard_names(inputs))  # Keras passes `training` on
 
-    def _hidden_states(self, token_ids, padding_mask, segment_ids=None):
-        x = embeddings = self.embeddings_dropout(self._embed(token_ids))
-        for block in self.blocks:
+    def hidden_states(self, token_ids, padding_mask, segment_ids=None, intercept=None):
+        """The outputs `(b t d)`; `intercept` may replace those of each block, by its index."""
+        intercept = intercept or (lambda x, i: x)
+        x = embeddings = intercept(self.embeddings_dropout(self._embed(token_ids)), -1)
+        for i, block in enumerate(self.blocks):
             seen = _seen_by(block, embeddings)
             x = block(x, padding_mask=padding_mask, segment_ids=segment_ids, **seen)
+            x = intercept(x, i)
         return self.norm(x)
 
     def _embed(self, token_ids):

@@ -95,13 +95,10 @@ class Scoring:
             check_if_known(check_mask, padding_mask)
         if scoring_mode == "loss":
             check_if_known(check_targets, target_ids, self.num_tokens)
-        intercept = layer_intercept_fn or (lambda x, i: x)
         if padding_mask is None:
             padding_mask = ops.ones(ops.shape(token_ids), "int32")
-        x = intercept(self.backbone.token_embedding(token_ids), -1)
-        for i, block in enumerate(self.backbone.blocks):
-            x = intercept(block(x, padding_mask=padding_mask), i)
-        logits = self.logits(self.backbone.norm(x))
+        x = self.backbone.hidden_states(token_ids, padding_mask, intercept=layer_intercept_fn)
+        logits = self.logits(x)
         if scoring_mode == "logits":
             return logits
         return keras.losses.sparse_categorical_crossentropy(target_ids, logits, from_logits=True)

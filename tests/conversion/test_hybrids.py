@@ -71,6 +71,14 @@ def test_float32_is_as_near_to_the_truth_as_transformers(name, folder_of, lm_of)
     assert rms(ours) <= 2 * rms(theirs)
 
 
+@families
+def test_score_is_the_call(name, lm_of):
+    """With the multipliers of the embeddings, and with what shared blocks see of them."""
+    lm, ids = lm_of(name), random_ids(t=9)
+    expected = jax.jit(lm)({"token_ids": ids, "padding_mask": np.ones_like(ids)})
+    np.testing.assert_allclose(jax.jit(lm.score)(ids), expected, rtol=0, atol=1e-6)
+
+
 @pytest.mark.slow
 @cases
 def test_greedy_tokens_are_those_of_the_truth(name, lm_of):
