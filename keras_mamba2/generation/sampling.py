@@ -22,10 +22,10 @@ def filtered(logits, sampling: Sampling):
     # Relative to the highest, so that a tiny temperature makes no infinity.
     logits = logits - ops.max(logits, axis=-1, keepdims=True)
     probabilities = ops.softmax(logits / temperature)
-    # A sort costs more than the rest of sampling, so it is done only if a row needs it.
-    sorts = ops.any(ops.logical_or(top_k < logits.shape[-1], top_p < 1))
+    # It costs a few passes, so it is done only if a row needs it.
+    limits = ops.any(ops.logical_or(top_k < logits.shape[-1], top_p < 1))
     least = ops.cond(
-        sorts,
+        limits,
         lambda: least_kept(probabilities, top_k, top_p),
         lambda: ops.zeros_like(probabilities[:, :1]),
     )
@@ -35,13 +35,36 @@ def filtered(logits, sampling: Sampling):
 
 
 def least_kept(probabilities, top_k, top_p):
-    """The least probability `(b 1)` that is left by `top_k`, and then by `top_p` of the rest."""
-    falling = -ops.sort(-probabilities, axis=-1)
-    last = ops.minimum(top_k, falling.shape[-1]) - 1
-    kept = falling >= ops.take_along_axis(falling, last, axis=-1)
-    falling = ops.where(kept, falling, 0.0)
-    before = ops.cumsum(falling, axis=-1) - falling
-    in_nucleus = before < top_p * ops.sum(falling, axis=-1, keepdims=True)
-    # For `top_p=1` all of them, whatever rounding does to the last sum.
-    in_nucleus = ops.logical_or(in_nucleus, top_p >= 1)
-    return ops.min(ops.where(ops.logical_and(kept, in_nucleus), falling, 1.0), -1, keepdims=True)
+    """The least probability `(b 1)` that is left by `top_k`, and then by `top_p` of the rest.
+
+    A token is left if those that are likelier are fewer than `top_k`, or sum to less than `top_p`.
+    No sort: of 50,288 tokens it takes a CPU 20 times as long.
+    """
+
+    def likelier(values, p):
+        return ops.sum(ops.where(probabilities > p, values, 0.0), axis=-1, keepdims=True)
+
+    by_k = least_float(lambda p: likelier(1.0, p) < ops.cast(top_k, p.dtype), top_k)
+    left = ops.where(probabilities >= by_k, probabilities, 0.0)
+    most = top_p * ops.sum(left, axis=-1, keepdims=True)
+    by_p = least_float(lambda p: likelier(left, p) < most, top_p)
+    # For `top_p=1` all of them, whatever rounding does to the sums.
+    return ops.where(top_p < 1, ops.maximum(by_k, by_p), by_k)
+
+
+def least_float(holds, like):
+    """The least float32 in [0, 2) from which on `holds` is true, for each element of `like`.
+
+    Bit after bit, since floats from 0 on have the order of their bits.
+    """
+
+    def holds_at(bits):
+        return holds(ops.view(bits, "float32"))
+
+    def with_bit(i, bits):
+        more = ops.bitwise_or(bits, ops.left_shift(ops.ones_like(bits), 29 - i))
+        return ops.where(holds_at(more), bits, more)
+
+    zero = ops.zeros_like(like, "int32")
+    last_where_not = ops.fori_loop(0, 30, with_bit, zero)
+    return ops.view(ops.where(holds_at(zero), zero, last_where_not + 1), "float32")

@@ -9,6 +9,7 @@ from keras import ops
 
 import keras_mamba2
 from keras_mamba2 import FilterSampler
+from keras_mamba2.generation.sampling import least_kept
 
 LOGITS = np.array([[2.0, 1.0, 0.0, -1.0, -2.0], [0.5, 3.0, 0.5, -3.0, 0.0]])
 
@@ -55,6 +56,24 @@ def test_top_p_keeps_the_fewest_that_sum_to_p(p, seed):
     count = np.searchsorted(np.cumsum(row[order]), p - 1e-6) + 1
     assert set(np.flatnonzero(found)) == set(order[:count])
     assert found.sum() == pytest.approx(1, rel=1e-5)
+
+
+@settings(deadline=None, derandomize=True, max_examples=50)
+@given(
+    weights=st.lists(st.sampled_from([0, 1, 2, 3, 64, 2**20]), min_size=12, max_size=12),
+    top_k=st.integers(1, 12),
+    top_p=st.sampled_from([2.0**-20, 0.25, 0.5, 0.75, 1.0]),
+)
+def test_tokens_as_likely_as_one_that_is_kept_are_kept(weights, top_k, top_p):
+    """Sums of whole numbers are exact: so is what is left, beside a sort."""
+    row = np.array([*weights, 2**20], "float32")
+    falling = np.sort(row)[::-1]
+    falling = falling[falling >= falling[top_k - 1]]
+    likelier = np.cumsum(falling) - falling
+    least = falling[(likelier < top_p * falling.sum()) | (top_p == 1)].min()
+    arguments = np.array([[top_k]], "int32"), np.array([[top_p]], "float32")
+    found = ops.convert_to_numpy(least_kept(ops.convert_to_tensor(row[None] / 2**22), *arguments))
+    np.testing.assert_array_equal(row / 2**22 >= found[0], row >= least)
 
 
 def test_min_p_keeps_what_is_likely_beside_the_likeliest():
