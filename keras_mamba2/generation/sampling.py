@@ -22,7 +22,7 @@ def filtered(logits, sampling: Sampling):
     # Relative to the highest, so that a tiny temperature makes no infinity.
     logits = logits - ops.max(logits, axis=-1, keepdims=True)
     probabilities = ops.softmax(logits / temperature)
-    # It costs a few passes, so it is done only if a row needs it.
+    # Sixty passes over the probabilities, so it is done only if a row needs it.
     limits = ops.any(ops.logical_or(top_k < logits.shape[-1], top_p < 1))
     least = ops.cond(
         limits,

@@ -38,12 +38,11 @@ def int4_matmul(x, kernel, scale, zero):
     y = _product("...gi,gijp->...pgj", x, ops.reshape(kernel, (g, d // g, half)))
     total = ops.sum(ops.cast(x, y.dtype), axis=-1)[..., None]
 
-    def column(p):
-        # Slices: to reshape scales into pairs would cost a TPU a copy of them, and of y.
-        z, s = (ops.cast(part[:, p::2], y.dtype) for part in (zero, scale))
+    def columns(p):
+        z, s = (ops.cast(_every_second(part, p), y.dtype) for part in (zero, scale))
         return ops.sum((y[..., p, :, :] - total * z) * s, axis=-2)
 
-    y = ops.stack([column(0), column(1)], axis=-1)
+    y = ops.stack([columns(0), columns(1)], axis=-1)
     return ops.cast(ops.reshape(y, (*ops.shape(y)[:-2], 2 * half)), x.dtype)
 
 
@@ -77,6 +76,13 @@ def int4_rows(kernel, scale, zero, ids, dtype):
     groups, scale, zero = (ops.cast(part, computed) for part in (groups, scale, zero))
     rows = (groups - zero[..., None]) * scale[..., None]
     return ops.cast(ops.reshape(rows, (*ops.shape(ids), 2 * kernel.shape[-1])), dtype)
+
+
+def _every_second(part, p: int):
+    """Columns p, p + 2 ...: in pairs, or without the barrier, they would be copied in each step."""
+    from jax import lax
+
+    return lax.optimization_barrier(part[:, p::2])
 
 
 def _product(equation: str, x, kernel):
