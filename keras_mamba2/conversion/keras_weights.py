@@ -24,10 +24,10 @@ from keras_mamba2._compat.keras_saving import saved_tensors
 from keras_mamba2._compat.keras_variables import has_value
 from keras_mamba2.conversion.deferred import initialize_the_rest
 from keras_mamba2.conversion.deferred import set_value
-from keras_mamba2.conversion.soundness import is_finite
 from keras_mamba2.conversion.soundness import non_finite
 from keras_mamba2.conversion.soundness import refuse_non_finite
 from keras_mamba2.conversion.stored_tensor import numpy_dtype
+from keras_mamba2.host.finite import is_finite
 from keras_mamba2.preset_files import weights_files
 from keras_mamba2.untrusted import shortened
 from keras_mamba2.untrusted import some

@@ -20,11 +20,11 @@ from keras_mamba2.conversion.progress import progress
 from keras_mamba2.conversion.readers import read_tensors
 from keras_mamba2.conversion.soundness import check_floats
 from keras_mamba2.conversion.soundness import checksums_compared
-from keras_mamba2.conversion.soundness import is_finite
 from keras_mamba2.conversion.soundness import non_finite
 from keras_mamba2.conversion.soundness import refuse_non_finite
 from keras_mamba2.conversion.stored_tensor import StoredTensor
 from keras_mamba2.conversion.stored_tensor import numpy_dtype
+from keras_mamba2.host.finite import is_finite
 from keras_mamba2.preset_files import CONFIG_FILE
 from keras_mamba2.preset_files import read_json
 from keras_mamba2.untrusted import some

@@ -28,10 +28,10 @@ from keras_mamba2.conversion.names import Weight
 from keras_mamba2.conversion.readers import read_file
 from keras_mamba2.conversion.soundness import check_floats
 from keras_mamba2.conversion.soundness import checksums_compared
-from keras_mamba2.conversion.soundness import is_finite
 from keras_mamba2.conversion.soundness import non_finite
 from keras_mamba2.conversion.soundness import refuse_non_finite
 from keras_mamba2.conversion.stored_tensor import StoredTensor
+from keras_mamba2.host.finite import is_finite
 from keras_mamba2.preset_files import ADAPTER_CONFIG_FILE
 from keras_mamba2.preset_files import ADAPTER_WEIGHTS
 from keras_mamba2.preset_files import adapter_folder
