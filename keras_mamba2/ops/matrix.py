@@ -2,7 +2,7 @@
 
 There it has fast products of bfloat16 that give float32, and of int8 if the matrix lies as
 `(out in)`, both of at least two rows. Before any other product it converts the whole matrix to
-float32; for a decode loop, all matrices before the loop begins.
+float32; for a decode loop, all matrices before the loop begins. One row has products of its own.
 
 The platform is the one that a program is compiled for: other platforms, and other backends than
 JAX, get the plain product.
@@ -13,6 +13,9 @@ import math
 
 import keras
 from keras import ops
+
+from keras_mamba2.ops.one_row import is_fast
+from keras_mamba2.ops.one_row import row_product
 
 # Of x, where it pays to have the matrix `(e d)` on the left of a product.
 FEW_ROWS = range(2, 33)
@@ -25,6 +28,7 @@ def matmul(x, kernel, layout: str = "de"):
         return _matrix_first(x, kernel)
     if not are_on_jax("bfloat16", x, kernel):
         return ops.matmul(x, kernel if layout == "de" else ops.transpose(kernel))
+    import jax
     from jax import lax
     from jax import numpy as jnp
 
@@ -33,11 +37,17 @@ def matmul(x, kernel, layout: str = "de"):
     def float32_result(x, kernel):
         return product(x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
 
-    return lax.platform_dependent(
-        *(x, kernel),
-        cpu=with_padding_row(float32_result),
-        default=product,
-    )
+    @jax.custom_jvp
+    def one_row(x, kernel):
+        return row_product(x, kernel, layout).astype(x.dtype)
+
+    @one_row.defjvp
+    def _(primals, tangents):
+        (x, kernel), (dx, dkernel) = primals, tangents
+        return one_row(x, kernel), product(dx, kernel) + product(x, dkernel)
+
+    on_cpu = one_row if _has_row_product(x, kernel, layout) else with_padding_row(float32_result)
+    return lax.platform_dependent(x, kernel, cpu=on_cpu, default=product)
 
 
 def _matrix_first(x, kernel):
@@ -87,6 +97,10 @@ def _num_rows(x) -> int | None:
     return math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
 
 
+def _has_row_product(x, kernel, layout: str) -> bool:
+    return _num_rows(x) == 1 and is_fast(kernel, layout)
+
+
 def int8_matmul(x, kernel, kernel_scale, inputs_quantizer=None):
     """`x` `(... d)` times the transpose of `kernel / kernel_scale`, `(e d)` and `(e)`.
 
@@ -108,7 +122,7 @@ def int8_matmul(x, kernel, kernel_scale, inputs_quantizer=None):
             return ops.matmul(upstream, ops.cast(kernel, upstream.dtype)), None, None
 
         if inputs_quantizer is None:
-            return matmul(x, ops.cast(kernel, x.dtype), "ed") / kernel_scale, gradient
+            return _int8_weights_product(x, kernel) / kernel_scale, gradient
         rounded, scale = inputs_quantizer(x, axis=-1)
         y = int8_product(rounded, kernel)
         return ops.cast(ops.cast(y, scale.dtype) / (scale * kernel_scale), x.dtype), gradient
@@ -123,7 +137,27 @@ def int8_product(x, kernel):
         return product(x, kernel)
     from jax import lax
 
-    return lax.platform_dependent(x, kernel, cpu=with_padding_row(product), default=product)
+    def one_row(x, kernel):  # sums of whole numbers, which float32 holds
+        return ops.cast(row_product(x, kernel, "ed"), "int32")
+
+    on_cpu = one_row if _has_row_product(x, kernel, "ed") else with_padding_row(product)
+    return lax.platform_dependent(x, kernel, cpu=on_cpu, default=product)
+
+
+def _int8_weights_product(x, kernel):
+    """`x` `(... d)`, not rounded, times `kernel` `(e d)`, int8: `(... e)`."""
+
+    def product(x, kernel):
+        return matmul(x, ops.cast(kernel, x.dtype), "ed")
+
+    if not (keras.config.backend() == "jax" and _has_row_product(x, kernel, "ed")):
+        return product(x, kernel)
+    from jax import lax
+
+    def one_row(x, kernel):
+        return row_product(x, kernel, "ed").astype(x.dtype)
+
+    return lax.platform_dependent(x, kernel, cpu=one_row, default=product)
 
 
 def with_padding_row(product):

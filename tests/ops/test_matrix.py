@@ -12,6 +12,8 @@ from keras import quantizers
 from keras_mamba2.ops.matrix import int8_matmul
 from keras_mamba2.ops.matrix import matmul
 from keras_mamba2.ops.matrix import take_rows
+from keras_mamba2.ops.one_row import is_fast
+from keras_mamba2.ops.one_row import row_product
 
 SHAPES = [(1, 24), (2, 24), (1, 1, 24), (1, 5, 24), (3, 1, 24)]
 ROUNDING = {"float32": 2**-24, "bfloat16": 2**-8}
@@ -41,6 +43,42 @@ def test_products(shape, layout, dtype):
     # Summed in float32, then rounded once.
     bound = ROUNDING[dtype] * np.abs(exact) + 24 * 2**-24 * (np.abs(exact_x) @ np.abs(exact_kernel))
     assert (np.abs(float64(y) - exact) <= bound).all()
+
+
+@pytest.mark.parametrize("d", [32, 96, 1536, 37])
+@pytest.mark.parametrize("layout", ["de", "ed"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_a_row_is_not_rounded(dtype, layout, d):
+    """Nor are sums, whether a matrix of this size has a product for one row or not."""
+    x, exact_x = rounded((1, 1, d), "float32")
+    shape = (d, 7) if layout == "de" else (7, d)
+    kernel, exact_kernel = rounded(shape, "bfloat16")
+    if dtype == "int8":
+        kernel = rng.integers(-127, 128, shape, dtype="int8")
+        kernel, exact_kernel = ops.convert_to_tensor(kernel), kernel.astype("float64")
+    exact_kernel = exact_kernel if layout == "de" else exact_kernel.T
+    assert is_fast(kernel, layout) == (d % 32 == 0)
+    if is_fast(kernel, layout):
+        y = jax.jit(row_product, static_argnums=2)(x, kernel, layout)
+        bound = d * 2**-24 * (np.abs(exact_x) @ np.abs(exact_kernel))
+        assert (np.abs(float64(y) - exact_x @ exact_kernel) <= bound).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout"), [("bfloat16", "de"), ("bfloat16", "ed"), ("int8", "ed")]
+)
+def test_a_loop_with_products_of_one_row_copies_no_matrix(dtype, layout):
+    """Not before it begins either, where XLA moves what does not change in it."""
+    shapes = jax.ShapeDtypeStruct((1, 1536), "float32"), jax.ShapeDtypeStruct((1536, 1536), dtype)
+
+    @jax.jit
+    def loop(x, kernel):
+        def body(_, x):
+            return row_product(ops.tanh(x), kernel, layout)
+
+        return jax.lax.fori_loop(0, 10, body, x)
+
+    assert loop.lower(*shapes).compile().memory_analysis().temp_size_in_bytes < 1536**2
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
