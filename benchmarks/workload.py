@@ -27,7 +27,7 @@ class Workload:
     long_contexts: tuple[int, ...] = (1024, 4096, 16384, 65536)  # for ours alone
     long_batch_sizes: tuple[int, ...] = (1,)
     decode_tokens: int = 32
-    prefill_tokens: tuple[int, ...] = (128, 512, 2048, 8192, 32768)
+    prefill_tokens: tuple[int, ...] = (16, 64, 128, 256, 512, 2048, 8192, 32768)
     repeats: int = 3
     # A figure is left out if one repeat would take longer than the limit, and repeats end with the
     # budget: the slowest subjects take minutes for what others do in a second.

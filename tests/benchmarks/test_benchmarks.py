@@ -17,6 +17,7 @@ import pytest
 
 from benchmarks import checkpoint
 from benchmarks import gguf_tensors
+from benchmarks import prompts
 from benchmarks import quantization
 from benchmarks.__main__ import SUBJECTS
 from benchmarks.adapters import ADAPTERS
@@ -228,3 +229,12 @@ def test_quantization_is_measured(tmp_path, capsys):
     assert half["weight_bytes"] < 0.51 * plain["weight_bytes"]
     assert half["nats_per_character"] == pytest.approx(plain["nats_per_character"], rel=0.01)
     assert "| float32 | " in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_prompts_of_all_lengths_are_measured_and_plotted(tmp_path):
+    prompts.main(longest=17, step=8, rounds=1, quick=True, folder=tmp_path)
+    results = json.loads((tmp_path / "prompts.json").read_text())
+    assert results["lengths"] == [1, 8, 16]
+    assert all(0 < s < 60 for taken in results["seconds"].values() for s in taken)
+    assert (tmp_path / "prompts.png").stat().st_size > 1000
