@@ -8,14 +8,18 @@ float32.
 
 from keras import ops
 
-# Of a sum. With more, XLA writes the matrix as float32 first (bfloat16), or compiles for long.
-MOST_TERMS = {"bfloat16": 12, "int8": 32}
+# Terms of a sum. Of more, XLA makes a float32 matrix of bfloat16 first.
+MOST_TERMS = 12
 VECTOR = 16  # numbers of float32 that a processor computes with at once
+# Columns of int8 in a term, and terms. More columns are more sums to write and to add up, more
+# terms take longer to compile.
+INT8_WIDTHS = (64, 48, 32, 16)
+MOST_INT8_TERMS = 64
 
 
 def is_fast(kernel, layout: str) -> bool:
     """Whether `row_product` is for a matrix of this dtype and these sizes."""
-    return kernel.dtype.name in MOST_TERMS and _num_terms(kernel, layout) > 1
+    return kernel.dtype.name in ("bfloat16", "int8") and _num_terms(kernel, layout) > 1
 
 
 def row_product(x, kernel, layout: str):
@@ -37,10 +41,12 @@ def row_product(x, kernel, layout: str):
 
 
 def _num_terms(kernel, layout: str) -> int:
-    """As many as divide the matrix; 0 if none do."""
+    """Which divide the matrix into equal parts; 0 if no number does."""
     d, unit = (kernel.shape[0], 1) if layout == "de" else (kernel.shape[1], VECTOR)
-    counts = range(MOST_TERMS[kernel.dtype.name], 0, -1)
-    return next((n for n in counts if d % (n * unit) == 0), 0)
+    counts = [n for n in range(MOST_TERMS, 0, -1) if d % (n * unit) == 0]
+    if layout == "ed" and kernel.dtype.name == "int8":
+        counts = [d // w for w in INT8_WIDTHS if d % w == 0 and d // w <= MOST_INT8_TERMS]
+    return next(iter(counts), 0)
 
 
 def _of_rows(x, kernel, num_terms: int):
