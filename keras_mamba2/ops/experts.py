@@ -45,7 +45,7 @@ def _sliced(x, weights, experts, compute):
 
         def matmul(rows, kernels, expert=experts[0, i]):
             def of_expert(kernels):
-                return ops.slice(kernels, (expert, 0, 0), (1, *kernels.shape[1:]))[0]
+                return matrix.take_matrix(kernels, expert)
 
             kernels, scale = _parts(kernels, rows.dtype, of_expert)
             return matrix.matmul(rows, kernels) * scale
@@ -59,7 +59,7 @@ def _gathered(x, weights, experts, compute):
 
     def matmul(rows, kernels):
         def of_experts(kernels):
-            return ops.take(kernels, experts, axis=0)  # (n k in out)
+            return matrix.take_rows(kernels, experts)  # (n k in out)
 
         kernels, scale = _parts(kernels, rows.dtype, of_experts)
         layout = "nd,nkdf->nkf" if len(rows.shape) == 2 else "nkd,nkdf->nkf"

@@ -66,25 +66,39 @@ def _matrix_first(x, kernel):
 
 
 def take_rows(matrix, ids):
-    """The rows `ids` `(...)` of `matrix` `(v d)`, `(... d)`."""
+    """The rows `ids` `(...)` of `matrix` `(v d)`, `(... d)`, or matrices of `(v in out)`."""
+    return _taken(lambda matrix, ids: ops.take(matrix, ids, axis=0), matrix, ids)
+
+
+def take_matrix(matrices, index):
+    """The matrix at `index`, an int scalar, of `(e in out)`, `(in out)`."""
+
+    def take(matrices, index):
+        return ops.slice(matrices, (index, 0, 0), (1, *matrices.shape[1:]))[0]
+
+    return _taken(take, matrices, index)
+
+
+def _taken(take, matrix, ids):
+    """`take(matrix, ids)`. On a CPU bfloat16 is taken by its bits, or XLA makes float32 of all."""
     if not are_on_jax("bfloat16", matrix):
-        return ops.take(matrix, ids, axis=0)
+        return take(matrix, ids)
     import jax
     from jax import lax
     from jax import numpy as jnp
 
-    take = functools.partial(jnp.take, axis=0)
-
     @jax.custom_jvp
-    def take_integers(matrix, ids):
-        rows = take(lax.bitcast_convert_type(matrix, jnp.uint16), ids)
-        return lax.bitcast_convert_type(rows, jnp.bfloat16)
+    def take_bits(matrix, ids):
+        # What seems to change with the ids is not copied before a loop.
+        matrix, ids = lax.optimization_barrier((matrix, ids))
+        bits = take(lax.bitcast_convert_type(matrix, jnp.uint16), ids)
+        return lax.bitcast_convert_type(bits, jnp.bfloat16)
 
-    @take_integers.defjvp
+    @take_bits.defjvp
     def _(primals, tangents):
-        return take_integers(*primals), take(tangents[0], primals[1])
+        return take_bits(*primals), take(tangents[0], primals[1])
 
-    return lax.platform_dependent(matrix, ids, cpu=take_integers, default=take)
+    return lax.platform_dependent(matrix, ids, cpu=take_bits, default=take)
 
 
 def are_on_jax(dtype: str, *tensors) -> bool:

@@ -87,3 +87,38 @@ def test_one_token_reads_the_experts_that_it_chooses(case):
     ]
     assert text.count("stablehlo.dynamic_slice") == 2 * K
     assert not made
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_a_loop_in_bfloat16_copies_no_experts(tokens):
+    """Nor does it make float32 of them, before it begins or in it."""
+    experts, d = 32, 128
+    place = jax.ShapeDtypeStruct
+
+    @jax.jit
+    def loop(x, weights, chosen, kernels):
+        def body(i, x):
+            now = (chosen + i) % experts
+            return grouped_matmul(x, weights, now, experts, lambda x, matmul: matmul(x, kernels))
+
+        return jax.lax.fori_loop(0, 10, body, x)
+
+    x, weights = place((tokens, d), "bfloat16"), place((tokens, K), "bfloat16")
+    chosen, kernels = place((tokens, K), "int32"), place((experts, d, d), "bfloat16")
+    memory = loop.lower(x, weights, chosen, kernels).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < experts * d * d
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_experts_in_bfloat16(case, tokens):
+    """As in float32 of the same numbers, but for three roundings."""
+    x, weights, up, down, experts, _ = case
+    x, up, down = (ops.cast(a, "bfloat16") for a in (x[:tokens], up, down))
+
+    def y(dtype):
+        now, *kernels = (ops.cast(a, dtype) for a in (x, up, down))
+        some = weights[:tokens], experts[:tokens]
+        return ops.cast(grouped_matmul(now, *some, E, compute_with(*kernels)), "float32")
+
+    bound = 3 * 2**-8 * np.abs(y("float32")).max()
+    np.testing.assert_allclose(y("bfloat16"), y("float32"), rtol=0, atol=bound)
