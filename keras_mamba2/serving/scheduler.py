@@ -31,6 +31,9 @@ RUN_SECONDS = 0.05
 FIRST_STEPS = 8
 # While sequences run, prompts are read between two runs for at most so many times a run.
 READING_SHARE = 2.0
+# Before any text has begun, nobody's text stops: the first sequences wait so long for others that
+# are soon read, since a step of one row takes nearly as long as a step of eight.
+GATHERING_SECONDS = 1.0
 NOTHING = np.zeros(0, "int32")
 
 
@@ -52,6 +55,7 @@ class Sequence:
 
     request: Request
     index: int
+    begun: float = dataclasses.field(default_factory=time.perf_counter)
     token_ids: list[int] = dataclasses.field(default_factory=list)
 
     @property
@@ -139,12 +143,14 @@ class Scheduler:
         self.reading.append(reading)
 
     def visit(self) -> None:
-        """One round: a bounded piece of reading, and one run of the loop.
+        """One round: a bounded piece of reading, and mostly one run of the loop.
 
         States are kept when their tokens have been delivered: a copy of a large one takes a while.
         """
         self._drop_cancelled()
         self._read()
+        if self._gathers():
+            return
         self._run()
         for reading in self._were_read:
             reading.remember()
@@ -220,6 +226,20 @@ class Scheduler:
             self.slots.insert(row, sequence)
         else:
             self.counts.finished += 1
+
+    def _gathers(self) -> bool:
+        """Whether sequences without any text yet wait for a prompt that is soon read."""
+        owners = self.slots.owners
+        if not owners or not self.reading or any(sequence.token_ids for sequence in owners):
+            return False
+        waited = time.perf_counter() - min(sequence.begun for sequence in owners)
+        return waited + min(map(self._seconds_left, self.reading)) <= GATHERING_SECONDS
+
+    def _seconds_left(self, reading: Reading) -> float:
+        """How long it takes to read the rest of a prompt."""
+        if reading.request.scores_prompt:
+            return -(-reading.left // max(SCORING_SIZES)) * self._scoring_seconds
+        return -(-reading.left // self._block_size) * self._block_seconds
 
     def _run(self) -> None:
         if not self.slots.used:

@@ -306,6 +306,66 @@ class TestQueue:
         assert order[: order.index("scored")].count("running") > 10
 
 
+class TestGathering:
+    """Before any text has begun, those that are read wait for others that are soon read."""
+
+    @pytest.fixture(autouse=True)
+    def one_block_a_visit(self, monkeypatch):
+        monkeypatch.setattr(scheduler, "READING_SHARE", 0.0)
+
+    def submit(self, engine, prompts, on_delivery, limit=12):
+        requests = [Collected(p, limit=limit, on_delivery=on_delivery) for p in prompts]
+        engine.submit([each.request for each in requests])
+        return requests
+
+    def test_those_who_come_together_begin_together(self, engine, lm, monkeypatch):
+        monkeypatch.setattr(scheduler, "GATHERING_SECONDS", 1e6)
+        running = []
+        prompts = ["hello", "x" * 130, "you", "a longer prompt " * 20]
+        requests = self.submit(engine, prompts, lambda d: running.append(engine.num_running))
+        for prompt, request in zip(prompts, requests, strict=True):
+            assert [request.tokens()] == alone(lm, prompt, **GREEDY)
+        assert running[0] == 4
+
+    def test_not_for_longer_than_they_may(self, engine, monkeypatch):
+        monkeypatch.setattr(scheduler, "GATHERING_SECONDS", 0.0)
+        running = []
+        for each in self.submit(
+            engine, ["hello", "you"], lambda d: running.append(engine.num_running)
+        ):
+            each.wait()
+        assert running[0] == 1
+
+    def test_not_for_a_prompt_that_takes_long(self, engine, monkeypatch):
+        monkeypatch.setattr(scheduler, "GATHERING_SECONDS", 1e4)
+        monkeypatch.setattr(engine._scheduler, "_block_seconds", 1e3)
+        reading = []
+        prompts = ["hello", "not known yet " * 250]  # of one block, and of 110
+        requests = self.submit(engine, prompts, lambda d: reading.append(engine.num_reading))
+        for each in requests:
+            each.wait()
+        assert reading[0] == 1
+
+    def test_nobody_who_has_text_waits(self, engine, monkeypatch):
+        monkeypatch.setattr(scheduler, "GATHERING_SECONDS", 1e6)
+        monkeypatch.setattr(scheduler, "RUN_SECONDS", 1e-3)  # so that there are many runs
+        order = []
+        running = Collected("hello", limit=3000, on_delivery=lambda d: order.append("running"))
+        running.submit(engine)
+        wait_until(lambda: order)
+        other = Collected("not known " * 64, limit=1, on_delivery=lambda d: order.append("other"))
+        other.submit(engine).wait()
+        engine.cancel(running.request)
+        assert order[: order.index("other")].count("running") > 15
+
+    def test_one_that_waits_can_be_cancelled(self, engine, monkeypatch):
+        monkeypatch.setattr(scheduler, "GATHERING_SECONDS", 1e6)
+        first = Collected("hello", limit=4000).submit(engine)
+        engine.cancel(first.request)
+        wait_until(lambda: engine.num_running + engine.num_reading + engine.num_waiting == 0)
+        assert not first.errors
+
+
 class TestFailures:
     def test_a_receiver_that_fails_ends_no_other(self, engine, lm):
         def fail(delivery):
