@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 
+import keras
 import numpy as np
 
 from keras_mamba2.generation import SCORING_SIZES
@@ -84,6 +85,9 @@ class Scheduler:
         self.slots = slots
         self.reading: list[Reading] = []
         self._were_read: list[Reading] = []
+        self._due: list[tuple[Sequence, Delivery]] = []
+        # Other backends return from a run when it is over.
+        self._runs_meanwhile = keras.config.backend() == "jax"
         self._generator = generator
         self._cache = cache
         self._block_size = block_size or min(BLOCK_SIZES)
@@ -148,6 +152,8 @@ class Scheduler:
         States are kept when their tokens have been delivered: a copy of a large one takes a while.
         """
         self._drop_cancelled()
+        if self.reading:
+            self._hand_out()
         self._read()
         if self._gathers():
             return
@@ -158,6 +164,7 @@ class Scheduler:
 
     def fail_all(self, error: Exception) -> None:
         """Ends all that is in work, and begins with new arrays."""
+        self._hand_out()
         for reading in self.reading:
             self.fail(reading.request, error)
         self.reading, self._were_read = [], []
@@ -243,15 +250,22 @@ class Scheduler:
 
     def _run(self) -> None:
         if not self.slots.used:
+            self._hand_out()
             return
         begun = time.perf_counter()
         asked = any(sequence.request.with_likely for sequence in self.slots.owners)
-        results = self.slots.advance(self._num_steps(), asked)
+        results = self.slots.advance(self._num_steps(), asked, self._hand_out)
         self._run_seconds = time.perf_counter() - begun
         steps = max(len(result.token_ids) for result in results)
         self._step_seconds[self.slots.num_rows] = self._run_seconds / max(steps, 1)
-        for result in results:
-            self._take(result)
+        self._due += [(result.owner, self._delivery_of(result)) for result in results]
+        stopped = [result for result in results if result.has_stopped]
+        if stopped or self._were_read or not self._runs_meanwhile:
+            self._hand_out()
+        for result in stopped:
+            if result.is_finite:
+                self._remember(result.owner)
+            self.slots.release(result.owner)
         self.slots.shrink()
 
     def _num_steps(self) -> int:
@@ -260,26 +274,22 @@ class Scheduler:
         most = FIRST_STEPS if is_new else DECODE_CAPACITY
         return int(min(max(RUN_SECONDS / seconds, 1), most))
 
-    def _take(self, result: Advanced) -> None:
-        """Delivers what a sequence has got, and frees its place if it has stopped."""
+    def _delivery_of(self, result: Advanced) -> Delivery:
+        """What a sequence has got from a run."""
         sequence: Sequence = result.owner
         sequence.token_ids += result.token_ids.tolist()
         self.counts.new_tokens += len(result.token_ids)
+        if not result.is_finite:
+            self.counts.failed += 1
+            error = ValueError(f"The logits are not finite. {NOT_FINITE_REASON}")
+            return Delivery(sequence.index, NOTHING, error=error)
         likely = result.likely if sequence.request.with_likely else None
         delivery = Delivery(sequence.index, result.token_ids, likely)
-        if not result.is_finite:
-            error = ValueError(f"The logits are not finite. {NOT_FINITE_REASON}")
-            delivery = Delivery(sequence.index, NOTHING, error=error)
-            self.counts.failed += 1
-        elif result.has_stopped:
-            stopped = sequence.token_ids[-1] in sequence.request.stop_token_ids
-            delivery = delivery._replace(finish_reason="stop" if stopped else "length")
-            self.counts.finished += 1
-        self._deliver(sequence, delivery)
-        if result.has_stopped:
-            if result.is_finite:
-                self._remember(sequence)
-            self.slots.release(sequence)
+        if not result.has_stopped:
+            return delivery
+        self.counts.finished += 1
+        stopped = sequence.token_ids[-1] in sequence.request.stop_token_ids
+        return delivery._replace(finish_reason="stop" if stopped else "length")
 
     def _remember(self, sequence: Sequence) -> None:
         """Keeps the state after a text: a conversation goes on from it."""
@@ -294,6 +304,12 @@ class Scheduler:
         self.counts.failed += request.count
         for index in range(request.count):
             self._deliver(Sequence(request, index), Delivery(index, NOTHING, error=error))
+
+    def _hand_out(self) -> None:
+        """Delivers what is due: at best while the device is at the next run."""
+        due, self._due = self._due, []
+        for sequence, delivery in due:
+            self._deliver(sequence, delivery)
 
     def _deliver(self, sequence: Sequence, delivery: Delivery) -> None:
         """A receiver that fails has gone: it ends its sequence, and no other."""

@@ -1,6 +1,7 @@
 """The engine: each request gets what it gets alone, whoever comes and goes."""
 
 import contextlib
+import itertools
 import threading
 
 import jax
@@ -220,6 +221,49 @@ def test_nobody_waits_for_a_state_that_is_kept(engine, monkeypatch):
     request.submit(engine).wait()
     wait_until(lambda: 79 in order)
     assert order == ["tokens", 49, *["tokens"] * order[2:].count("tokens"), 79]
+
+
+class TestDeliveries:
+    @pytest.fixture
+    def order(self, engine, lm, monkeypatch):
+        """What happens one after the other, with runs of one token."""
+        monkeypatch.setattr(scheduler, "RUN_SECONDS", 1e-9)
+        order, generator = [], lm.make_generate_function()
+        run, read = generator.advance_telling, generator.read
+
+        def running(*args):
+            order.append("run")
+            return run(*args)
+
+        def reading(*args):
+            order.append("read")
+            return read(*args)
+
+        monkeypatch.setattr(generator, "advance_telling", running)
+        monkeypatch.setattr(generator, "read", reading)
+        return order
+
+    def test_the_device_does_not_wait_for_receivers(self, engine, order):
+        """Tokens are delivered when the next run has begun; the first and the last at once."""
+        Collected([5], limit=5, on_delivery=lambda d: order.append("tokens")).submit(engine).wait()
+        assert order == ["run", "tokens", "run", *["run", "tokens"] * 3, "tokens"]
+
+    def test_receivers_do_not_wait_for_a_prompt(self, engine, order):
+        first = Collected([5], limit=3000, on_delivery=lambda d: order.append("tokens"))
+        first.submit(engine)
+        wait_until(lambda: order.count("tokens") > 3)
+        Collected("w" * 640, limit=1).submit(engine).wait()
+        engine.cancel(first.request)
+        assert order.count("read") >= 20
+        assert ("run", "read") not in itertools.pairwise(order)
+
+    def test_a_receiver_that_cancels_gets_nothing_more(self, engine):
+        """One run later at the latest, and nothing is delivered of what that run found."""
+        request = Collected("hello", limit=4000)
+        request._on_delivery = lambda d: engine.cancel(request.request)
+        request.submit(engine)
+        wait_until(lambda: request.deliveries and not engine.num_running)
+        assert len(request.deliveries) == 1
 
 
 class TestQueue:
