@@ -34,7 +34,9 @@ FIRST_STEPS = 8
 READING_SHARE = 2.0
 # Before any text has begun, nobody's text stops: the first sequences wait so long for others that
 # are soon read, since a step of one row takes nearly as long as a step of eight.
-GATHERING_SECONDS = 1.0
+GATHERING_SECONDS = 2.0
+# While nobody has text, a block may take so long: a long one takes much less time a token.
+ALONE_SECONDS = 0.25
 NOTHING = np.zeros(0, "int32")
 
 
@@ -74,8 +76,7 @@ class Scheduler:
         cache: `PrefixCache`.
         slots: `Slots`.
         block_size: int, how many tokens of a prompt are read at once; `None` for what is fast
-            enough, as `warm_up` measures. It does not depend on what else runs, so that a prompt
-            is always read in the same pieces.
+            enough, as `warm_up` measures: for those who have text meanwhile, or where nobody has.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class Scheduler:
         self._runs_meanwhile = keras.config.backend() == "jax"
         self._generator = generator
         self._cache = cache
-        self._block_size = block_size or min(BLOCK_SIZES)
+        self._block_size = self._size_alone = block_size or min(BLOCK_SIZES)
         self._measures = block_size is None
         self._block_seconds = self._scoring_seconds = 0.0
         self._reads_shortest = False
@@ -103,11 +104,16 @@ class Scheduler:
         self._generator.restored(self._empty_state(), self.slots.max_tokens)
         seconds = {size: self._seconds_to_read(size) for size in BLOCK_SIZES}
         if self._measures:
-            quick = [s for s in BLOCK_SIZES if seconds[s] <= READING_SHARE * RUN_SECONDS]
-            self._block_size = max(quick, default=min(BLOCK_SIZES))
+
+            def largest(most: float) -> int:
+                return max((s for s in BLOCK_SIZES if seconds[s] <= most), default=min(BLOCK_SIZES))
+
+            self._block_size = largest(READING_SHARE * RUN_SECONDS)
+            self._size_alone = max(self._block_size, largest(ALONE_SECONDS))
         self._block_seconds = seconds[self._block_size]
         self._scoring_seconds = max(map(self._seconds_to_score, SCORING_SIZES))
-        logger.info("Prompts are read in blocks of %d tokens: %s", self._block_size, seconds)
+        sizes = self._block_size, self._size_alone
+        logger.info("Prompts are read in blocks of %d tokens, or of %d alone: %s", *sizes, seconds)
 
     def _seconds_to_read(self, size: int) -> float:
         token_ids = np.zeros(size, "int32")
@@ -207,8 +213,8 @@ class Scheduler:
         request = reading.request
         try:
             if reading.left:
-                size = max(SCORING_SIZES) if request.scores_prompt else self._block_size
-                reading.read(size)
+                size = self._block_size if self._somebody_has_text else self._size_alone
+                reading.read(max(SCORING_SIZES) if request.scores_prompt else size)
             if reading.left:
                 return
             rows = reading.sequences()
@@ -234,10 +240,14 @@ class Scheduler:
         else:
             self.counts.finished += 1
 
+    @property
+    def _somebody_has_text(self) -> bool:
+        return any(sequence.token_ids for sequence in self.slots.owners)
+
     def _gathers(self) -> bool:
         """Whether sequences without any text yet wait for a prompt that is soon read."""
         owners = self.slots.owners
-        if not owners or not self.reading or any(sequence.token_ids for sequence in owners):
+        if not owners or not self.reading or self._somebody_has_text:
             return False
         waited = time.perf_counter() - min(sequence.begun for sequence in owners)
         return waited + min(map(self._seconds_left, self.reading)) <= GATHERING_SECONDS

@@ -257,6 +257,28 @@ class TestDeliveries:
         assert order.count("read") >= 20
         assert ("run", "read") not in itertools.pairwise(order)
 
+    def test_long_blocks_are_read_while_nobody_has_text(self, engine, lm, monkeypatch):
+        """And what comes after them is the same."""
+        monkeypatch.setattr(engine._scheduler, "_size_alone", 512)
+        sizes, generator, rng = [], lm.make_generate_function(), np.random.default_rng(8)
+        read = generator.read
+
+        def reading(state, token_ids):
+            sizes.append(len(token_ids))
+            return read(state, token_ids)
+
+        monkeypatch.setattr(generator, "read", reading)
+        prompt = rng.integers(0, 257, 700).tolist()
+        assert [Collected(prompt).submit(engine).tokens()] == alone(lm, prompt, **GREEDY)
+        assert sizes == [512, 187]
+        sizes.clear()
+        running = Collected([5], limit=4000).submit(engine)
+        wait_until(lambda: running.deliveries)
+        prompt = rng.integers(0, 257, 700).tolist()
+        assert [Collected(prompt).submit(engine).tokens()] == alone(lm, prompt, **GREEDY)
+        engine.cancel(running.request)
+        assert set(sizes) == {32, 699 % 32}
+
     def test_a_receiver_that_cancels_gets_nothing_more(self, engine):
         """One run later at the latest, and nothing is delivered of what that run found."""
         request = Collected("hello", limit=4000)
