@@ -33,7 +33,7 @@ FIRST_STEPS = 8
 # While sequences run, prompts are read between two runs for at most so many times a run.
 READING_SHARE = 2.0
 # Before any text has begun, nobody's text stops: the first sequences wait so long for others that
-# are soon read, since a step of one row takes nearly as long as a step of eight.
+# are soon read, since a token costs much less in a step of many rows.
 GATHERING_SECONDS = 2.0
 # While nobody has text, a block may take so long: a long one takes much less time a token.
 ALONE_SECONDS = 0.25
