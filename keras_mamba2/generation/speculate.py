@@ -147,7 +147,7 @@ def _picked(sampler, logits, rows: Rows, block):
     flat = rows._replace(
         state=(),
         context=(),
-        remaining=(),
+        remaining=each(rows.remaining),
         stop_token_ids=(),
         seen=ops.reshape(ops.stack(seen, axis=1), (b * t, -1)),
         keys=each(rows.keys),

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 
+import keras
 import numpy as np
 
 from keras_mamba2.generation import SCORING_SIZES
@@ -31,6 +32,11 @@ RUN_SECONDS = 0.05
 FIRST_STEPS = 8
 # While sequences run, prompts are read between two runs for at most so many times a run.
 READING_SHARE = 2.0
+# Before any text has begun, nobody's text stops: the first sequences wait so long for others that
+# are soon read, since a token costs much less in a step of many rows.
+GATHERING_SECONDS = 2.0
+# While nobody has text, a block may take so long: a long one takes much less time a token.
+ALONE_SECONDS = 0.25
 NOTHING = np.zeros(0, "int32")
 
 
@@ -52,6 +58,7 @@ class Sequence:
 
     request: Request
     index: int
+    begun: float = dataclasses.field(default_factory=time.perf_counter)
     token_ids: list[int] = dataclasses.field(default_factory=list)
 
     @property
@@ -69,8 +76,7 @@ class Scheduler:
         cache: `PrefixCache`.
         slots: `Slots`.
         block_size: int, how many tokens of a prompt are read at once; `None` for what is fast
-            enough, as `warm_up` measures. It does not depend on what else runs, so that a prompt
-            is always read in the same pieces.
+            enough, as `warm_up` measures: for those who have text meanwhile, or where nobody has.
     """
 
     def __init__(
@@ -80,9 +86,12 @@ class Scheduler:
         self.slots = slots
         self.reading: list[Reading] = []
         self._were_read: list[Reading] = []
+        self._due: list[tuple[Sequence, Delivery]] = []
+        # Other backends return from a run when it is over.
+        self._runs_meanwhile = keras.config.backend() == "jax"
         self._generator = generator
         self._cache = cache
-        self._block_size = block_size or min(BLOCK_SIZES)
+        self._block_size = self._size_alone = block_size or min(BLOCK_SIZES)
         self._measures = block_size is None
         self._block_seconds = self._scoring_seconds = 0.0
         self._reads_shortest = False
@@ -95,11 +104,16 @@ class Scheduler:
         self._generator.restored(self._empty_state(), self.slots.max_tokens)
         seconds = {size: self._seconds_to_read(size) for size in BLOCK_SIZES}
         if self._measures:
-            quick = [s for s in BLOCK_SIZES if seconds[s] <= READING_SHARE * RUN_SECONDS]
-            self._block_size = max(quick, default=min(BLOCK_SIZES))
+
+            def largest(most: float) -> int:
+                return max((s for s in BLOCK_SIZES if seconds[s] <= most), default=min(BLOCK_SIZES))
+
+            self._block_size = largest(READING_SHARE * RUN_SECONDS)
+            self._size_alone = max(self._block_size, largest(ALONE_SECONDS))
         self._block_seconds = seconds[self._block_size]
         self._scoring_seconds = max(map(self._seconds_to_score, SCORING_SIZES))
-        logger.info("Prompts are read in blocks of %d tokens: %s", self._block_size, seconds)
+        sizes = self._block_size, self._size_alone
+        logger.info("Prompts are read in blocks of %d tokens, or of %d alone: %s", *sizes, seconds)
 
     def _seconds_to_read(self, size: int) -> float:
         token_ids = np.zeros(size, "int32")
@@ -139,12 +153,16 @@ class Scheduler:
         self.reading.append(reading)
 
     def visit(self) -> None:
-        """One round: a bounded piece of reading, and one run of the loop.
+        """One round: a bounded piece of reading, and mostly one run of the loop.
 
         States are kept when their tokens have been delivered: a copy of a large one takes a while.
         """
         self._drop_cancelled()
+        if self.reading:
+            self._hand_out()
         self._read()
+        if self._gathers():
+            return
         self._run()
         for reading in self._were_read:
             reading.remember()
@@ -152,6 +170,7 @@ class Scheduler:
 
     def fail_all(self, error: Exception) -> None:
         """Ends all that is in work, and begins with new arrays."""
+        self._hand_out()
         for reading in self.reading:
             self.fail(reading.request, error)
         self.reading, self._were_read = [], []
@@ -194,8 +213,8 @@ class Scheduler:
         request = reading.request
         try:
             if reading.left:
-                size = max(SCORING_SIZES) if request.scores_prompt else self._block_size
-                reading.read(size)
+                size = self._block_size if self._somebody_has_text else self._size_alone
+                reading.read(max(SCORING_SIZES) if request.scores_prompt else size)
             if reading.left:
                 return
             rows = reading.sequences()
@@ -221,17 +240,42 @@ class Scheduler:
         else:
             self.counts.finished += 1
 
+    @property
+    def _somebody_has_text(self) -> bool:
+        return any(sequence.token_ids for sequence in self.slots.owners)
+
+    def _gathers(self) -> bool:
+        """Whether sequences without any text yet wait for a prompt that is soon read."""
+        owners = self.slots.owners
+        if not owners or not self.reading or self._somebody_has_text:
+            return False
+        waited = time.perf_counter() - min(sequence.begun for sequence in owners)
+        return waited + min(map(self._seconds_left, self.reading)) <= GATHERING_SECONDS
+
+    def _seconds_left(self, reading: Reading) -> float:
+        """How long it takes to read the rest of a prompt."""
+        if reading.request.scores_prompt:
+            return -(-reading.left // max(SCORING_SIZES)) * self._scoring_seconds
+        return -(-reading.left // self._block_size) * self._block_seconds
+
     def _run(self) -> None:
         if not self.slots.used:
+            self._hand_out()
             return
         begun = time.perf_counter()
         asked = any(sequence.request.with_likely for sequence in self.slots.owners)
-        results = self.slots.advance(self._num_steps(), asked)
+        results = self.slots.advance(self._num_steps(), asked, self._hand_out)
         self._run_seconds = time.perf_counter() - begun
         steps = max(len(result.token_ids) for result in results)
         self._step_seconds[self.slots.num_rows] = self._run_seconds / max(steps, 1)
-        for result in results:
-            self._take(result)
+        self._due += [(result.owner, self._delivery_of(result)) for result in results]
+        stopped = [result for result in results if result.has_stopped]
+        if stopped or self._were_read or not self._runs_meanwhile:
+            self._hand_out()
+        for result in stopped:
+            if result.is_finite:
+                self._remember(result.owner)
+            self.slots.release(result.owner)
         self.slots.shrink()
 
     def _num_steps(self) -> int:
@@ -240,26 +284,22 @@ class Scheduler:
         most = FIRST_STEPS if is_new else DECODE_CAPACITY
         return int(min(max(RUN_SECONDS / seconds, 1), most))
 
-    def _take(self, result: Advanced) -> None:
-        """Delivers what a sequence has got, and frees its place if it has stopped."""
+    def _delivery_of(self, result: Advanced) -> Delivery:
+        """What a sequence has got from a run."""
         sequence: Sequence = result.owner
         sequence.token_ids += result.token_ids.tolist()
         self.counts.new_tokens += len(result.token_ids)
+        if not result.is_finite:
+            self.counts.failed += 1
+            error = ValueError(f"The logits are not finite. {NOT_FINITE_REASON}")
+            return Delivery(sequence.index, NOTHING, error=error)
         likely = result.likely if sequence.request.with_likely else None
         delivery = Delivery(sequence.index, result.token_ids, likely)
-        if not result.is_finite:
-            error = ValueError(f"The logits are not finite. {NOT_FINITE_REASON}")
-            delivery = Delivery(sequence.index, NOTHING, error=error)
-            self.counts.failed += 1
-        elif result.has_stopped:
-            stopped = sequence.token_ids[-1] in sequence.request.stop_token_ids
-            delivery = delivery._replace(finish_reason="stop" if stopped else "length")
-            self.counts.finished += 1
-        self._deliver(sequence, delivery)
-        if result.has_stopped:
-            if result.is_finite:
-                self._remember(sequence)
-            self.slots.release(sequence)
+        if not result.has_stopped:
+            return delivery
+        self.counts.finished += 1
+        stopped = sequence.token_ids[-1] in sequence.request.stop_token_ids
+        return delivery._replace(finish_reason="stop" if stopped else "length")
 
     def _remember(self, sequence: Sequence) -> None:
         """Keeps the state after a text: a conversation goes on from it."""
@@ -274,6 +314,12 @@ class Scheduler:
         self.counts.failed += request.count
         for index in range(request.count):
             self._deliver(Sequence(request, index), Delivery(index, NOTHING, error=error))
+
+    def _hand_out(self) -> None:
+        """Delivers what is due: at best while the device is at the next run."""
+        due, self._due = self._due, []
+        for sequence, delivery in due:
+            self._deliver(sequence, delivery)
 
     def _deliver(self, sequence: Sequence, delivery: Delivery) -> None:
         """A receiver that fails has gone: it ends its sequence, and no other."""

@@ -1,6 +1,7 @@
 """The rows of one running loop, and who has which."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 from typing import NamedTuple
 
@@ -98,16 +99,18 @@ class Slots:
         """The state of one sequence, a batch of one."""
         return self.generator.select(self._rows.state, [self._index(owner)])
 
-    def advance(self, num_steps: int, asked: bool) -> list[Advanced]:
+    def advance(self, num_steps: int, asked: bool, meanwhile: Callable[[], None]) -> list[Advanced]:
         """At most `num_steps` tokens for each sequence. One that has stopped keeps its place.
 
         Args:
             num_steps: int.
             asked: bool, whether anyone asks for log probabilities.
+            meanwhile: function, called while the device computes.
         """
         num_steps = min(num_steps, max(p.remaining for p in self._places if p is not None))
         rows, tokens, *likely = self._advance(self._now(), num_steps, asked)
         self._rows = Rows(*rows)
+        meanwhile()
         tokens = ops.convert_to_numpy(tokens)
         likely = tree.map_structure(ops.convert_to_numpy, likely) if asked else []
         results = []

@@ -1,6 +1,7 @@
 """The engine: each request gets what it gets alone, whoever comes and goes."""
 
 import contextlib
+import itertools
 import threading
 
 import jax
@@ -222,6 +223,71 @@ def test_nobody_waits_for_a_state_that_is_kept(engine, monkeypatch):
     assert order == ["tokens", 49, *["tokens"] * order[2:].count("tokens"), 79]
 
 
+class TestDeliveries:
+    @pytest.fixture
+    def order(self, engine, lm, monkeypatch):
+        """What happens one after the other, with runs of one token."""
+        monkeypatch.setattr(scheduler, "RUN_SECONDS", 1e-9)
+        order, generator = [], lm.make_generate_function()
+        run, read = generator.advance_telling, generator.read
+
+        def running(*args):
+            order.append("run")
+            return run(*args)
+
+        def reading(*args):
+            order.append("read")
+            return read(*args)
+
+        monkeypatch.setattr(generator, "advance_telling", running)
+        monkeypatch.setattr(generator, "read", reading)
+        return order
+
+    def test_the_device_does_not_wait_for_receivers(self, engine, order):
+        """Tokens are delivered when the next run has begun; the first and the last at once."""
+        Collected([5], limit=5, on_delivery=lambda d: order.append("tokens")).submit(engine).wait()
+        assert order == ["run", "tokens", "run", *["run", "tokens"] * 3, "tokens"]
+
+    def test_receivers_do_not_wait_for_a_prompt(self, engine, order):
+        first = Collected([5], limit=3000, on_delivery=lambda d: order.append("tokens"))
+        first.submit(engine)
+        wait_until(lambda: order.count("tokens") > 3)
+        Collected("w" * 640, limit=1).submit(engine).wait()
+        engine.cancel(first.request)
+        assert order.count("read") >= 20
+        assert ("run", "read") not in itertools.pairwise(order)
+
+    def test_long_blocks_are_read_while_nobody_has_text(self, engine, lm, monkeypatch):
+        """And what comes after them is the same."""
+        monkeypatch.setattr(engine._scheduler, "_size_alone", 512)
+        sizes, generator, rng = [], lm.make_generate_function(), np.random.default_rng(8)
+        read = generator.read
+
+        def reading(state, token_ids):
+            sizes.append(len(token_ids))
+            return read(state, token_ids)
+
+        monkeypatch.setattr(generator, "read", reading)
+        prompt = rng.integers(0, 257, 700).tolist()
+        assert [Collected(prompt).submit(engine).tokens()] == alone(lm, prompt, **GREEDY)
+        assert sizes == [512, 187]
+        sizes.clear()
+        running = Collected([5], limit=4000).submit(engine)
+        wait_until(lambda: running.deliveries)
+        prompt = rng.integers(0, 257, 700).tolist()
+        assert [Collected(prompt).submit(engine).tokens()] == alone(lm, prompt, **GREEDY)
+        engine.cancel(running.request)
+        assert set(sizes) == {32, 699 % 32}
+
+    def test_a_receiver_that_cancels_gets_nothing_more(self, engine):
+        """One run later at the latest, and nothing is delivered of what that run found."""
+        request = Collected("hello", limit=4000)
+        request._on_delivery = lambda d: engine.cancel(request.request)
+        request.submit(engine)
+        wait_until(lambda: request.deliveries and not engine.num_running)
+        assert len(request.deliveries) == 1
+
+
 class TestQueue:
     def test_a_long_prompt_does_not_stop_others(self, engine, monkeypatch):
         """Between two pieces of its prompt the others get tokens, and a short one overtakes it."""
@@ -304,6 +370,66 @@ class TestQueue:
         scored.submit(engine).wait()
         engine.cancel(running.request)
         assert order[: order.index("scored")].count("running") > 10
+
+
+class TestGathering:
+    """Before any text has begun, those that are read wait for others that are soon read."""
+
+    @pytest.fixture(autouse=True)
+    def one_block_a_visit(self, monkeypatch):
+        monkeypatch.setattr(scheduler, "READING_SHARE", 0.0)
+
+    def submit(self, engine, prompts, on_delivery, limit=12):
+        requests = [Collected(p, limit=limit, on_delivery=on_delivery) for p in prompts]
+        engine.submit([each.request for each in requests])
+        return requests
+
+    def test_those_who_come_together_begin_together(self, engine, lm, monkeypatch):
+        monkeypatch.setattr(scheduler, "GATHERING_SECONDS", 1e6)
+        running = []
+        prompts = ["hello", "x" * 130, "you", "a longer prompt " * 20]
+        requests = self.submit(engine, prompts, lambda d: running.append(engine.num_running))
+        for prompt, request in zip(prompts, requests, strict=True):
+            assert [request.tokens()] == alone(lm, prompt, **GREEDY)
+        assert running[0] == 4
+
+    def test_not_for_longer_than_they_may(self, engine, monkeypatch):
+        monkeypatch.setattr(scheduler, "GATHERING_SECONDS", 0.0)
+        running = []
+        for each in self.submit(
+            engine, ["hello", "you"], lambda d: running.append(engine.num_running)
+        ):
+            each.wait()
+        assert running[0] == 1
+
+    def test_not_for_a_prompt_that_takes_long(self, engine, monkeypatch):
+        monkeypatch.setattr(scheduler, "GATHERING_SECONDS", 1e4)
+        monkeypatch.setattr(engine._scheduler, "_block_seconds", 1e3)
+        reading = []
+        prompts = ["hello", "not known yet " * 250]  # of one block, and of 110
+        requests = self.submit(engine, prompts, lambda d: reading.append(engine.num_reading))
+        for each in requests:
+            each.wait()
+        assert reading[0] == 1
+
+    def test_nobody_who_has_text_waits(self, engine, monkeypatch):
+        monkeypatch.setattr(scheduler, "GATHERING_SECONDS", 1e6)
+        monkeypatch.setattr(scheduler, "RUN_SECONDS", 1e-3)  # so that there are many runs
+        order = []
+        running = Collected("hello", limit=3000, on_delivery=lambda d: order.append("running"))
+        running.submit(engine)
+        wait_until(lambda: order)
+        other = Collected("not known " * 64, limit=1, on_delivery=lambda d: order.append("other"))
+        other.submit(engine).wait()
+        engine.cancel(running.request)
+        assert order[: order.index("other")].count("running") > 15
+
+    def test_one_that_waits_can_be_cancelled(self, engine, monkeypatch):
+        monkeypatch.setattr(scheduler, "GATHERING_SECONDS", 1e6)
+        first = Collected("hello", limit=4000).submit(engine)
+        engine.cancel(first.request)
+        wait_until(lambda: engine.num_running + engine.num_reading + engine.num_waiting == 0)
+        assert not first.errors
 
 
 class TestFailures:
