@@ -114,7 +114,7 @@ def _with_past(so_far: Softmax, q, past: Past, scale: float) -> Softmax:
 
 
 def _with_more(so_far: Softmax, q, keys, values, seen, scale: float) -> Softmax:
-    b, g, t, r, p = q.shape
+    _, g, t, r, p = q.shape
     dtype = so_far.total.dtype
     rows = ops.reshape(q, (-1, g, t * r, p))
     scores = _product(rows, ops.transpose(keys, (0, 1, 3, 2)), dtype)
