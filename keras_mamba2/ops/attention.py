@@ -146,7 +146,7 @@ def _read(stored, dtype):
 
 def _cut(stored, start, size: int):
     def cut(a):
-        b, g, _, p = a.shape
+        b, g, _, p = ops.shape(a)
         return ops.slice(a, (0, 0, start, 0), (b, g, size, p))
 
     return tree.map_structure(cut, stored)
