@@ -2,6 +2,10 @@
 
 `peft` adapts the matrices of all experts as one parameter, with a rank for each expert. Of two
 parameters of a module one adapter wraps the other, which tensors are named by: see `_wrappers`.
+Where a model has a module for each expert, as older ones of Nemotron 3, each has an adapter of its
+own, which is read too.
+
+What is one matrix there and several here, as gate and up, has one adapter there: see `_joined`.
 """
 
 import collections
@@ -14,16 +18,18 @@ from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
 
+import keras
 import numpy as np
 
 from keras_mamba2.atomic_files import atomic_folder
 from keras_mamba2.conversion.architectures import exported_as
 from keras_mamba2.conversion.config import errors_naming
-from keras_mamba2.conversion.export import StoredWeight
+from keras_mamba2.conversion.export import StoredArray
 from keras_mamba2.conversion.export import write_safetensors
 from keras_mamba2.conversion.names import LINEAR
 from keras_mamba2.conversion.names import Layout
 from keras_mamba2.conversion.names import Names
+from keras_mamba2.conversion.names import Piece
 from keras_mamba2.conversion.names import Weight
 from keras_mamba2.conversion.readers import read_file
 from keras_mamba2.conversion.soundness import check_floats
@@ -67,13 +73,12 @@ class Adapter(NamedTuple):
 
     rank: int
     alpha: float
-    A: StoredTensor  # (rank in)
-    B: StoredTensor  # (out rank)
+    a: np.ndarray  # of the shape of `lora_kernel_a`
+    b: np.ndarray  # of the shape of `lora_kernel_b`
 
     def assign_to(self, layer: Any) -> None:
-        layout_of_a, layout_of_b = _layouts(layer)
-        layer.lora_kernel_a.assign(layout_of_a.to_variable(self.A.read()).astype("float32"))
-        layer.lora_kernel_b.assign(layout_of_b.to_variable(self.B.read()).astype("float32"))
+        layer.lora_kernel_a.assign(self.a)
+        layer.lora_kernel_b.assign(self.b)
 
 
 def _layouts(layer) -> tuple[Layout, Layout]:
@@ -118,11 +123,19 @@ def read_peft_adapter(
         names = exported_as(backbone_config)[0].names_for(backbone_config)
         pairs = _pairs(tensors, names)
         modules = _modules(layers, names, config.get("target_parameters") or ())
-        _check_modules(pairs, modules)
-        return {
-            modules[module]: _adapter(pair, modules[module], config, names)
-            for module, pair in pairs.items()
+        of_experts = _modules_of_experts(layers, names)
+        _check_modules(pairs, [*modules, *of_experts])
+        adapters = {
+            layer: _adapter(pairs[module], layer, config, names)
+            for module, parts in modules.items()
+            if module in pairs
+            for layer in parts
         }
+        for layer in dict.fromkeys(of_experts[m].layer for m in pairs if m in of_experts):
+            if layer in adapters:
+                raise ValueError(f"There are two adapters of {layer.path!r}.")
+            adapters[layer] = _adapter_of_experts(pairs, layer, of_experts, config)
+        return adapters
 
 
 def _check_sound(file, tensors: Mapping[str, StoredTensor]) -> None:
@@ -138,17 +151,14 @@ def module_name(layer, names: Names) -> str:
     return names.in_memory(f"{layer.path}/kernel")
 
 
-def _is_whole(layer, names: Names) -> bool:
-    """Whether transformers has a module, or a parameter, for this projection alone."""
-    return names.weight(f"{layer.path}/kernel")[0].parts == (1,)
-
-
 def _is_parameter(layer, names: Names) -> bool:
-    return names.weight(f"{layer.path}/kernel")[0].parameter is not None
+    return _weight(layer, names).parameter is not None
 
 
-def _modules(layers: Sequence[Any], names: Names, targets: Sequence[str]) -> dict[str, Any]:
+def _modules(layers: Sequence[Any], names: Names, targets: Sequence[str]) -> dict[str, list[Any]]:
     """The layers that `peft` may adapt, by what the names of their tensors begin with.
+
+    Several layers of one module are in the order of its rows.
 
     Args:
         layers: all projections.
@@ -157,12 +167,37 @@ def _modules(layers: Sequence[Any], names: Names, targets: Sequence[str]) -> dic
     """
     parameters = [module_name(layer, names) for layer in layers if _is_parameter(layer, names)]
     wrappers = _wrappers([name for name in parameters if _ends_with_one(name, targets)])
+    modules: dict[str, list[Any]] = collections.defaultdict(list)
+    for layer in sorted(layers, key=lambda layer: _weight(layer, names).part):
+        name = module_name(layer, names)
+        if name in wrappers or name not in parameters:
+            modules[wrappers.get(name, name)].append(layer)
+    return modules
+
+
+class OfExpert(NamedTuple):
+    """A module that is the matrix of one expert."""
+
+    layer: Any
+    expert: int
+    name: str  # as in files
+
+
+def _modules_of_experts(layers: Sequence[Any], names: Names) -> dict[str, OfExpert]:
+    """The modules of models that have one for each expert."""
     modules = {}
     for layer in layers:
-        name = module_name(layer, names)
-        if _is_whole(layer, names) and (name in wrappers or name not in parameters):
-            modules[wrappers.get(name, name)] = layer
+        weight, prefix = names.weight(f"{layer.path}/kernel")
+        if "{expert}" not in weight.name:
+            continue
+        for i in range(layer.num_experts):
+            name = prefix + weight.name.format(expert=i).removesuffix(".weight")
+            modules[names.renamed_name(name)] = OfExpert(layer, i, name)
     return modules
+
+
+def _weight(layer, names: Names) -> Weight:
+    return names.weight(f"{layer.path}/kernel")[0]
 
 
 def _ends_with_one(name: str, ends: Sequence[str]) -> bool:
@@ -247,31 +282,65 @@ def _pairs(tensors: Mapping[str, StoredTensor], names: Names) -> dict[str, dict[
     return pairs
 
 
-def _check_modules(pairs: Mapping[str, Any], modules: Mapping[str, Any]) -> None:
+def _check_modules(pairs: Mapping[str, Any], modules: Sequence[str]) -> None:
     unknown = [module for module in pairs if module not in modules]
     if unknown:
         raise ValueError(
             "The adapter is one of another architecture, or of modules that cannot be adapted "
-            f"here. Without a place: {_some(unknown)}. The model has: {_some(list(modules))}"
+            f"here. Without a place: {_some(unknown)}. The model has: {_some(modules)}"
         )
 
 
 def _adapter(pair: Mapping[str, StoredTensor], layer, config, names: Names) -> Adapter:
-    module = module_name(layer, names)
-    rank = _by_module(module, config.get("rank_pattern"), config.get("r", DEFAULT_RANK))
-    alpha = _by_module(module, config.get("alpha_pattern"), config.get("lora_alpha", DEFAULT_ALPHA))
+    module, weight = module_name(layer, names), _weight(layer, names)
+    rank, alpha = _rank_and_alpha(module, config)
+    factors = []
     for factor, layout, variable_shape in zip(
         "AB", _layouts(layer), layer.lora_shapes(rank), strict=True
     ):
-        shape = layout.file_shape(variable_shape)
-        if pair[factor].shape != shape:
-            raise ValueError(
-                f"The adapter is one of a model of another size. {module}.lora_{factor} has shape "
-                f"{pair[factor].shape}, and needs {shape} for rank {rank} in this model."
-            )
+        # Parts of a module share A, and each has its rows of B.
+        part, parts = (0, (1,)) if factor == "A" else (weight.part, weight.parts)
+        piece = Piece(weight._replace(layout=layout, part=part, parts=parts), module)
+        shape = piece.file_shape(variable_shape)
+        _check_shape(f"{module}.lora_{factor}", pair[factor], shape, rank)
+        factors.append(layout.to_variable(piece.of_file(pair[factor].read())).astype("float32"))
+    return Adapter(rank, alpha, *factors)
+
+
+def _adapter_of_experts(pairs, layer, of_experts: Mapping[str, OfExpert], config) -> Adapter:
+    """One of all experts, from those of each. To experts without one nothing is added."""
+    found = [m for m, of_expert in of_experts.items() if of_expert.layer is layer and m in pairs]
+    kinds = {_rank_and_alpha(of_experts[module].name, config) for module in found}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"The experts of {layer.path!r} must have one rank and one alpha. Received: "
+            f"{shortened(sorted(kinds))}"
+        )
+    rank, alpha = kinds.pop()
+    a, b = (np.zeros(shape, "float32") for shape in layer.lora_shapes(rank))
+    for module in found:
+        for factor, values in (("A", a), ("B", b)):
+            value = values[of_experts[module].expert]
+            tensor = pairs[module][factor]
+            _check_shape(f"{module}.lora_{factor}", tensor, value.T.shape, rank)
+            value[...] = tensor.read().T
+    return Adapter(rank, alpha, a, b)
+
+
+def _check_shape(name: str, tensor: StoredTensor, shape: tuple[int, ...], rank: int) -> None:
+    if tensor.shape != shape:
+        raise ValueError(
+            f"The adapter is one of a model of another size. {name} has shape {tensor.shape}, and "
+            f"needs {shape} for rank {rank} in this model."
+        )
+
+
+def _rank_and_alpha(module: str, config: Mapping[str, Any]) -> tuple[int, float]:
+    rank = _by_module(module, config.get("rank_pattern"), config.get("r", DEFAULT_RANK))
+    alpha = _by_module(module, config.get("alpha_pattern"), config.get("lora_alpha", DEFAULT_ALPHA))
     if config.get("use_rslora"):
         alpha = alpha * math.sqrt(rank)  # alpha / sqrt(rank) is the scale
-    return Adapter(rank, alpha, pair["A"], pair["B"])
+    return rank, alpha
 
 
 def _by_module(module: str, pattern: Mapping[str, Any] | None, default):
@@ -304,28 +373,27 @@ def write_peft_adapter(
         UserWarning: if out_proj is adapted, which `peft` refuses for most families.
 
     Raises:
-        ValueError: if no layer is adapted, for one that is a part of a module of transformers, and
-            for a folder with files in it.
+        ValueError: if no layer is adapted, and for a folder with files in it.
     """
     adapted = [layer for layer in layers if layer.lora_enabled]
     if not adapted:
         raise ValueError("There is no LoRA adapter to save. Call `backbone.enable_lora` first.")
     architecture = exported_as(backbone_config)[0]
     names = architecture.names_for(backbone_config)
-    for layer in adapted:
-        if not _is_whole(layer, names):
-            raise ValueError(
-                f"{layer.path!r} is a part of {module_name(layer, names)!r} in transformers, where "
-                "an adapter is one of the whole. Adapt other projections, or call "
-                "`backbone.merge_lora()` and export the model."
-            )
-    config = {**_config(layers, names), "base_model_name_or_path": base_model_name_or_path}
-    modules = _modules(adapted, names, [module_name(layer, names) for layer in adapted])
+    modules = _modules(layers, names, [module_name(layer, names) for layer in adapted])
+    joined = {
+        module: _joined(parts)
+        for module, parts in modules.items()
+        if any(layer.lora_enabled for layer in parts)
+    }
+    of_modules = {module_name(modules[m][0], names): adapter for m, adapter in joined.items()}
+    config = _config(of_modules, layers, names)
+    config["base_model_name_or_path"] = base_model_name_or_path
     weights = [
-        StoredWeight.of(variable, Weight(f"{PREFIX}{module}.lora_{factor}.weight", layout))
-        for module, layer in modules.items()
-        for factor, layout, variable in zip(
-            "AB", _layouts(layer), (layer.lora_kernel_a, layer.lora_kernel_b), strict=True
+        StoredArray(f"{PREFIX}{module}.lora_{factor}.weight", layout.to_file(value))
+        for module, adapter in joined.items()
+        for factor, layout, value in zip(
+            "AB", _layouts(modules[module][0]), (adapter.a, adapter.b), strict=True
         )
     ]
     with atomic_folder(folder) as temporary:
@@ -342,13 +410,46 @@ def write_peft_adapter(
         )
 
 
-def _config(layers: Sequence[Any], names: Names) -> dict[str, Any]:
+def _joined(parts: Sequence[Any]) -> Adapter:
+    """One adapter of a module whose rows are those of the layers in `parts`, one below another.
+
+    It adds the same as theirs. A is that of the layers if they share one, as after
+    `read_peft_adapter`. Otherwise the ranks are added, and each layer reads its own.
+    """
+    adapted = [layer for layer in parts if layer.lora_enabled]
+    first = adapted[0]
+    scales = {layer.lora_alpha / layer.lora_rank for layer in adapted}
+    factors = {layer: _factors(layer) for layer in adapted}
+    ranks = [layer.lora_rank for layer in adapted]
+    is_shared = all(np.array_equal(a, factors[first][0]) for a, _ in factors.values())
+    rank = ranks[0] if is_shared else sum(ranks)
+    # A scale of its own, which a part of a module cannot have, goes into B.
+    alpha = rank / first.lora_rank * first.lora_alpha if len(scales) == 1 else rank
+    columns, begin = [], 0
+    for layer in parts:
+        column = np.zeros(layer.lora_shapes(rank)[1], "float32")  # (... rank out)
+        if layer.lora_enabled:
+            factor = 1 if len(scales) == 1 else layer.lora_alpha / layer.lora_rank
+            column[..., begin : begin + layer.lora_rank, :] = factor * factors[layer][1]
+            begin += 0 if is_shared else layer.lora_rank
+        columns.append(column)
+    all_a = [a for a, _ in factors.values()]
+    a = all_a[0] if is_shared else np.concatenate(all_a, axis=-1)
+    return Adapter(rank, alpha, a, np.concatenate(columns, axis=-1))
+
+
+def _factors(layer) -> tuple[np.ndarray, np.ndarray]:
+    a, b = (v.value for v in (layer.lora_kernel_a, layer.lora_kernel_b))
+    return keras.ops.convert_to_numpy(a), keras.ops.convert_to_numpy(b)
+
+
+def _config(adapters: Mapping[str, Adapter], layers: Sequence[Any], names: Names) -> dict[str, Any]:
     """What `peft.LoraConfig` is to say: the commonest rank and alpha, and who differs."""
-    adapted = {module_name(layer, names): layer for layer in layers if layer.lora_enabled}
-    ranks = {module: layer.lora_rank for module, layer in adapted.items()}
-    alphas = {module: layer.lora_alpha for module, layer in adapted.items()}
+    ranks = {module: adapter.rank for module, adapter in adapters.items()}
+    alphas = {module: adapter.alpha for module, adapter in adapters.items()}
     rank, alpha = (collections.Counter(v.values()).most_common(1)[0][0] for v in (ranks, alphas))
-    parameters = [name for name, layer in adapted.items() if _is_parameter(layer, names)]
+    in_parameters = {module_name(layer, names) for layer in layers if _is_parameter(layer, names)}
+    parameters = [module for module in adapters if module in in_parameters]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -359,7 +460,7 @@ def _config(layers: Sequence[Any], names: Names) -> dict[str, Any]:
         "lora_alpha": alpha,
         "rank_pattern": {m: value for m, value in ranks.items() if value != rank},
         "alpha_pattern": {m: value for m, value in alphas.items() if value != alpha},
-        "target_modules": _targets([m for m in adapted if m not in parameters], layers, names),
+        "target_modules": _targets([m for m in adapters if m not in parameters], layers, names),
         # With the name of their module: `experts.down_proj`.
         "target_parameters": _targets(parameters, layers, names, parts=2) or None,
     }

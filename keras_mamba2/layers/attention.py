@@ -20,6 +20,8 @@ from keras_mamba2.layers.sublayer import StateTensor
 from keras_mamba2.layers.sublayer import Sublayer
 from keras_mamba2.ops import causal_conv1d
 from keras_mamba2.ops import causal_conv1d_step
+from keras_mamba2.ops.attention import Past
+from keras_mamba2.ops.attention import attend
 from keras_mamba2.ops.causal_conv import causal_conv1d_commit
 from keras_mamba2.ops.causal_conv import causal_conv1d_extend
 from keras_mamba2.ops.checks import float32_at_least
@@ -232,16 +234,16 @@ class Attention(Sublayer):
 
     def call_with_state(self, x, state: AttentionState | None = None, mask=None, segment_ids=None):
         b, t = ops.shape(x)[:2]
-        state = self.initial_state(b, t) if state is None else state
+        is_first, state = state is None, self.initial_state(b, t) if state is None else state
         documents = documents_of(x, mask, segment_ids, state.length)
         qkv, conv_state = self._project(x, state.conv, mask, segment_ids)
         q, k, v = self._heads(qkv, documents.positions)
         q = ops.reshape(q, (b, t, self.num_key_value_heads, -1, self.head_dim))
         k, v = self._stored(k), self._stored(v)
-        filled = ops.arange(_places(state.keys)) < state.length[:, None]  # (b c)
-        before = filled[:, None] & documents.continues[..., None]  # (b t c)
-        seen = ops.broadcast_to(_sees(mask, segment_ids, t) | ops.eye(t, dtype="bool"), (b, t, t))
-        y = self._attend(q, (state.keys, k), (state.values, v), (before, seen))
+        seen = _sees(mask, segment_ids, t) | ops.eye(t, dtype="bool")
+        past = Past(state.keys, state.values, state.length, documents.continues)
+        past = None if is_first else past
+        y = attend(q, k, v, seen, self._scale, past, is_causal=True)
         keys, values = _append(state.keys, k, documents), _append(state.values, v, documents)
         state = AttentionState(keys, values, documents.after + documents.new, conv_state)
         return self.output_projection(_nan_without_room(self._joined(y), state)), state
@@ -276,11 +278,9 @@ class Attention(Sublayer):
         q = ops.reshape(q, (b, t, self.num_key_value_heads, -1, self.head_dim))
         keys = _put_in_chunk(chunk.keys, self._stored(k), start)
         values = _put_in_chunk(chunk.values, self._stored(v), start)
-        c, size = _places(state.keys), _places(keys)
-        before = (ops.arange(c) < state.length[:, None])[:, None]  # (b 1 c)
-        seen = place[:, None] >= ops.arange(size)  # (t q)
-        is_seen = ops.broadcast_to(before, (b, t, c)), ops.broadcast_to(seen, (b, t, size))
-        y = self._attend(q, (state.keys, keys), (state.values, values), is_seen)
+        seen = place[:, None] >= ops.arange(_places(keys))  # (t q)
+        past = Past(state.keys, state.values, state.length, ops.ones((b, t), "bool"))
+        y = attend(q, keys, values, seen[None], self._scale, past)
         y = _nan_without_room(self._joined(y), state)
         return self.output_projection(y), AttentionChunk(keys, values, inputs)
 
@@ -401,20 +401,6 @@ class Attention(Sublayer):
         if self.key_value_dtype is None:
             return stored
         return ops.cast(restored(stored, "float32"), self.compute_dtype)
-
-    def _attend(self, q, keys, values, seen):
-        """Outputs `(b t g r p)`, from two parts of keys, of values, and of what is seen of them."""
-        scores = [ops.einsum("btgrp,bgcp->bgrtc", q, self._read(k)) for k in keys]
-        weights = self._softmax(
-            ops.concatenate(scores, axis=-1), ops.concatenate(seen, axis=-1)[:, None, None]
-        )
-        c = scores[0].shape[-1]
-        parts = weights[..., :c], weights[..., c:]
-        first, second = (
-            ops.einsum("bgrtc,bgcp->btgrp", part, self._read(v))
-            for part, v in zip(parts, values, strict=True)
-        )
-        return first + second
 
     def _softmax(self, scores, seen):
         scores = ops.cast(scores, float32_at_least(self.compute_dtype)) * self._scale
