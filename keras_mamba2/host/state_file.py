@@ -133,9 +133,9 @@ def checksum(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> 
         stored = np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8)
         rows, rest = np.split(stored, [stored.size - stored.size % ROW_BYTES])
         words = rows.view("<u8").reshape(-1, ROW_BYTES // 8)
-        digest.update(words.sum(axis=1))
-        digest.update(words.sum(axis=0))
-        digest.update(rest)
+        digest.update(words.sum(axis=1).data)
+        digest.update(words.sum(axis=0).data)
+        digest.update(rest.data)
     return digest.hexdigest()
 
 

@@ -17,12 +17,15 @@ from keras import ops
 from keras import tree
 
 from keras_mamba2.ops.checks import float32_at_least
+from keras_mamba2.ops.platform import platform
 from keras_mamba2.ops.rounding import Rounded
 from keras_mamba2.ops.rounding import restored
 
 # Of the past so many keys are read at once. On two CPU cores, a block of 512 tokens with 8 heads of
 # 64, the room 4096 and 3584 in it: 77 / 68 / 74 ms at 128 / 256 / 512, and 211 with all at once.
 PAST_PART = 256
+# On a GPU the host waits to decide whether a part is read: fewer parts.
+PAST_PART_ON_GPU = 2048
 # A sequence is cut into parts of at least so many queries, and into at most so many parts.
 LEAST_QUERIES, MOST_PARTS = 128, 8
 UNSEEN = -1e30
@@ -92,7 +95,7 @@ def _nothing_read(q) -> Softmax:
 
 def _with_past(so_far: Softmax, q, past: Past, scale: float) -> Softmax:
     c = tree.flatten(past.keys)[0].shape[2]
-    size = min(PAST_PART, c)
+    size = min(_past_part(), c)
 
     def read_part(so_far, i):
         start = ops.minimum(i * size, c - size)  # the last part may begin inside the one before
@@ -111,6 +114,11 @@ def _with_past(so_far: Softmax, q, past: Past, scale: float) -> Softmax:
         return ops.cond(is_filled, lambda: read_part(so_far, i), lambda: so_far), None
 
     return ops.scan(step, so_far, ops.arange(-(-c // size), dtype="int32"))[0]
+
+
+def _past_part() -> int:
+    on_gpu = keras.config.backend() == "jax" and platform() in ("gpu", "cuda", "rocm")
+    return PAST_PART_ON_GPU if on_gpu else PAST_PART
 
 
 def _with_more(so_far: Softmax, q, keys, values, seen, scale: float) -> Softmax:
