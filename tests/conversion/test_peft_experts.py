@@ -85,6 +85,7 @@ def logits_of(lm):
     return np.asarray(jax.jit(lm.stateless_call)(*values, inputs)[0], np.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_an_adapter_of_peft_and_back(case, folders, tmp_path):
     name, fields = CASES[case]

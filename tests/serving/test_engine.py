@@ -160,6 +160,7 @@ class TestTokens:
         assert again.request.cached_tokens > 190
 
 
+@pytest.mark.slow
 def test_states_in_bfloat16_are_what_they_are_alone(preset_folder):
     lm = keras_mamba2.Mamba2CausalLM.from_preset(str(preset_folder), state_dtype="bfloat16")
     lm.compile(sampler="greedy")

@@ -125,6 +125,7 @@ def test_the_file_of_a_state_belongs_to_quantized_weights(lm, folder, tmp_path):
         keras_mamba2.Mamba2State.load(tmp_path / "state", plain.backbone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "dtype"), [("int4", "bfloat16"), ("gptq", "mixed_bfloat16")])
 def test_a_loaded_model_keeps_its_dtype(folder, tmp_path, mode, dtype):
     lm = quantized(folder, mode, dtype)
