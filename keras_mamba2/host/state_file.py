@@ -18,7 +18,7 @@ from keras_mamba2.untrusted import some
 FILE_VERSION = "4"
 # What a state holds beside its layers, int32 `(b)` each.
 COUNTS = ("token", "length", "digest")
-ROW_BYTES = 4096  # of a checksum
+ROW_BYTES = 2048  # of a checksum
 METADATA = ("version", "model", "fingerprint", "text", "checksum")
 
 
@@ -122,8 +122,9 @@ def stored_dtype(spec: TensorSpec) -> str:
 def checksum(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
     """Of all that a file of a state holds: names, shapes and numbers, and the texts beside them.
 
-    It finds damage, not intent. Numbers are added up, by rows and by columns of what they are in
-    memory, and the sums are hashed: to hash all of them takes twenty times as long.
+    It finds damage, not intent: flipped bits, and pieces that are cut, moved or overwritten.
+    Numbers are added up in rows of bytes, and the sums are hashed: to hash all of them takes 15
+    times as long. Two changes that cancel each other in one row are not found.
     """
     digest = hashlib.sha256()
     texts = {key: text for key, text in metadata.items() if key != "checksum"}
@@ -132,9 +133,7 @@ def checksum(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> 
     for name in sorted(tensors):
         stored = np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8)
         rows, rest = np.split(stored, [stored.size - stored.size % ROW_BYTES])
-        words = rows.view("<u8").reshape(-1, ROW_BYTES // 8)
-        digest.update(words.sum(axis=1).data)
-        digest.update(words.sum(axis=0).data)
+        digest.update(rows.view("<u8").reshape(-1, ROW_BYTES // 8).sum(axis=1).data)
         digest.update(rest.data)
     return digest.hexdigest()
 

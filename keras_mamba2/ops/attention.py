@@ -95,7 +95,7 @@ def _nothing_read(q) -> Softmax:
 
 def _with_past(so_far: Softmax, q, past: Past, scale: float) -> Softmax:
     c = tree.flatten(past.keys)[0].shape[2]
-    size = min(_past_part(), c)
+    size = _past_part(c)
 
     def read_part(so_far, i):
         start = ops.minimum(i * size, c - size)  # the last part may begin inside the one before
@@ -116,9 +116,11 @@ def _with_past(so_far: Softmax, q, past: Past, scale: float) -> Softmax:
     return ops.scan(step, so_far, ops.arange(-(-c // size), dtype="int32"))[0]
 
 
-def _past_part() -> int:
+def _past_part(c):
+    if not isinstance(c, int):
+        return c  # an exported program is for any room, and reads all of it
     on_gpu = keras.config.backend() == "jax" and platform() in ("gpu", "cuda", "rocm")
-    return PAST_PART_ON_GPU if on_gpu else PAST_PART
+    return min(PAST_PART_ON_GPU if on_gpu else PAST_PART, c)
 
 
 def _with_more(so_far: Softmax, q, keys, values, seen, scale: float) -> Softmax:
