@@ -196,7 +196,8 @@ def report():
     for name in STEP_SIZES:
         cells = [f"{found['error'][f'{way}, {name}']:.1e}" for way in WAYS]
         lines.append(f"| error after 100,000 tokens, {name} | {' | '.join(cells)} |")
-    cells = [f"{found['perplexity'][way]:.5f}" for way in WAYS]
+    losses = found["perplexity"]
+    cells = [f"{losses[way]:.5f}" if way in losses else "" for way in WAYS]
     lines.append(f"| loss of the embedded preset, nats a character | {' | '.join(cells)} |")
     for steps in dict.fromkeys(key.split(", ")[1] for key in found["tpu"]):
         cells = [f"{found['tpu'][f'{dtype}, {steps}']:.1f}" for dtype in ("float32", "bfloat16")]
