@@ -60,28 +60,6 @@ class StoredWeight(NamedTuple):
         return tensor.reshape(-1).view(np.uint8)
 
 
-class StoredArray(NamedTuple):
-    """A tensor of a file, as it is there."""
-
-    name: str
-    value: np.ndarray
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.value.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.value.dtype
-
-    @property
-    def size(self) -> int:
-        return self.value.nbytes
-
-    def bytes(self) -> np.ndarray:
-        return np.ascontiguousarray(self.value).reshape(-1).view(np.uint8)
-
-
 def export_to_transformers(
     backbone,
     tokenizer,
@@ -172,7 +150,7 @@ def _shards(weights: Sequence[StoredWeight], shard_bytes: int) -> list[list[Stor
     return shards
 
 
-def write_safetensors(file: pathlib.Path, weights: Sequence[StoredWeight | StoredArray]) -> None:
+def write_safetensors(file: pathlib.Path, weights: Sequence[StoredWeight]) -> None:
     """Writes one safetensors file, one tensor in memory at a time."""
     header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -24,8 +24,6 @@ import numpy as np
 from keras_mamba2.atomic_files import atomic_folder
 from keras_mamba2.conversion.architectures import exported_as
 from keras_mamba2.conversion.config import errors_naming
-from keras_mamba2.conversion.export import StoredArray
-from keras_mamba2.conversion.export import write_safetensors
 from keras_mamba2.conversion.names import LINEAR
 from keras_mamba2.conversion.names import Layout
 from keras_mamba2.conversion.names import Names
@@ -375,6 +373,8 @@ def write_peft_adapter(
     Raises:
         ValueError: if no layer is adapted, and for a folder with files in it.
     """
+    from safetensors.numpy import save_file
+
     adapted = [layer for layer in layers if layer.lora_enabled]
     if not adapted:
         raise ValueError("There is no LoRA adapter to save. Call `backbone.enable_lora` first.")
@@ -389,17 +389,17 @@ def write_peft_adapter(
     of_modules = {module_name(modules[m][0], names): adapter for m, adapter in joined.items()}
     config = _config(of_modules, layers, names)
     config["base_model_name_or_path"] = base_model_name_or_path
-    weights = [
-        StoredArray(f"{PREFIX}{module}.lora_{factor}.weight", layout.to_file(value))
+    weights = {
+        f"{PREFIX}{module}.lora_{factor}.weight": np.ascontiguousarray(layout.to_file(value))
         for module, adapter in joined.items()
         for factor, layout, value in zip(
             "AB", _layouts(modules[module][0]), (adapter.a, adapter.b), strict=True
         )
-    ]
+    }
     with atomic_folder(folder) as temporary:
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (temporary / ADAPTER_CONFIG_FILE).write_text(text, "utf-8")
-        write_safetensors(temporary / ADAPTER_WEIGHTS[0], weights)
+        save_file(weights, temporary / ADAPTER_WEIGHTS[0], {"format": "pt"})
     refused = architecture.model_type in FUSED
     if refused and any(layer.name == "out_proj" for layer in adapted):
         warnings.warn(

@@ -49,7 +49,7 @@ def test_products(shape, layout, dtype):
 @pytest.mark.parametrize("layout", ["de", "ed"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_a_row_is_not_rounded(dtype, layout, d):
-    """Nor are sums, whether a matrix of this size has a product for one row or not."""
+    """Nor are sums. A matrix that divides into no equal parts is left to `matmul`."""
     x, exact_x = rounded((1, 1, d), "float32")
     shape = (d, 7) if layout == "de" else (7, d)
     kernel, exact_kernel = rounded(shape, "bfloat16")
