@@ -1,6 +1,7 @@
 """Makes tables and plots of what `python -m benchmarks` measured: `python -m benchmarks.report`.
 
-A figure is the median over the rounds, a ratio the median of the ratios within the rounds.
+A figure is the median over the rounds, with [least, most] where they differ; a ratio is the median
+of the ratios within the rounds.
 """
 
 import json
@@ -106,7 +107,11 @@ def summarize(results: dict[str, Any]) -> dict[str, Any]:
             ]
             if figures:
                 better = median(ratios) if ratios and direction and subject != OURS else None
-                summary[subject][key] = {"median": median(figures), "times_better": better}
+                summary[subject][key] = {
+                    "median": median(figures),
+                    "range": [min(figures), max(figures)],
+                    "times_better": better,
+                }
     return summary
 
 
@@ -151,8 +156,14 @@ def cell(results: dict[str, Any], subject: str, row: Row) -> str:
     if found is None:
         states = {state for r in results["rounds"] for state in r.get(subject, {})}
         return next((state for state in ("failed", "absent") if state in states), "")
-    text = f"{found['median']:.0%}" if row.ceiling else number(found["median"])
+    text = share(found["median"]) if row.ceiling else number(found["median"])
+    lowest, highest = map(share if row.ceiling else number, found["range"])
+    text += f" [{lowest}, {highest}]" if lowest != highest else ""
     return text + (f" ({number(found['times_better'])}x)" if found["times_better"] else "")
+
+
+def share(value: float) -> str:
+    return f"{value:.0%}"
 
 
 def number(value: float) -> str:

@@ -55,6 +55,8 @@ def measure_rounds(
 ) -> list[str]:
     """Measures subjects by turns, writes what they report to `path`, and returns who failed.
 
+    The longest prompts, which take minutes, are measured in the first round only.
+
     Args:
         path: of a JSON file.
         workload: what is measured.
@@ -65,17 +67,18 @@ def measure_rounds(
         weights: a folder of `checkpoint.py`; by default each subject has random weights of its own.
     """
     options = [f"--batch-size={b}" for b in batch_sizes]
-    options += ["--changes", json.dumps(asdict(workload))]
     options += [] if weights is None else [f"--weights={weights}"]
+    changes = [json.dumps(asdict(workload)), json.dumps(asdict(workload.without_longest()))]
     results = describe_run() | {"workload": asdict(workload), "batch_sizes": list(batch_sizes)}
     results["rounds"] = [{} for _ in range(rounds)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    plan = [(found, name) for found in results["rounds"] for name in subjects]
-    for found, name in (progress := tqdm(plan, unit="subject")):
+    plan = [(i, name) for i in range(rounds) for name in subjects]
+    for i, name in (progress := tqdm(plan, unit="subject")):
         progress.set_postfix_str(name)
         platform = {"JAX_PLATFORMS": JAX_PLATFORMS[workload.platform]}
         environment = ENVIRONMENT | platform | (environments or {}).get(name, {})
-        found[name] = run_subject([subjects[name], *options], environment)
+        arguments = [subjects[name], *options, "--changes", changes[i > 0]]
+        results["rounds"][i][name] = run_subject(arguments, environment)
         path.write_text(json.dumps(results, indent=2) + "\n")
     return sorted({n for found in results["rounds"] for n in found if "failed" in found[n]})
 

@@ -8,6 +8,8 @@ from typing import Any
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "Q8_0": 34 / 32}
 QUANTIZED = ("int8", "Q8_0")  # these have the matrices only
 FLOAT32_BYTES = 4
+LONG_PROMPT = 2048  # a longer one is measured once
+LONG_CONTEXT = 16384
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,14 @@ class Workload:
         names = ("vocabulary_size", "num_layers", "hidden_dim", "state_dim", "head_dim")
         sizes = {name: getattr(self, name) for name in (*names, "conv_kernel_size")}
         return sizes | {"dtype": self._small_dtype}
+
+    def without_longest(self) -> "Workload":
+        """For the rounds after the first."""
+        return replace(
+            self,
+            prefill_tokens=tuple(t for t in self.prefill_tokens if t <= LONG_PROMPT),
+            long_contexts=tuple(t for t in self.long_contexts if t <= LONG_CONTEXT),
+        )
 
     def decode_bytes(self, batch_size: int) -> int:
         """What one step has to move: every weight is read, every state read and written."""
