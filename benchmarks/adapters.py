@@ -145,7 +145,7 @@ class MambaSSM(Torch):
 
     packages = ("torch", "mamba_ssm")
     max_tokens = 2**20  # it sizes nothing in a model without attention
-    graphs = None
+    graphs = None  # its state has as many rows as the first prompts that it was made for
 
     def create_model(self, workload: Workload, folder: Path | None):
         config = import_module("mamba_ssm.models.config_mamba").MambaConfig(
@@ -165,11 +165,10 @@ class MambaSSM(Torch):
 
     def first_token(self, token_ids):
         b, t = token_ids.shape
-        generation, graphs = (
-            import_module("mamba_ssm.utils.generation"),
-            getattr(self, "graphs", None),
-        )
-        self.graphs = generation.update_graph_cache(self.model, graphs, b, t, self.max_tokens)
+        if self.graphs is not None and self.graphs.max_batch_size != b:
+            self.graphs = None
+        generation = import_module("mamba_ssm.utils.generation")
+        self.graphs = generation.update_graph_cache(self.model, self.graphs, b, t, self.max_tokens)
         state = self.graphs.inference_params
         state.reset(self.max_tokens, b)
         output = self.model(token_ids, inference_params=state, num_last_tokens=1)

@@ -19,6 +19,7 @@ from keras_mamba2.generation.picking import needs_history
 from keras_mamba2.generation.picking import picks_tokens
 from keras_mamba2.generation.picking import run_seed
 from keras_mamba2.generation.picking import sampling_of
+from keras_mamba2.generation.prefill import default_block_sizes
 from keras_mamba2.generation.prefill import prefill_block
 from keras_mamba2.generation.prefill import prefill_row
 from keras_mamba2.generation.programs import compiled
@@ -75,7 +76,8 @@ class Generator:
     # For `Decoding`.
     to_numpy = staticmethod(ops.convert_to_numpy)
     decode_capacity = DECODE_CAPACITY
-    block_sizes = BLOCK_SIZES
+    # Of the blocks that prompts are read in; `None` for what is fast on the platform.
+    block_sizes: tuple[int, ...] | None = None
 
     def __init__(self, model, steps_a_write: int | None = None):
         self.model = model
@@ -206,7 +208,11 @@ class Generator:
 
     def _feed(self, state: Mamba2State, prompts: list[np.ndarray]) -> Mamba2State:
         """The state after all tokens of `prompts`. `state` cannot be used any more."""
-        return feed(state, prompts, self._prefill_block, self._prefill_row, sizes=self.block_sizes)
+        sizes = self._block_sizes(len(prompts))
+        return feed(state, prompts, self._prefill_block, self._prefill_row, sizes)
+
+    def _block_sizes(self, batch_size: int) -> tuple[int, ...]:
+        return self.block_sizes or default_block_sizes(batch_size)
 
     def start(
         self,
@@ -387,7 +393,8 @@ class Generator:
         """
         like, token = np.zeros(batch_size, "int8"), np.zeros(1, "int32")
         rooms = {tuple(self._room([np.zeros(n)]).items()): n for n in prompt_lengths}
-        sizes = {size for n in prompt_lengths for size in block_sizes(n - 1, self.block_sizes)}
+        of_blocks = self._block_sizes(batch_size)
+        sizes = {size for n in prompt_lengths for size in block_sizes(n - 1, of_blocks)}
 
         def prefill(room, size: int) -> None:
             block = np.zeros((batch_size, size), "int32"), np.ones((batch_size, size), bool)

@@ -88,12 +88,14 @@ def _jitted(model, function, donate, static, assigned, read):
     def variables():
         return [*model_variables(model), *read(), *assigned]
 
-    @functools.partial(jax.jit, donate_argnums=(1,) if donate else (), static_argnames=static)
-    def program(values, first, args, **kwargs):
+    def run(values, first, args, **kwargs):
         mapping = list(zip(variables(), values, strict=True))
         with keras.StatelessScope(state_mapping=mapping) as scope:
             result = function(first, *args, **kwargs)
         return result, [scope.get_current_value(v) for v in assigned]
+
+    run.__name__ = function.__name__  # which profiles and XLA's dumps show
+    program = jax.jit(run, donate_argnums=(1,) if donate else (), static_argnames=static)
 
     @functools.wraps(function)
     def call(first, *args, **kwargs):

@@ -17,7 +17,7 @@ from keras import ops
 from keras import tree
 
 from keras_mamba2.ops.checks import float32_at_least
-from keras_mamba2.ops.platform import platform
+from keras_mamba2.ops.platform import on_gpu
 from keras_mamba2.ops.rounding import Rounded
 from keras_mamba2.ops.rounding import restored
 
@@ -119,8 +119,7 @@ def _with_past(so_far: Softmax, q, past: Past, scale: float) -> Softmax:
 def _past_part(c):
     if not isinstance(c, int):
         return c  # an exported program is for any room, and reads all of it
-    on_gpu = keras.config.backend() == "jax" and platform() in ("gpu", "cuda", "rocm")
-    return min(PAST_PART_ON_GPU if on_gpu else PAST_PART, c)
+    return min(PAST_PART_ON_GPU if on_gpu() else PAST_PART, c)
 
 
 def _with_more(so_far: Softmax, q, keys, values, seen, scale: float) -> Softmax:

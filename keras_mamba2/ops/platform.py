@@ -4,6 +4,8 @@ import contextlib
 import contextvars
 from collections.abc import Iterator
 
+import keras
+
 _platform = contextvars.ContextVar[str | None]("platform", default=None)
 
 
@@ -12,6 +14,11 @@ def platform() -> str:
     import jax
 
     return _platform.get() or jax.default_backend()
+
+
+def on_gpu() -> bool:
+    """Whether programs of JAX are traced for a GPU."""
+    return keras.config.backend() == "jax" and platform() in ("gpu", "cuda", "rocm")
 
 
 @contextlib.contextmanager

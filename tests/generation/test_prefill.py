@@ -2,10 +2,12 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from keras_mamba2.generation.prefill import default_block_sizes
 from keras_mamba2.host.blocks import BLOCK_SIZES
 from keras_mamba2.host.blocks import WEIGHTS_AS_TOKENS
 from keras_mamba2.host.blocks import block_sizes
 from keras_mamba2.host.blocks import blocks
+from keras_mamba2.ops.platform import compiling_for
 
 
 def cost(sizes):
@@ -38,3 +40,13 @@ def test_masked_blocks_hold_every_token_of_every_prompt_in_order(lengths):
             row.extend(ids[mask])
     for row, prompt in zip(seen, prompts, strict=True):
         np.testing.assert_array_equal(row, prompt)
+
+
+def test_blocks_are_longer_on_a_gpu_for_few_rows():
+    assert default_block_sizes(1) == BLOCK_SIZES
+    for name in ("gpu", "cuda", "rocm"):
+        with compiling_for(name):
+            assert default_block_sizes(8) == (2048, *BLOCK_SIZES)
+            assert default_block_sizes(9) == BLOCK_SIZES
+    with compiling_for("tpu"):
+        assert default_block_sizes(1) == BLOCK_SIZES
