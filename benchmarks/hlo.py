@@ -44,12 +44,6 @@ class Instruction(NamedTuple):
     def called(self) -> list[str]:
         return re.findall(r"%([\w.\-]+)", " ".join(CALLED.findall(self.attributes)))
 
-    @property
-    def trips(self) -> int:
-        """How often a loop runs, 1 where the compiler does not know it."""
-        found = re.search(r"known_trip_count\W+n\W+(\d+)", self.attributes)
-        return int(found[1]) if found else 1
-
 
 class Computation(dict[str, Instruction]):
     """Instructions by name, in their order."""
@@ -83,9 +77,22 @@ class Module:
             if instruction.opcode in FLOW:
                 for called in instruction.called:
                     for where, inner, times in self.walk(called):
-                        yield where, inner, times * instruction.trips
+                        yield where, inner, times * self.trips(instruction)
             if instruction.opcode not in NAMES | FLOW - {"while"}:
                 yield computation, instruction, 1
+
+    def trips(self, loop: Instruction) -> int:
+        """How often a loop runs, 1 where the program does not say it."""
+        if found := re.search(r"known_trip_count\W+n\W+(\d+)", loop.attributes):
+            return int(found[1])
+        # A loop of JAX that counts from 0 goes on while `i < n`.
+        if found := re.search(r"condition=%([\w.\-]+)", loop.attributes):
+            condition = self.computations[found[1]]
+            root = condition[condition.root]
+            for operand in root.operands if "direction=LT" in root.attributes else ():
+                if condition[operand].opcode == "constant":
+                    return int(condition[operand].attributes.partition(")")[0])
+        return 1
 
     def loops(self) -> list[Instruction]:
         return [i for _, i, _ in self.walk(self.entry) if i.opcode == "while"]

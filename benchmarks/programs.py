@@ -25,7 +25,7 @@ Place = Callable[..., jax.ShapeDtypeStruct]  # (shape, dtype) -> argument
 
 
 def abstract_model(
-    workload: Workload, quantization: str | None = None, **arguments
+    workload: Workload, quantization: str | None = None, stacked: bool = False, **arguments
 ) -> Mamba2CausalLM:
     """A model whose variables have shapes and no values: 2.7B would not fit everywhere."""
     arguments = {**workload.model, "chunk_size": workload.chunk_size, **arguments}
@@ -35,6 +35,8 @@ def abstract_model(
         backbone = Mamba2Backbone(**arguments)
     lm = Mamba2CausalLM(backbone)
     lm.compile(sampler="greedy")
+    if stacked:
+        lm.stack_blocks()
     return lm
 
 

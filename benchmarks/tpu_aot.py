@@ -178,7 +178,7 @@ def describe(traced: Traced, in_loop: bool) -> dict[str, Any]:
     seconds = time.perf_counter() - begun
     cost, memory = program.cost_analysis(), program.memory_analysis()
     loops = module.loops()
-    part = loops[0].called[0] if in_loop else module.entry
+    part = loops[-1].called[0] if in_loop else module.entry  # the outer one of several
     traffic = module.traffic(part)
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes

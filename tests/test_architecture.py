@@ -150,8 +150,9 @@ def test_the_tokenizer_needs_no_jax(path):
 
 @pytest.mark.parametrize("path", FILES, ids=of)
 def test_programs_are_compiled_under_generation_only(path):
-    """And exported ones, the loop of an operation for eager calls, and models without values."""
-    if not is_in(module_of(path), ["generation", "portable", "ops.ssd_jax", "conversion.deferred"]):
+    """And exported ones, loops of an operation and over blocks, and models without values."""
+    others = ["portable", "ops.ssd_jax", "models.stacked_blocks", "conversion.deferred"]
+    if not is_in(module_of(path), ["generation", *others]):
         assert not uses(path, ["jax.jit", "StatelessScope"])
 
 

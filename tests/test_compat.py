@@ -97,6 +97,22 @@ def test_initialize_deferred(without_value):
         part("keras_variables").initialize_deferred(without_value)
 
 
+def test_take_value():
+    variable = keras.Variable([1.0, 2.0])
+    part("keras_variables").take_value(variable, "it is gone")
+    assert not part("keras_variables").has_value(variable)
+    ways = [
+        lambda: variable.value,
+        lambda: variable.numpy(),
+        lambda: variable + 1,
+        lambda: variable.assign([3.0, 4.0]),
+        lambda: part("keras_variables").initialize(variable, [3.0, 4.0]),
+    ]
+    for way in ways:
+        with pytest.raises(ValueError, match="it is gone"):
+            way()
+
+
 def test_pending_initializations():
     pending = part("keras_variables").pending_initializations
     assert not pending()

@@ -33,6 +33,20 @@ def initialize(variable: keras.Variable, value) -> None:
     variable._initializer = None
 
 
+def take_value(variable: keras.Variable, why: str) -> None:
+    """Leaves `variable` without its value; to read it or to set one raises `ValueError(why)`.
+
+    `_value`, `_initializer`, which draws a value where there is none, `_initialize` and
+    `_direct_assign`. Written for Keras 3.15.
+    """
+
+    def refuse(*args, **kwargs):
+        raise ValueError(why)
+
+    variable._value = None
+    variable._initializer = variable._initialize = variable._direct_assign = refuse
+
+
 def initialize_deferred(variable: keras.Variable) -> None:
     """Gives `variable`, which has no value, the one that its initializer draws.
 

@@ -62,6 +62,7 @@ def decode(
         `(b capacity)`, or `(b 0)`; `likely` a `Likely`.
     """
     b = ops.shape(rows.remaining)[0]
+    rows = rows._replace(state=model.backbone.in_loop(rows.state))
     written = [
         ops.full((b, capacity), NO_TOKEN, dtype="int32"),
         ops.zeros((b, capacity if with_logprobs else 0), "float32"),
@@ -140,7 +141,9 @@ def decode(
     loop_vars = (start, tree.flatten(rows), written)
     body = one_step if steps_a_write == 1 else several_steps
     _, leaves, (tokens, logprobs, *likely) = ops.while_loop(keep_going, body, loop_vars)
-    return tree.pack_sequence_as(rows, leaves), tokens, logprobs, Likely(*likely)
+    rows = tree.pack_sequence_as(rows, leaves)
+    rows = rows._replace(state=model.backbone.after_loop(rows.state))
+    return rows, tokens, logprobs, Likely(*likely)
 
 
 def default_steps_a_write(batch_size: int) -> int:
@@ -209,4 +212,6 @@ def if_asked(asked, compute, zeros):
 def model_variables(model) -> list[keras.Variable]:
     """The variables that generation reads: all but those of the optimizer and the metrics."""
     # One walk over all layers, at every call of a program: a list of either kind takes one too.
-    return sorted(model.variables, key=lambda variable: not variable.trainable)
+    variables = sorted(model.variables, key=lambda variable: not variable.trainable)
+    stacked = model.backbone.stacked
+    return variables if stacked is None else stacked.in_place_of_theirs(variables)

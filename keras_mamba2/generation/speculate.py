@@ -65,6 +65,7 @@ def speculate(
     """
     b = ops.shape(rows.remaining)[0]
     t = num_tokens + 1
+    rows = rows._replace(state=model.backbone.in_loop(rows.state))
     one_round = inside_loop(
         [*model_variables(model), *proposer.variables],
         lambda now: _round(model, sampler, proposer, now, num_tokens),
@@ -89,6 +90,7 @@ def speculate(
         return i + 1, rows, tokens, logprobs, length + count, outcome
 
     _, rows, tokens, logprobs, _, outcome = ops.while_loop(keep_going, body, loop_vars)
+    rows = rows._replace(state=model.backbone.after_loop(rows.state))
     return rows, tokens, logprobs, outcome
 
 

@@ -11,6 +11,7 @@ from keras_mamba2._compat.keras_layers import flatten_layers
 from keras_mamba2._compat.keras_layers import untrack_variable
 from keras_mamba2.layers.experts_projection import AnyProjection
 from keras_mamba2.layers.projection import LORA_MODES
+from keras_mamba2.models.stacked_blocks import check_apart
 
 
 def projections(backbone) -> list[AnyProjection]:
@@ -46,6 +47,7 @@ def enable(backbone, adapters: Mapping[AnyProjection, tuple[int, float]]) -> Non
         ValueError: before anything changes, if there are adapters already, or for a layer that
             is quantized in a mode that Keras does not train adapters on.
     """
+    check_apart(backbone)
     if adapted_projections(backbone):
         raise ValueError(
             "LoRA is enabled already. `merge_lora()` makes the adapters part of the weights."

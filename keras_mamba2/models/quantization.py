@@ -12,6 +12,7 @@ from keras_mamba2.layers.projection import CALIBRATED_MODES
 from keras_mamba2.layers.projection import Projection
 from keras_mamba2.layers.reversible_embedding import ReversibleEmbedding
 from keras_mamba2.models.lora import projections
+from keras_mamba2.models.stacked_blocks import check_apart
 
 # Keras 3.15 corrects errors in blocks of so many inputs, and starts a new group with each.
 GPTQ_BLOCK_SIZE = 128
@@ -41,9 +42,11 @@ def check(backbone, config) -> None:
     """Raises for what Keras finds out when the model is half quantized.
 
     Raises:
-        ValueError: for GPTQ and AWQ without data or tokenizer, or of blocks that Keras cannot run
-            alone, and GPTQ with weights that are not float32, or groups that Keras cannot count.
+        ValueError: for stacked blocks, GPTQ and AWQ without data or tokenizer, or of blocks that
+            Keras cannot run alone, and GPTQ with weights that are not float32, or groups that Keras
+            cannot count.
     """
+    check_apart(backbone)
     CONFIG("config", config)
     if config is None or config.mode not in CALIBRATED_MODES:
         return

@@ -1,4 +1,5 @@
 import functools
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
@@ -32,6 +33,8 @@ from keras_mamba2.models import quantization
 from keras_mamba2.models.kept_dtypes import kept_dtype
 from keras_mamba2.models.layout import check_layout
 from keras_mamba2.models.layout import layout_map
+from keras_mamba2.models.stacked_blocks import StackedBlocks
+from keras_mamba2.models.stacked_blocks import WeightsApart
 from keras_mamba2.ops.open_chunk import put_tokens
 from keras_mamba2.saving import BACKBONE_FILES
 from keras_mamba2.saving import AtomicPreset
@@ -43,7 +46,9 @@ from keras_mamba2.state import OpenChunk
 from keras_mamba2.state.digest import digest_after
 
 
-class ResidualBackbone(AtomicPreset, AtomicSave, WholeWeights, keras_hub.models.Backbone):
+class ResidualBackbone(
+    WeightsApart, AtomicPreset, AtomicSave, WholeWeights, keras_hub.models.Backbone
+):
     """An embedding, residual blocks, and a norm. It knows no kind of layer.
 
     A subclass makes the layers from its configuration. All that a backbone does with them goes
@@ -65,6 +70,7 @@ class ResidualBackbone(AtomicPreset, AtomicSave, WholeWeights, keras_hub.models.
     preset_files = BACKBONE_FILES
     # The kinds of sublayers that a model of this class may have.
     sublayers: ClassVar[tuple[type[Sublayer], ...]] = ()
+    stacked: StackedBlocks | None = None
     # A model that scales them sets these before `__init__`.
     embedding_multiplier = logits_multiplier = 1.0
 
@@ -143,18 +149,21 @@ class ResidualBackbone(AtomicPreset, AtomicSave, WholeWeights, keras_hub.models.
         token = ops.full((b,), NO_TOKEN, "int32") if state is None else state.token
         length = ops.zeros((b,), "int32") if state is None else state.length
         digest = ops.zeros((b,), "int32") if state is None else state.digest
+        if self.stacked is not None and state is None:
+            state = self.initial_state(b, t)
         layers = [None] * len(self.blocks) if state is None else state.layers
         x = embeddings = self.embeddings_dropout(self._embed(token_ids))
-        states = []
-        for block, layer in zip(self.blocks, layers, strict=True):
+
+        def run(block, x, layer):
             seen = _seen_by(block, embeddings)
-            x, layer = block.call_with_state(x, layer, padding_mask, segment_ids, **seen)
-            states.append(layer)
+            return block.call_with_state(x, layer, padding_mask, segment_ids, **seen)
+
+        x, layers = self._through(run, x, layers)
         seen = t if padding_mask is None else ops.count_nonzero(padding_mask, axis=1)
         length = length + ops.cast(seen, "int32")
         mask = None if padding_mask is None else ops.cast(padding_mask, "bool")
         digest = digest_after(digest, token_ids, mask)
-        return self.norm(x), Mamba2State(states, token, length, digest)
+        return self.norm(x), Mamba2State(layers, token, length, digest)
 
     def step(self, token_ids, state: Mamba2State, mask=None):
         """Runs the model on one token a row, `(b)`, after `state`.
@@ -166,15 +175,16 @@ class ResidualBackbone(AtomicPreset, AtomicSave, WholeWeights, keras_hub.models.
         """
         STATE("state", state)
         x = embeddings = self._embed(token_ids)
-        states = []
-        for block, layer in zip(self.blocks, state.layers, strict=True):
-            x, layer = block.step(x, layer, mask, **_seen_by(block, embeddings))
-            states.append(layer)
+
+        def run(block, x, layer):
+            return block.step(x, layer, mask, **_seen_by(block, embeddings))
+
+        x, layers = self._through(run, x, state.layers)
         seen = 1 if mask is None else ops.cast(mask, "int32")
         digest = digest_after(
             state.digest, token_ids[:, None], None if mask is None else mask[:, None]
         )
-        return self.norm(x), Mamba2State(states, state.token, state.length + seen, digest)
+        return self.norm(x), Mamba2State(layers, state.token, state.length + seen, digest)
 
     def extend(self, token_ids, state: Mamba2State, chunk: OpenChunk, start=0):
         """Runs the model on `(b t)` token ids that may be taken back.
@@ -191,27 +201,60 @@ class ResidualBackbone(AtomicPreset, AtomicSave, WholeWeights, keras_hub.models.
         """
         STATE("state", state)
         x = embeddings = self._embed(token_ids)
-        chunks = []
-        for block, layer, part in zip(self.blocks, state.layers, chunk.layers, strict=True):
-            x, part = block.extend(x, layer, part, start, **_seen_by(block, embeddings))
-            chunks.append(part)
+
+        def run(block, x, layer, part):
+            return block.extend(x, layer, part, start, **_seen_by(block, embeddings))
+
+        x, chunks = self._through(run, x, state.layers, chunk.layers)
         token_ids = put_tokens(chunk.token_ids, token_ids, start)
         return self.norm(x), OpenChunk(token_ids, tuple(chunks))
 
     def commit(self, state: Mamba2State, chunk: OpenChunk, count) -> Mamba2State:
         """The state after the first `count` `(b)` tokens of an open chunk."""
-        parts = zip(self.blocks, state.layers, chunk.layers, strict=True)
-        layers = [block.commit(layer, part, count) for block, layer, part in parts]
+        _, layers = self._through(
+            lambda block, x, part, layer: (x, block.commit(layer, part, count)),
+            *(None, chunk.layers, state.layers),
+        )
         is_taken = ops.arange(chunk.token_ids.shape[1]) < count[:, None]
         digest = digest_after(state.digest, chunk.token_ids, is_taken)
         return Mamba2State(layers, state.token, state.length + count, digest)
 
     def open_chunk(self, batch_size: int, size: int) -> OpenChunk:
         """An open chunk with room for `size` tokens of `batch_size` rows."""
-        return OpenChunk(
-            ops.zeros((batch_size, size), "int32"),
-            tuple(block.open_chunk(batch_size, size) for block in self.blocks),
+        layers = [block.open_chunk(batch_size, size) for block in self.blocks]
+        if self.stacked is not None:
+            layers = [self.stacked.together(layers)]
+        return OpenChunk(ops.zeros((batch_size, size), "int32"), tuple(layers))
+
+    def _through(self, run: Callable, x, *parts):
+        """As `StackedBlocks.through`, for blocks that are stacked or not."""
+        if self.stacked is not None:
+            return self.stacked.through(run, x, *parts)
+        replaced = []
+        for block, *its in zip(self.blocks, *parts, strict=True):
+            x, part = run(block, x, *its)
+            replaced.append(part)
+        return x, replaced
+
+    def stack_blocks(self) -> None:
+        """As `Mamba2CausalLM.stack_blocks`."""
+        if self.stacked is None:
+            self.stacked = StackedBlocks(self.blocks)
+
+    def in_loop(self, state: Mamba2State) -> Mamba2State:
+        """`state` in the form in which the loop of a program keeps it from step to step."""
+        if self.stacked is None:
+            return state
+        return Mamba2State(
+            [self.stacked.together(state.layers)], state.token, state.length, state.digest
         )
+
+    def after_loop(self, state: Mamba2State) -> Mamba2State:
+        """The state that `in_loop` made into `state`."""
+        if self.stacked is None:
+            return state
+        (layers,) = state.layers
+        return Mamba2State(self.stacked.apart(layers), state.token, state.length, state.digest)
 
     def state_spec(self, max_length: int | None = None) -> tuple[Any, ...]:
         """What a state holds for one row: for each block the spec of its `Sublayer`."""

@@ -32,6 +32,7 @@ from keras_mamba2.models import quantization
 from keras_mamba2.models.kept_dtypes import KEPT_DTYPES
 from keras_mamba2.models.kept_dtypes import set_kept_dtypes
 from keras_mamba2.models.residual_backbone import ResidualBackbone
+from keras_mamba2.models.stacked_blocks import WeightsApart
 from keras_mamba2.saving import AtomicPreset
 from keras_mamba2.saving import AtomicSave
 from keras_mamba2.tasks.adapters import Adapters
@@ -61,6 +62,7 @@ class Mamba2CausalLM(
     Adapters,
     ProgramExport,
     PushToHub,
+    WeightsApart,
     AtomicPreset,
     AtomicSave,
     WholeTaskWeights,
@@ -125,6 +127,7 @@ class Mamba2CausalLM(
         preset: str,
         load_weights: bool = True,
         on_built: Callable[["Mamba2CausalLM"], None] | None = None,
+        stacked: bool = False,
         **kwargs,
     ) -> "Mamba2CausalLM":
         """Loads a model by name or folder. See `keras_hub.models.CausalLM.from_preset`.
@@ -134,6 +137,7 @@ class Mamba2CausalLM(
             load_weights: bool. If false, the weights are those of a new model.
             on_built: function of the model, called when all but the weights is there. What it
                 starts with `warm_up(wait=False)` is compiled while they are read.
+            stacked: bool, whether to call `stack_blocks`, for inference on a TPU.
             **kwargs: as there. `dtype` is a policy or its name, or `"auto"` for the dtype that
                 the weights in the files have. `state_dtype="bfloat16"` keeps the states of mixers
                 in half the bytes, `key_value_dtype="int8"` keys and values of attention.
@@ -145,6 +149,7 @@ class Mamba2CausalLM(
                 the preprocessor together with `preprocessor`.
         """
         BOOLEAN("load_weights", load_weights)
+        BOOLEAN("stacked", stacked)
         if on_built is not None and not callable(on_built):
             raise ValueError(f"`on_built` must be a function. Received: {shown(on_built)}")
         check_names(cls, kwargs, "dtype", *KEPT_DTYPES, *PREPROCESSING)
@@ -156,10 +161,15 @@ class Mamba2CausalLM(
             set_kept_dtypes(lm.backbone, **kept)
             for name, value in options.items():
                 setattr(lm.preprocessor, name, value)
+            if stacked:
+                lm.stack_blocks()
             if on_built is not None:
                 on_built(lm)
 
-        return cls._from_preset(preset, load_weights, complete, **kwargs)
+        lm = cls._from_preset(preset, load_weights, complete, **kwargs)
+        if lm.backbone.stacked is not None:
+            lm.backbone.stacked.move_weights()
+        return lm
 
     @classmethod
     def _from_preset(
@@ -213,6 +223,31 @@ class Mamba2CausalLM(
         filters = quantization.is_quantizable if filters is None else filters
         super().quantize(mode, config=config, filters=filters, **kwargs)
         quantization.remember_policies(self.backbone)
+
+    def stack_blocks(self) -> None:
+        """Makes the model one to generate with, whose programs are compiled faster.
+
+        The weights of all blocks are moved to one array each, and programs run one block in a
+        loop instead of all in a row: for 64 blocks on a TPU a fifth of the time to compile, and
+        the same traffic with memory. On a CPU tokens take longer. `generate`, `stream`, `prefill`,
+        `perplexity` and what is made of them give the same results up to rounding. Training, calls,
+        `score`, quantizing, adapting, saving and exporting raise a `ValueError`.
+
+        JAX only. Blocks must be alike: those of `Mamba2Backbone`, and of hybrids without a pattern
+        of layers, such as Falcon-H1.
+
+        Raises:
+            ValueError: on another backend, in a distribution, and for blocks that differ.
+
+        Example:
+        ```python
+        lm = keras_mamba2.Mamba2CausalLM.from_preset("mamba2_2.7b_en", dtype="bfloat16")
+        lm.quantize("int8")
+        lm.stack_blocks()
+        lm.generate("Once upon a time")
+        ```
+        """
+        self.backbone.stack_blocks()
 
     def get_quantization_layer_structure(self, mode: str):
         return self.backbone.get_quantization_layer_structure(mode)

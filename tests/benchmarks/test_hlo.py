@@ -129,7 +129,7 @@ def test_a_program_of_this_platform_is_read():
     lowered = jax.jit(total).lower(jax.ShapeDtypeStruct((rows, columns), "float32"))
     module = Module(lowered.compile().as_text())
     (loop,) = module.loops()
-    assert loop.trips == rows
+    assert module.trips(loop) == rows
     # A row and the sum in, the sum out; a copy of the sum is the compiler's to make.
     once = sum(n for n, _ in module.traffic(loop.called[0]))
     assert 3 * 4 * columns <= once <= 5 * 4 * columns + 100
