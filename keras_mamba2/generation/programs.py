@@ -94,7 +94,7 @@ def _jitted(model, function, donate, static, assigned, read):
             result = function(first, *args, **kwargs)
         return result, [scope.get_current_value(v) for v in assigned]
 
-    run.__name__ = function.__name__  # which profiles and XLA's dumps show
+    run.__name__ = f"keras_mamba2_{function.__name__}"  # which profiles and XLA's dumps show
     program = jax.jit(run, donate_argnums=(1,) if donate else (), static_argnames=static)
 
     @functools.wraps(function)
