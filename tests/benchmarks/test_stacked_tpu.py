@@ -34,6 +34,8 @@ class TestStacked:
 
     def test_a_prefill_copies_no_weight(self, programs):
         found = programs["prefill, 32"]
-        weights = of_size("2.7b", dtype="bfloat16").weight_bytes() / 1e9
-        assert found["hbm_gb"] < 1.2 * weights
-        assert found["temporaries_gb"] < 0.1 * weights
+        workload = of_size("2.7b", dtype="bfloat16")
+        weights, state = workload.weight_bytes() / 1e9, workload.state_bytes(1) / 1e9
+        # The state is stacked and laid out for the loop, and back; it is a thirtieth of the weights.
+        assert found["hbm_gb"] < weights + 10 * state
+        assert found["temporaries_gb"] < 3 * state
