@@ -36,6 +36,6 @@ class TestStacked:
         found = programs["prefill, 32"]
         workload = of_size("2.7b", dtype="bfloat16")
         weights, state = workload.weight_bytes() / 1e9, workload.state_bytes(1) / 1e9
-        # The state is stacked and laid out for the loop, and back; it is a thirtieth of the weights.
+        # The state is stacked and laid out for the loop, and back: a thirtieth of the weights.
         assert found["hbm_gb"] < weights + 10 * state
         assert found["temporaries_gb"] < 3 * state
