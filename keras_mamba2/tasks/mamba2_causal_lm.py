@@ -234,8 +234,8 @@ class Mamba2CausalLM(
         `perplexity` and what is made of them give the same results up to rounding. Training, calls,
         `score`, quantizing, adapting, saving and exporting raise a `ValueError`.
 
-        JAX only. Blocks must be alike: those of `Mamba2Backbone`, and of hybrids without a pattern
-        of layers, such as Falcon-H1.
+        JAX only. Blocks must be alike, as those of `Mamba2Backbone`; a hybrid's are of two kinds
+        and more.
 
         Raises:
             ValueError: on another backend, in a distribution, and for blocks that differ.
