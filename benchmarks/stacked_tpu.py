@@ -28,9 +28,9 @@ from benchmarks.report import number
 from benchmarks.report import write_table
 from benchmarks.workload import SIZES
 from benchmarks.workload import of_size
-from keras_mamba2.generation.decode import MANY_ROWS
-from keras_mamba2.generation.decode import STEPS_A_WRITE
+from keras_mamba2.generation.decode import default_steps_a_write
 from keras_mamba2.host.blocks import BLOCK_SIZES
+from keras_mamba2.ops.platform import compiling_for
 
 KEYS = ("compile_s", "hbm_gb", "temporaries_gb", "loops", "host_transfers")
 LONG_BLOCK = 2048
@@ -44,7 +44,6 @@ def main(
         LONG_BLOCK,
         *BLOCK_SIZES,
     ),
-    quantization: Annotated[str | None, typer.Option(help="int8 or int4")] = None,
     only_stacked: Annotated[bool, typer.Option(help="what takes minutes is left out")] = False,
     file: Annotated[Path, typer.Option()] = FILE,
 ):
@@ -57,9 +56,10 @@ def main(
         "programs": [],
     }
     for stacked in (True,) if only_stacked else (False, True):
-        lm = abstract_model(workload, quantization, stacked=stacked)
+        lm = abstract_model(workload, stacked=stacked)
         for b in batch_size:
-            steps = STEPS_A_WRITE if b >= MANY_ROWS else 1
+            with compiling_for("tpu"):
+                steps = default_steps_a_write(b)
             row = describe(decode_program(lm, b, on_tpu, steps), in_loop=True)
             add(found, row, file, program=f"decode, batch {b}", stacked=stacked)
         for tokens in block:

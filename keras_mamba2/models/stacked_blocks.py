@@ -46,6 +46,7 @@ class StackedBlocks:
         self.num_layers = len(blocks)
         self._block = blocks[0]
         self._apart = list(zip(*(block.variables for block in blocks), strict=True))
+        self._ids = {id(v) for apart in self._apart for v in apart}
         with deferred_initialization():
             self.variables = [
                 keras.Variable(
@@ -71,8 +72,7 @@ class StackedBlocks:
 
     def in_place_of_theirs(self, variables: Sequence[keras.Variable]) -> list[keras.Variable]:
         """`variables` of a model, without those of the blocks and with these."""
-        theirs = {id(v) for apart in self._apart for v in apart}
-        return [v for v in variables if id(v) not in theirs] + self.variables
+        return [v for v in variables if id(v) not in self._ids] + self.variables
 
     def together(self, parts: Sequence[Any]) -> Stacked:
         """What there is for each block, stacked."""
@@ -117,8 +117,9 @@ class StackedBlocks:
             mapping = list(zip(self._block.variables, of_block(weights), strict=True))
             with keras.StatelessScope(state_mapping=mapping):
                 x, after = run(self._block, x, *of_block(read), before)
-            put = lambda a, new: lax.dynamic_update_index_in_dim(a, new, i, 0)  # noqa: E731
-            return x, jax.tree.map(put, replaced, after)
+            return x, jax.tree.map(
+                lambda a, new: lax.dynamic_update_index_in_dim(a, new, i, 0), replaced, after
+            )
 
         # The first block may widen x: the residual stream is float32 from there on.
         widened = jax.eval_shape(lambda: step(0, (x, replaced))[0])
