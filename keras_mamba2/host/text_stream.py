@@ -10,6 +10,7 @@ from typing import Any
 from keras_mamba2.host.decoding import Decoding
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for half a character
+NUM_BEFORE = 16  # so many tokens are enough to know that a text has begun
 
 
 # Not `tokenizers.decoders.DecodeStream`: it never returns an unfinished end of a text, and raises
@@ -25,6 +26,7 @@ class TextStream:
         decode: function from a list of token ids to a string.
         skip: token ids that are no text, such as the end token.
         stop_strings: strings that end the text; the one that is complete first is left out.
+        before: token ids of a text that this one continues.
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class TextStream:
         decode: Callable[[Sequence[int]], str],
         skip: Sequence[int] = (),
         stop_strings: Sequence[str] = (),
+        before: Sequence[int] = (),
     ):
         self.stopped = False
         self._decode = decode
@@ -39,7 +42,7 @@ class TextStream:
         self._stop_strings = tuple(stop_strings)
         # Tokens from the last place where a character ended, with one window of context before,
         # since some tokenizers write a token differently at the start of a text.
-        self._context: list[int] = []
+        self._context = self._whole_end(before)
         self._open: list[int] = []
         self._held = ""  # decoded, but it may begin a stop string
 
@@ -51,7 +54,7 @@ class TextStream:
         """Takes new tokens, and returns the text that has become certain."""
         if self.stopped:
             return ""
-        self._open += [int(id) for id in token_ids if int(id) not in self._skip]
+        self._open += self._text_ids(token_ids)
         text = self._new_text()
         if text.endswith(UNFINISHED):
             return ""
@@ -67,6 +70,15 @@ class TextStream:
         rest, self._held = self._held, ""
         return certain + rest
 
+    def _text_ids(self, token_ids: Iterable[int]) -> list[int]:
+        return [int(id) for id in token_ids if int(id) not in self._skip]
+
+    def _whole_end(self, token_ids: Sequence[int]) -> list[int]:
+        """The last few tokens, none of them part of a character that is not there as a whole."""
+        last = self._text_ids(token_ids[-NUM_BEFORE:])
+        ends = (last[i:] for i in range(len(last)))
+        return next((e for e in ends if UNFINISHED not in self._decode(e)), [])
+
     def _new_text(self) -> str:
         before = self._decode(self._context) if self._context else ""
         return self._decode([*self._context, *self._open])[len(before) :]
@@ -81,6 +93,17 @@ class TextStream:
         held = max((_overlap(text, stop) for stop in self._stop_strings), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
+
+
+def text_after(
+    before: Sequence[int],
+    token_ids: Sequence[int],
+    decode: Callable[[Sequence[int]], str],
+    skip: Sequence[int] = (),
+) -> str:
+    """The text of tokens that continue others, as a `TextStream` gives it."""
+    stream = TextStream(decode, skip, before=before)
+    return stream.push(token_ids) + stream.finish()
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -3,6 +3,8 @@ from collections.abc import Sequence
 import numpy as np
 import tokenizers
 
+from keras_mamba2.host.continued import continued_ids
+from keras_mamba2.host.text_stream import text_after
 from keras_mamba2.portable.manifest import Tokens
 
 
@@ -19,15 +21,16 @@ class Codec:
         self._engine = tokenizers.Tokenizer.from_file(str(file))
 
     def encode(self, texts: Sequence[str], continued: bool) -> list[np.ndarray]:
-        """The token ids of each text; one that continues another has none before it."""
-        first = () if continued else self.tokens.start
-        rows = self._engine.encode_batch_fast(list(texts), add_special_tokens=not continued)
-        return [np.array([*first, *row.ids], "int32") for row in rows]
+        """The token ids of each text; one that continues another has nothing before it."""
+        if continued:
+            return [np.array(row, "int32") for row in continued_ids(self._engine, texts)]
+        rows = self._engine.encode_batch_fast(list(texts))
+        return [np.array([*self.tokens.start, *row.ids], "int32") for row in rows]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._engine.decode(list(token_ids), skip_special_tokens=False)
 
-    def texts(self, rows: Sequence[np.ndarray]) -> list[str]:
-        """The text of each row, without the tokens that are none."""
-        special = self.tokens.special
-        return [self.decode([int(id) for id in row if id not in special]) for row in rows]
+    def texts(self, rows: Sequence[np.ndarray], before: Sequence[np.ndarray]) -> list[str]:
+        """The text of each row, after other tokens, without the tokens that are none."""
+        pairs = zip(before, rows, strict=True)
+        return [text_after(*pair, self.decode, self.tokens.special) for pair in pairs]

@@ -161,20 +161,24 @@ class Programs:
             min_p=min_p,
             repetition_penalty=repetition_penalty,
         )
-        before = [prompt[:0] if strip_prompt else prompt for prompt in prompts]
+        read, new = [], []  # by all rows
+        for run, its in decodings:
+            read += its
+            if stop_strings:
+                new += self._streams(run, its, stop_ids, stop_strings).all_texts()
+            else:
+                new += run.all_tokens()[: len(its)]
+        told = [prompt[:0] if strip_prompt else prompt for prompt in prompts]
+        before = [r[: len(r) - len(t)] for r, t in zip(read, told, strict=True)]
         if stop_strings:
-            runs = (self._streams(run, n, stop_ids, stop_strings) for run, n in decodings)
-            new_texts = [text for run in runs for text in run.all_texts()]
-            texts = [
-                old + new for old, new in zip(self._codec.texts(before), new_texts, strict=True)
-            ]
+            pairs = zip(self._codec.texts(told, before), new, strict=True)
+            texts = ["".join(pair) for pair in pairs]
             return texts[0] if is_one_text(inputs) else texts
-        new = [row for run, n in decodings for row in run.all_tokens()[:n]]
-        rows = [np.concatenate(pair) for pair in zip(before, new, strict=True)]
+        rows = [np.concatenate(pair) for pair in zip(told, new, strict=True)]
         if isinstance(inputs, Mapping):
             size = np.shape(standard_names(inputs)["token_ids"])[1]
             return padded(rows, max(size, *map(len, rows)))
-        texts = self._codec.texts(rows)
+        texts = self._codec.texts(rows, before)
         return texts[0] if is_one_text(inputs) else texts
 
     def stream(
@@ -258,10 +262,10 @@ class Programs:
             )
         stop_ids = self._stop_ids(stop_token_ids)
         stop_strings = self._stop_strings(inputs, stop_strings)
-        [(decoding, n)] = self._decodings(
+        [(decoding, read)] = self._decodings(
             prompts, limits, stop_ids, state, seed, run_lengths, history, **parameters
         )
-        return self._streams(decoding, n, stop_ids, stop_strings)
+        return self._streams(decoding, read, stop_ids, stop_strings)
 
     def prefill(self, inputs, state: ProgramState | None = None) -> ProgramState:
         """Reads text without generating any. See `Mamba2CausalLM.prefill`.
@@ -381,8 +385,8 @@ class Programs:
         lengths: Callable[[], Iterable[int]],
         history: Sequence[np.ndarray] | None = None,
         **parameters: float | None,
-    ) -> Iterator[tuple[Decoding, int]]:
-        """The loops of all batches that the prompts are cut into, and their numbers of rows."""
+    ) -> Iterator[tuple[Decoding, list[np.ndarray]]]:
+        """The loops of all batches that the prompts are cut into, and what their rows read."""
         optional(integer())("seed", seed)
         sampling, num_generators, dtype = self._sampling(parameters)
         before = () if state is None else (np.asarray(state.digest), np.asarray(state.token))
@@ -409,7 +413,7 @@ class Programs:
                     sampling=() if sampling is None else Sampling.of_rows(b, **sampling),
                 ),
                 lengths(),
-            ), n
+            ), rows[:n]
 
         return (decoding(*batch) for batch in self._batches(prompts, state))
 
@@ -449,10 +453,15 @@ class Programs:
             yield self._engines[b], where, part, rows + [np.zeros(0, "int32")] * missing
 
     def _streams(
-        self, decoding: Decoding, n: int, stop_ids: Sequence[int], stop_strings: Sequence[str]
+        self,
+        decoding: Decoding,
+        read: Sequence[np.ndarray],
+        stop_ids: Sequence[int],
+        stop_strings: Sequence[str],
     ) -> TextStreams:
+        """The texts of a loop, each of which goes on from the tokens that were read."""
         skip = (*stop_ids, *self._codec.tokens.special)
-        streams = [TextStream(self._codec.decode, skip, stop_strings) for _ in range(n)]
+        streams = [TextStream(self._codec.decode, skip, stop_strings, row) for row in read]
         return TextStreams(decoding, streams)
 
 

@@ -31,6 +31,7 @@ class Prompt:
     skip: tuple[int, ...]  # token ids that are no text
     stop_strings: tuple[str, ...]
     keep: tuple[int, ...] | None = None  # as of `Request`
+    is_continued: bool = True  # by a text; a reply is a text of its own
 
 
 class Prompts:
@@ -109,10 +110,12 @@ class Prompts:
             skip=skip,
             stop_strings=generation.stop_strings,
             keep=self._likely_beginnings(messages, variables, token_ids),
+            is_continued=False,
         )
 
     def stream(self, prompt: Prompt) -> TextStream:
-        return TextStream(self._tokenizer.detokenize, prompt.skip, prompt.stop_strings)
+        before = prompt.token_ids.tolist() if prompt.is_continued else ()
+        return TextStream(self._tokenizer.detokenize, prompt.skip, prompt.stop_strings, before)
 
     def token_text(self, token_id: int) -> str:
         """A token alone; where it is part of a character, with the replacement character."""

@@ -158,4 +158,6 @@ class Chatting:
         generation = options.generation._replace(state=state)
         history = None if before is None else [before]
         decoding = self._decoding([prompt], limits, generation, run_lengths(), history=history)
-        return self._streams(decoding, generation, self.preprocessor.tokenizer.control_token_ids)
+        control = self.preprocessor.tokenizer.control_token_ids
+        # A reply is a text of its own.
+        return self._streams(decoding, generation, [prompt[:0]], control)

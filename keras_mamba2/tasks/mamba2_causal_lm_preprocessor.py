@@ -18,6 +18,7 @@ from keras_mamba2.arguments import optional
 from keras_mamba2.chat import ChatTemplate
 from keras_mamba2.conversion import checked_defaults
 from keras_mamba2.conversion import generation_defaults
+from keras_mamba2.host.continued import continued_ids
 from keras_mamba2.host.inputs import NAMES
 from keras_mamba2.host.texts import texts_of
 from keras_mamba2.models import Mamba2Tokenizer
@@ -134,11 +135,10 @@ class Mamba2CausalLMPreprocessor(Mamba2Preprocessor, keras_hub.models.CausalLMPr
         Args:
             texts: sequence of strings.
             continued: bool, whether the texts continue others. They then get no start token,
-                and none of the tokens that the tokenizer puts before a text.
+                and none of the tokens and blanks that the tokenizer puts before a text.
         """
         if continued:
-            encode = self.tokenizer.engine.encode_batch_fast
-            rows = [row.ids for row in encode(list(texts), add_special_tokens=False)]
+            rows = continued_ids(self.tokenizer.engine, texts)
             return [np.array(row, "int32") for row in rows]
         first = [self.tokenizer.start_token_id] if self.add_start_token else []
         rows = self.tokenizer(list(texts)) if len(texts) else []
@@ -182,8 +182,10 @@ class Mamba2CausalLMPreprocessor(Mamba2Preprocessor, keras_hub.models.CausalLMPr
         text = self.chat_template.render(
             messages, tools, add_generation_prompt=add_generation_prompt, **variables
         )
+        [text] = texts_of(text)
         # The template has written what a text begins with.
-        return self.prompts(texts_of(text), continued=True)[0]
+        row = self.tokenizer.engine.encode(text, add_special_tokens=False)
+        return np.array(row.ids, "int32")
 
     def _generate_preprocess_python(self, x, sequence_length=None):
         # Not the inherited one, which adds a start token whatever `add_start_token` says, and

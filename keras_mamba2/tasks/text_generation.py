@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 import tqdm.auto
+from keras import ops
 
 from keras_mamba2.arguments import BOOLEAN
 from keras_mamba2.arguments import SIZE
@@ -21,10 +22,12 @@ from keras_mamba2.generation import picks_tokens
 from keras_mamba2.generation import prompts_of
 from keras_mamba2.host.inputs import standard_names
 from keras_mamba2.host.options import row_limits
+from keras_mamba2.host.prompts import after_tokens
 from keras_mamba2.host.session import Mamba2Session
 from keras_mamba2.host.text_stream import TextStream
 from keras_mamba2.host.text_stream import TextStreams
 from keras_mamba2.host.text_stream import run_lengths
+from keras_mamba2.host.text_stream import text_after
 from keras_mamba2.host.texts import is_one_text
 from keras_mamba2.host.texts import texts_of
 from keras_mamba2.models import Mamba2State
@@ -150,22 +153,25 @@ class TextGeneration:
     ) -> tuple[list[Any], list[dict[str, np.ndarray]]]:
         """The texts, or rows of token ids, of one batch; and log probabilities if asked for."""
         prompts, limits = self._read(batch, options)
-        before = [p[:0] if strip_prompt else p for p in prompts]
-        before = [row for row in before for _ in range(options.num_return_sequences)]
+        asked = [p for p in prompts for _ in range(options.num_return_sequences)]
+        told = [p[:0] if strip_prompt else p for p in asked]
         if not picks_tokens(self.sampler):
             self._check_searchable(options, with_logprobs)
             new = self.make_generate_function().search(prompts, limits, options.stop_token_ids)
+            before = [p[: len(p) - len(t)] for p, t in zip(asked, told, strict=True)]
             logprobs = []
         else:
             lengths = run_lengths() if options.stop_strings else ()
             decoding = self._decoding(prompts, limits, options, lengths, with_logprobs)
+            read = self._after_state(asked, options)
+            before = [r[: len(r) - len(t)] for r, t in zip(read, told, strict=True)]
             if options.stop_strings:
-                new = self._streams(decoding, options).all_texts()
-                texts = zip(self._texts(before), new, strict=True)
+                new = self._streams(decoding, options, read).all_texts()
+                texts = zip(self._texts(told, before), new, strict=True)
                 return ["".join(pair) for pair in texts], decoding.likely_tokens()
             new, logprobs = decoding.all_tokens(), decoding.likely_tokens()
-        rows = [np.concatenate(pair) for pair in zip(before, new, strict=True)]
-        return (rows if isinstance(batch, Mapping) else self._texts(rows)), logprobs
+        rows = [np.concatenate(pair) for pair in zip(told, new, strict=True)]
+        return (rows if isinstance(batch, Mapping) else self._texts(rows, before)), logprobs
 
     def stream(
         self,
@@ -236,7 +242,7 @@ class TextGeneration:
         """What follows `texts`, of which `history` are the tokens before, if they are known."""
         prompts, limits = self._read(texts, options)
         decoding = self._decoding(prompts, limits, options, run_lengths(), history=history)
-        return self._streams(decoding, options)
+        return self._streams(decoding, options, self._after_state(prompts, options))
 
     def stream_on(self, session: Mamba2Session, text: str, **kwargs) -> TextStreams:
         """What follows the text of a session and `text`. For `Mamba2Session.stream`."""
@@ -372,20 +378,39 @@ class TextGeneration:
         )
         return generator.decode(rows, run_lengths, with_logprobs)
 
+    def _after_state(
+        self, prompts: Sequence[np.ndarray], options: GenerationOptions
+    ) -> list[np.ndarray]:
+        """The prompts of all rows, each after the token that its state has not read yet."""
+        if options.state is None:
+            return list(prompts)
+        waiting = ops.convert_to_numpy(options.state.token)
+        return after_tokens(np.repeat(waiting, options.num_return_sequences), prompts)
+
     def _streams(
-        self, decoding: Decoding, options: GenerationOptions, skip: Sequence[int] = ()
+        self,
+        decoding: Decoding,
+        options: GenerationOptions,
+        read: Sequence[np.ndarray],
+        skip: Sequence[int] = (),
     ) -> TextStreams:
-        """The texts that come out of a loop, which begins to run when they are asked for."""
+        """The texts of a loop, which begins to run when they are asked for.
+
+        Each goes on from the tokens that were read.
+        """
         tokenizer = self.preprocessor.tokenizer
         skip = (*options.stop_token_ids, *tokenizer.special_token_ids, *skip)
-        streams = [
-            TextStream(tokenizer.detokenize, skip, options.stop_strings)
-            for _ in range(decoding.rows.state.batch_size)
-        ]
+        stops = options.stop_strings
+        streams = [TextStream(tokenizer.detokenize, skip, stops, row) for row in read]
         return TextStreams(decoding, streams)
 
-    def _texts(self, rows: list[np.ndarray]) -> list[str]:
-        return self.preprocessor.generate_postprocess(padded(rows, max(map(len, rows))))
+    def _texts(self, rows: list[np.ndarray], before: list[np.ndarray]) -> list[str]:
+        """The text of each row, after other tokens."""
+        if not any(map(len, before)):
+            return self.preprocessor.generate_postprocess(padded(rows, max(map(len, rows))))
+        tokenizer = self.preprocessor.tokenizer
+        decode, special = tokenizer.detokenize, tokenizer.special_token_ids
+        return [text_after(*pair, decode, special) for pair in zip(before, rows, strict=True)]
 
     def _check_searchable(self, options: GenerationOptions, with_logprobs: bool) -> None:
         asked = {

@@ -6,6 +6,7 @@ import keras
 import pytest
 import tokenizers
 import transformers
+from hypothesis import example
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 import keras_mamba2
 from keras_mamba2.conversion.tokenizer import tokenizer_arguments
 from keras_mamba2.host.text_stream import TextStream
+from keras_mamba2.host.text_stream import text_after
 from tests.chat import templates
 from tests.conversion import family_tokenizers
 from tests.hub_server import Hub
@@ -72,13 +74,38 @@ def test_streamed_text_is_that_of_transformers(pair):
     check()
 
 
-def test_a_continued_text_has_no_beginning(pair):
-    """As transformers gives the ids of a conversation, whose template has written it."""
+def test_a_conversation_has_no_beginning_but_that_of_its_template(pair):
     ours, theirs = pair
-    preprocessor = keras_mamba2.Mamba2CausalLMPreprocessor(ours)
-    for text in ("To be", "<s>To be", ""):
+    names = {name: getattr(ours, name) for name in ("start_token", "end_token", "pad_token")}
+    template = "{{ messages[0].content }}"
+    tokenizer = keras_mamba2.Mamba2Tokenizer(tokenizer=ours.engine, chat_template=template, **names)
+    preprocessor = keras_mamba2.Mamba2CausalLMPreprocessor(tokenizer)
+    for text in ("To be", "<s>To be", " be", "\nTo"):
         expected = theirs(text, add_special_tokens=False)["input_ids"]
-        assert preprocessor.prompts([text], continued=True)[0].tolist() == expected
+        message = {"role": "user", "content": text}
+        assert preprocessor.chat_prompt([message]).tolist() == expected
+
+
+PARTS = st.text("Tobe,. \n日🤷é'(12", max_size=12)
+
+
+def test_a_text_that_continues_another_is_the_rest_of_the_whole(pair):
+    """Not so in transformers, where tokenizers of sentencepiece put a blank in between."""
+    ours, _ = pair
+    preprocessor = keras_mamba2.Mamba2CausalLMPreprocessor(ours)
+
+    @examples
+    @given(first=PARTS.filter(bool), rest=PARTS)
+    @example(first="def f(x):\n", rest="   return")
+    @example(first=" ", rest=" ")
+    def check(first, rest):
+        [before] = preprocessor.prompts([first])
+        [after] = preprocessor.prompts([rest], continued=True)
+        assert text_after(before, after, ours.detokenize, ours.control_token_ids) == rest
+        begun = [id for id in before if id not in ours.control_token_ids]
+        assert ours.detokenize([*begun, *after]) == ours.detokenize(begun) + rest
+
+    check()
 
 
 def test_tokens_of_the_configuration_are_added(tmp_path):

@@ -13,6 +13,7 @@ from keras import tree
 
 import keras_mamba2
 from keras_mamba2.host.text_stream import TextStream
+from tests.conversion import family_tokenizers
 from tests.laws import examples
 
 TEXT = "First Citizen: Before we proceed any further, hear me speak."
@@ -31,6 +32,17 @@ class AsciiSampler(keras_hub.samplers.RandomSampler):
     def get_next_token(self, probabilities):
         is_letter = np.isin(np.arange(257), list(range(97, 123)))
         return super().get_next_token(ops.where(is_letter, probabilities, 1e-30))
+
+
+class OneToken(keras_hub.samplers.RandomSampler):
+    """Picks one token always."""
+
+    def __init__(self, token_id):
+        super().__init__()
+        self.token_id = token_id
+
+    def get_next_token(self, probabilities):
+        return ops.full((probabilities.shape[0],), self.token_id, "int32")
 
 
 @pytest.fixture(scope="module")
@@ -345,6 +357,32 @@ def test_searches_do_not_stream(preset_folder):
     for call in (without.stream, without.prefill, without.perplexity):
         with pytest.raises(ValueError, match="`preprocessor`"):
             call("hello")
+
+
+def test_blanks_between_tokens_stay_where_tokenizers_strip_them_before_a_text(tmp_path):
+    """Those of sentencepiece write no blank at the beginning: text, stream, session, programs."""
+    tokenizer = keras_mamba2.Mamba2Tokenizer(
+        tokenizer=family_tokenizers.zamba2(), start_token="<s>", end_token="</s>"
+    )
+    lm = keras_mamba2.Mamba2CausalLM(
+        keras_mamba2.Mamba2Backbone(tokenizer.num_ids, num_layers=1, hidden_dim=16, head_dim=8),
+        keras_mamba2.Mamba2CausalLMPreprocessor(tokenizer, add_start_token=False),
+    )
+    lm.compile(sampler=OneToken(tokenizer.token_to_id("▁be")))
+    lm.export_programs(tmp_path / "programs", platforms=["cpu"], batch_sizes=[1])
+    text, whole = "def f(x):\n", "def f(x):\n be be be"
+    for model in (lm, keras_mamba2.load_programs(tmp_path / "programs")):
+        options = {"max_new_tokens": 3}
+        assert model.generate(text, **options) == whole
+        assert model.generate(text, stop_strings="never", **options) == whole
+        assert text + model.generate(text, strip_prompt=True, **options) == whole
+        assert text + "".join(model.stream(text, **options)) == whole
+        session = model.start(text)
+        session.generate(**options)
+        assert session.text == whole
+        state = model.prefill(text)
+        assert model.generate("", state=state, **options) == whole.removeprefix(text)
+        assert model.generate("  to", state=state, **options) == "  to be be be"
 
 
 def test_a_continued_text_has_no_start_token(lm):
