@@ -20,6 +20,7 @@ from keras_mamba2.generation.sampler import FilterSampler
 from keras_mamba2.generation.sampling import filtered
 from keras_mamba2.generation.sampling import penalized
 from keras_mamba2.host.rows import Rows
+from keras_mamba2.host.sampling import with_given
 
 _drawing_seeds = threading.Lock()
 
@@ -136,12 +137,13 @@ def sampling_of(sampler: keras_hub.samplers.Sampler, batch_size: int, **override
     elif type(sampler) in PARAMETERS:
         theirs = PARAMETERS[type(sampler)]
         parameters = {ours: getattr(sampler, name) for ours, name in theirs.items()}
+        parameters = {"temperature": 0.0, **parameters}
     else:
         raise ValueError(
             f"{type(sampler).__name__} does not take {', '.join(overrides)}. Compile the model "
             "with `keras_mamba2.FilterSampler`, or with a sampler of KerasHub that draws."
         )
-    return FilterSampler(**{**parameters, **overrides}).sampling(batch_size)
+    return FilterSampler(**with_given(parameters, overrides)).sampling(batch_size)
 
 
 # Of KerasHub's samplers.
@@ -166,7 +168,7 @@ KINDS = {
         "alpha": number(at_least=0, at_most=1),
     },
 }
-# What KerasHub calls the parameters of `FilterSampler`.
+# What KerasHub calls the parameters of `FilterSampler`. Greedy is a temperature of 0.
 PARAMETERS = {
     keras_hub.samplers.GreedySampler: {},
     keras_hub.samplers.RandomSampler: {"temperature": "temperature"},

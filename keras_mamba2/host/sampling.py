@@ -1,5 +1,6 @@
 """Sampling parameters as arrays, one value per row, so that one program serves all values."""
 
+from collections.abc import Mapping
 from typing import Any
 from typing import NamedTuple
 
@@ -17,7 +18,20 @@ KINDS = {
     "min_p": optional(number(at_least=0, at_most=1)),
     "repetition_penalty": number(at_least=1),
 }
+# Of the likeliest token alone they leave what is.
+FILTERS = ("top_k", "top_p", "min_p")
 ALL = np.iinfo("int32").max  # a `top_k` that keeps every token
+
+
+def with_given(parameters: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a sampler, and those that are given for one call.
+
+    Who asks a greedy sampler for a filter wants tokens to be drawn.
+    """
+    parameters = dict(parameters)
+    if parameters["temperature"] == 0 and any(name in given for name in FILTERS):
+        parameters["temperature"] = 1.0
+    return {**parameters, **given}
 
 
 class Sampling(NamedTuple):

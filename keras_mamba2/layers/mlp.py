@@ -38,7 +38,7 @@ class Stateless(Sublayer):
     """A sublayer that computes each position alone. A subclass defines `call`."""
 
     def call_with_state(self, x, state=(), mask=None, segment_ids=None):
-        return self(x), ()
+        return self(x, mask=mask), ()
 
     def step(self, x, state=(), mask=None):
         return self(x), ()

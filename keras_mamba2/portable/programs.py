@@ -31,6 +31,7 @@ from keras_mamba2.host.rows import Rows
 from keras_mamba2.host.rows import stop_tokens
 from keras_mamba2.host.sampling import KINDS
 from keras_mamba2.host.sampling import Sampling
+from keras_mamba2.host.sampling import with_given
 from keras_mamba2.host.session import Mamba2Session
 from keras_mamba2.host.text_stream import TextStream
 from keras_mamba2.host.text_stream import TextStreams
@@ -431,7 +432,7 @@ class Programs:
                 f"{sampler.name}, with which the programs were exported, does not take "
                 f"{', '.join(given)}. Compile the model with `keras_mamba2.FilterSampler` before."
             )
-        return {**sampler.parameters, **given}, 1, GENERATOR_DTYPE
+        return with_given(sampler.parameters, given), 1, GENERATOR_DTYPE
 
     def _batches(
         self, prompts: list[np.ndarray], state: ProgramState | None

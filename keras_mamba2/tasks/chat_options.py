@@ -9,11 +9,11 @@ from typing import NamedTuple
 from keras_mamba2.arguments import SIZE
 from keras_mamba2.arguments import optional
 from keras_mamba2.generation import sampling_of
+from keras_mamba2.host.sampling import with_given
 from keras_mamba2.tasks.generation_options import GenerationOptions
 
 MOST_NEW_TOKENS = 1024
 TOP_K = 50  # of transformers, where a checkpoint samples and does not say
-FILTERS = ("top_k", "top_p", "min_p")
 
 
 class ChatOptions(NamedTuple):
@@ -119,6 +119,4 @@ def _sampling(lm, defaults: Mapping[str, Any], given: Mapping[str, float | None]
         found["temperature"] = defaults.get("temperature", 1.0)
         found["top_k"] = defaults.get("top_k", TOP_K) or everything
         found |= {name: defaults.get(name) for name in ("top_p", "min_p")}
-    elif any(name in given for name in FILTERS):
-        found["temperature"] = 1.0  # of the likeliest alone, a filter would leave it
-    return {**found, **given}
+    return with_given(found, given)

@@ -144,14 +144,14 @@ class Mamba2Forecaster(AtomicPreset, AtomicSave, KeptWeights, ModelPreset, keras
     def _scaling_dtype(self) -> str:
         return float32_at_least(self.compute_dtype)
 
-    def call(self, inputs):
+    def call(self, inputs, training=None):
         values, observed = self._observations(inputs)  # (b t f), (b t f)
         scaled, mean, scale = _standardize(values, observed)  # (b t f), (b 1 f), (b 1 f)
         begun = ops.cumsum(ops.cast(ops.any(observed, axis=-1), "int32"), axis=1) > 0  # (b t)
         flags = ops.cast(observed, scaled.dtype)
         x = self.embedding(ops.concatenate([scaled, flags], axis=-1))  # (b t d)
         for block in self.blocks:
-            x = block(x, padding_mask=begun)
+            x = block(x, padding_mask=begun, training=training)
         y = self.head(self.norm(x[:, -1]))  # (b horizon*o)
         y = ops.reshape(y, (-1, self.horizon, len(self.output_features)))
         mean, scale = (ops.take(a, self.output_features, axis=-1) for a in (mean, scale))

@@ -109,11 +109,18 @@ class StatefulTraining(KeptWeights, keras.Model):
         super().__init__(**kwargs)
         if not hasattr(lm, "backbone"):
             raise ValueError(f"`lm` must be a `Mamba2CausalLM`. Received: lm={shown(lm)}")
+        if any(spec.room_axis is not None for spec in tree.flatten(lm.backbone.state_spec())):
+            raise ValueError(
+                "Attention keeps something of every token, and would need room for a whole epoch. "
+                "Train a model with attention on documents, with `lm.fit`. "
+                f"Received: lm={shown(lm)}"
+            )
         self.lm = lm
         self.batch_size = SIZE("batch_size", batch_size)
         self._state = tree.map_structure(
             self._add_weight_for, lm.backbone.initial_state(self.batch_size)
         )
+        self._reading = _Called(self._read)
         self.built = True
 
     def _add_weight_for(self, leaf):
@@ -132,13 +139,16 @@ class StatefulTraining(KeptWeights, keras.Model):
             loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         super().compile(optimizer=optimizer, loss=loss, **kwargs)
 
-    def call(self, inputs):
-        token_ids, padding_mask = inputs["token_ids"], inputs["padding_mask"]
-        if token_ids.shape[0] not in (None, self.batch_size):
+    def call(self, inputs, training=None):
+        shape = tuple(inputs["token_ids"].shape)
+        if shape[0] not in (None, self.batch_size):
             raise ValueError(
-                f"Every batch must have batch_size={self.batch_size} rows. "
-                f"Received: shape={tuple(token_ids.shape)}"
+                f"Every batch must have batch_size={self.batch_size} rows. Received: shape={shape}"
             )
+        return self._reading(inputs, training=training)
+
+    def _read(self, inputs):
+        token_ids, padding_mask = inputs["token_ids"], inputs["padding_mask"]
         backbone = self.lm.backbone
         state = tree.map_structure(ops.convert_to_tensor, self._state)
         hidden_states, state = backbone.call_with_state(
@@ -168,6 +178,18 @@ class StatefulTraining(KeptWeights, keras.Model):
             raise ValueError(
                 f"`token_ids` must be below num_tokens={num_tokens}. Received: {x.largest_id}"
             )
+
+
+class _Called(keras.layers.Layer):
+    """Runs a function as a layer runs, so that the layers inside know whether they train."""
+
+    def __init__(self, function):
+        super().__init__(autocast=False)
+        self._function = function
+        self.built = True
+
+    def call(self, inputs):
+        return self._function(inputs)
 
 
 class _ResetState(keras.callbacks.Callback):

@@ -73,6 +73,19 @@ def test_fit_adds_that_of_every_layer():
     assert large >= 2 * 2 * 0.99  # two layers of two experts a token
 
 
+def test_training_with_states_adds_the_same():
+    ids = np.random.default_rng(0).integers(16, size=(2, 9)).astype("int32")
+    inputs = {"token_ids": ids, "padding_mask": np.arange(9) < np.array([[9], [4]])}
+    lm = model_of(0.5)
+    training = keras_mamba2.training.StatefulTraining(lm, batch_size=2)
+    losses = []
+    for model in (lm, training):
+        model(inputs, training=True)
+        losses.append([float(loss) for loss in model.losses])
+    assert len(losses[0]) == 2
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
 def test_remat_would_lose_it():
     with pytest.raises(ValueError, match="`remat=False`, or `load_balancing_loss=0`"):
         model_of(0.1, remat=True)

@@ -138,6 +138,16 @@ def test_missing_targets_are_no_errors(forecaster):
         assert np.isfinite(a).all()
 
 
+def test_fit_drops_what_dropout_says():
+    """The same weights: without steps, only what is dropped can make losses differ."""
+    model = keras_mamba2.Mamba2Forecaster(5, 3, **SMALL, dropout=0.5)
+    model.compile(optimizer=keras.optimizers.SGD(0.0), loss="mse")
+    x, y = random_rows(), np.zeros((5, 5, 3), "float32")
+    losses = model.fit(x, y, epochs=2, verbose=0).history["loss"]
+    assert abs(losses[1] - losses[0]) > 1e-4
+    np.testing.assert_array_equal(model.predict(x, verbose=0), model.predict(x, verbose=0))
+
+
 def test_a_saved_model_is_the_same(forecaster, tmp_path):
     x = random_rows()
     forecaster.save(tmp_path / "forecaster.keras")

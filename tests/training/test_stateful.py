@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_mamba2 import Mamba2Backbone
 from keras_mamba2 import Mamba2CausalLM
+from keras_mamba2 import Mamba2HybridBackbone
 from keras_mamba2.training import ConsecutiveWindows
 from keras_mamba2.training import StatefulTraining
 from tests import reference
@@ -101,7 +102,24 @@ def test_dropout_and_remat_are_those_of_training():
         losses.append(history.history["loss"])
     np.testing.assert_allclose(losses[1], losses[0], rtol=16 * EPS)
     np.testing.assert_allclose(losses[3], losses[2], rtol=16 * EPS)
-    assert abs(losses[2][0] - losses[0][0]) > 1e-4
+
+
+def test_dropout_drops_in_training_only():
+    """The same weights: without steps, only what is dropped can make losses differ."""
+    training = StatefulTraining(make_lm(dropout=0.5), batch_size=3)
+    training.compile(keras.optimizers.SGD(0.0))
+    windows = ConsecutiveWindows(TOKEN_IDS, 3, 16)
+    losses = training.fit(windows, epochs=2, verbose=0).history["loss"]
+    assert abs(losses[1] - losses[0]) > 1e-4
+    evaluated = [training.evaluate(windows, verbose=0) for _ in range(2)]
+    assert evaluated[0] == evaluated[1]
+
+
+def test_a_model_with_attention_is_refused():
+    attention = {"num_query_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
+    backbone = Mamba2HybridBackbone(20, 8, ["attention"], {"attention": attention})
+    with pytest.raises(ValueError, match="Attention keeps something of every token"):
+        StatefulTraining(Mamba2CausalLM(backbone), batch_size=2)
 
 
 def test_bad_input_is_refused(training):
