@@ -14,6 +14,7 @@ from keras_mamba2.arguments import choice
 from keras_mamba2.arguments import integer
 from keras_mamba2.arguments import number
 from keras_mamba2.arguments import optional
+from keras_mamba2.host.room import room_for
 from keras_mamba2.layers.adapter import Adapter
 from keras_mamba2.layers.projection import Projection
 from keras_mamba2.layers.sublayer import StateTensor
@@ -58,9 +59,9 @@ class AttentionChunk(NamedTuple):
 class Attention(Sublayer):
     """Causal attention in which groups of query heads share keys and values.
 
-    Its state has room for a number of tokens, c. `keras_mamba2.Mamba2CausalLM` makes room as it is
-    needed. Where a state has no room left, outputs are NaN, since they would be wrong in silence
-    otherwise.
+    Its state has room for a number of tokens, c, as `initial_state` is told. Whatever generates
+    makes room as it is needed. Where a state has no room left, outputs are NaN, since they would
+    be wrong in silence otherwise.
 
     Args:
         hidden_dim: int, d, the size of outputs.
@@ -234,7 +235,9 @@ class Attention(Sublayer):
 
     def call_with_state(self, x, state: AttentionState | None = None, mask=None, segment_ids=None):
         b, t = ops.shape(x)[:2]
-        is_first, state = state is None, self.initial_state(b, t) if state is None else state
+        is_first = state is None
+        # With room for what comes next: that of one token more, or of many.
+        state = self.initial_state(b, room_for(t + 1)) if is_first else state
         documents = documents_of(x, mask, segment_ids, state.length)
         qkv, conv_state = self._project(x, state.conv, mask, segment_ids)
         q, k, v = self._heads(qkv, documents.positions)

@@ -31,7 +31,7 @@ RUN_SECONDS = 0.05
 # With a new sequence a run is short: its first text comes soon, and so do those behind it.
 FIRST_STEPS = 8
 # While sequences run, prompts are read between two runs for at most so many times a run.
-READING_SHARE = 2.0
+READING_SHARE = 1.5
 # Before any text has begun, nobody's text stops: the first sequences wait so long for others that
 # are soon read, since a token costs much less in a step of many rows.
 GATHERING_SECONDS = 2.0

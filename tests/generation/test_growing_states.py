@@ -78,6 +78,19 @@ def test_generate_is_the_whole_model_at_each_token(generator, greedy, length):
     assert found.tolist() == greedy(prompt, NEW)
 
 
+@pytest.mark.parametrize("length", [3, 8, 11])
+def test_a_model_called_without_a_state_leaves_room_for_more(lm, greedy, length):
+    """As a user calls it, who has not said how long the text becomes."""
+    prompt = prompt_of(length)
+    logits, _, state = lm.call_with_cache(np.array([prompt]), None)
+    text = []
+    for _ in range(LEAST - length % LEAST):
+        text.append(int(np.asarray(logits)[0, -1].argmax()))
+        logits, _, state = lm.call_with_cache(np.array([text[-1:]]), state)
+    assert np.isfinite(logits).all()
+    assert text == greedy(prompt, len(text))
+
+
 def test_rows_of_other_lengths_and_places_are_what_they_are_alone(generator, greedy):
     prompts = [prompt_of(n, seed=1) for n in (3, 40, 17)]
     limits = np.array([NEW, 5, 21])
