@@ -336,6 +336,7 @@ class Generator:
         stop_token_ids: Sequence[int] = (),
         count: int = 1,
         seed: int = 0,
+        first: int = 0,
         **parameters: Any,
     ) -> list[Rows]:
         """`count` rows, each for `insert`, that continue `prompt` from one `state`.
@@ -350,6 +351,7 @@ class Generator:
             stop_token_ids: as in `start`, at most `STOP_TOKEN_CAPACITY`.
             count: int, the number of sequences.
             seed: int, as there.
+            first: int, how many sequences of the same prompt and seed came before these.
             **parameters: of `FilterSampler`, whatever the model's sampler is.
         """
         row = Rows(
@@ -361,8 +363,8 @@ class Generator:
             sampling=Sampling.of_rows(1, **parameters),
         )
         generators = self._filters.variables
-        keys = row_keys(seed, [()] * count, len(generators), generators[0].dtype)
-        return [row._replace(keys=keys[i : i + 1]) for i in range(count)]
+        keys = row_keys(seed, [()] * (first + count), len(generators), generators[0].dtype)
+        return [row._replace(keys=keys[i : i + 1]) for i in range(first, first + count)]
 
     def select(self, rows: Any, indices: Sequence[int]) -> Any:
         """The rows at `indices`, of `Rows` or of a state. The given ones stay as they were."""

@@ -67,6 +67,16 @@ class TestCompletions:
         assert found[0] != found[1]
         assert answer.usage.prompt_tokens == 6
 
+    @pytest.mark.parametrize(("times", "n"), [(6, 1), (1, 6), (3, 3)])
+    def test_one_prompt_more_often_than_sequences_run_at_once(self, client, lm, times, n):
+        """Four do. The texts are as many others as those of one call of `generate`."""
+        options = {"temperature": 1.0, "seed": 7}
+        answer = client.completions.create(**{**GREEDY, **options}, prompt=["you"] * times, n=n)
+        found = [choice.text for choice in answer.choices]
+        assert found == alone(lm, ["you"] * times, num_return_sequences=n, **options)
+        assert len(set(found)) == times * n
+        assert answer.usage.prompt_tokens == 3 * times
+
     def test_without_a_seed_it_is_another_each_time(self, client):
         options = {"model": NAME, "prompt": "you", "max_tokens": 20}
         texts = {client.completions.create(**options).choices[0].text for _ in range(3)}

@@ -40,7 +40,7 @@ BAD = [
     ({"prompt": "x" * 4100}, None, "maximum context length is 4096"),
     ({"model": 5}, "model", "string"),
     ({"n": 0}, "n", "greater than or equal to 1"),
-    ({"n": 5}, None, "count"),
+    ({"n": 100}, None, "25 requests of at most 4 sequences each, and 16 may wait"),
     ({"n": 1000}, "n", "less than or equal to 128"),
     ({"n": "2"}, "n", "integer"),
     ({"max_tokens": 0}, None, "unless `echo` asks for the prompt"),
