@@ -19,6 +19,7 @@ from keras_mamba2.compiled_folder import keep_programs
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
+API_KEY = "KERAS_MAMBA2_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 
 
@@ -285,7 +286,7 @@ def serve(
     ] = None,
     api_key: Annotated[
         list[str] | None,
-        typer.Option(envvar="KERAS_MAMBA2_API_KEY", help="That clients must send; repeatable."),
+        typer.Option(envvar=API_KEY, help="That clients must send; repeatable."),
     ] = None,
     allowed_host: Annotated[
         list[str] | None,
@@ -324,9 +325,13 @@ def serve(
     from keras_mamba2.serving.app import create_app
     from keras_mamba2.serving.engine import Engine
     from keras_mamba2.serving.limits import Limits
+    from keras_mamba2.serving.limits import check_keys
     from keras_mamba2.serving.server import run
 
+    # For typer, a variable that is empty is none.
+    api_key = api_key or ([""] if API_KEY in os.environ else [])
     with errors_on_one_line():
+        check_keys(api_key)  # before the weights are read
         keep_programs(compilation_cache)
         lm = Mamba2CausalLM.from_preset(
             preset, dtype=dtype, state_dtype=state_dtype, key_value_dtype=key_value_dtype
@@ -346,7 +351,7 @@ def serve(
         hosts = allowed_host or (LOOPBACK if host in LOOPBACK else ("*",))
         folder = pathlib.Path(preset)
         name = name or (folder.name if folder.is_dir() else preset.removeprefix("hf://"))
-        web = create_app(engine, name, limits, api_key or (), hosts)
+        web = create_app(engine, name, limits, api_key, hosts)
         run(web, host, port, drain_seconds, most_connections=max_waiting + max_sequences + 64)
 
 

@@ -139,6 +139,15 @@ def test_another_dtype_of_states_is_one_line(preset_folder):
     assert "state_dtype" in result.output
 
 
+@pytest.mark.parametrize("variable", [None, "", " "])
+def test_a_blank_key_of_a_server_is_one_line(preset_folder, monkeypatch, variable):
+    options = ("--api-key", "") if variable is None else ()
+    if variable is not None:
+        monkeypatch.setenv("KERAS_MAMBA2_API_KEY", variable)
+    result = run_app("serve", preset_folder, *options)
+    assert_one_line(result, 2, "API keys must be a list of strings that are not blank")
+
+
 def test_convert_leaves_nothing_half_done(preset_folder, tmp_path, monkeypatch):
     full = tmp_path / "full"
     full.mkdir()

@@ -36,6 +36,7 @@ from keras_mamba2.conversion.soundness import non_finite
 from keras_mamba2.conversion.soundness import refuse_non_finite
 from keras_mamba2.conversion.stored_tensor import StoredTensor
 from keras_mamba2.host.finite import is_finite
+from keras_mamba2.host.tensor_file import save_tensors
 from keras_mamba2.preset_files import ADAPTER_CONFIG_FILE
 from keras_mamba2.preset_files import ADAPTER_WEIGHTS
 from keras_mamba2.preset_files import adapter_folder
@@ -373,8 +374,6 @@ def write_peft_adapter(
     Raises:
         ValueError: if no layer is adapted, and for a folder with files in it.
     """
-    from safetensors.numpy import save_file
-
     adapted = [layer for layer in layers if layer.lora_enabled]
     if not adapted:
         raise ValueError("There is no LoRA adapter to save. Call `backbone.enable_lora` first.")
@@ -399,7 +398,7 @@ def write_peft_adapter(
     with atomic_folder(folder) as temporary:
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (temporary / ADAPTER_CONFIG_FILE).write_text(text, "utf-8")
-        save_file(weights, temporary / ADAPTER_WEIGHTS[0], {"format": "pt"})
+        save_tensors(temporary / ADAPTER_WEIGHTS[0], weights, {"format": "pt"})
     refused = architecture.model_type in FUSED
     if refused and any(layer.name == "out_proj" for layer in adapted):
         warnings.warn(

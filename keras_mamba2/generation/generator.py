@@ -44,6 +44,7 @@ from keras_mamba2.host.keys import row_texts
 from keras_mamba2.host.prompts import after_tokens
 from keras_mamba2.host.prompts import check_prompts
 from keras_mamba2.host.prompts import padded
+from keras_mamba2.host.prompts import rows_of
 from keras_mamba2.host.prompts import seen_ids
 from keras_mamba2.host.room import room_for
 from keras_mamba2.host.rows import DECODE_CAPACITY
@@ -336,6 +337,7 @@ class Generator:
         stop_token_ids: Sequence[int] = (),
         count: int = 1,
         seed: int = 0,
+        first: int = 0,
         **parameters: Any,
     ) -> list[Rows]:
         """`count` rows, each for `insert`, that continue `prompt` from one `state`.
@@ -350,6 +352,7 @@ class Generator:
             stop_token_ids: as in `start`, at most `STOP_TOKEN_CAPACITY`.
             count: int, the number of sequences.
             seed: int, as there.
+            first: int, how many sequences of the same prompt and seed came before these.
             **parameters: of `FilterSampler`, whatever the model's sampler is.
         """
         row = Rows(
@@ -361,8 +364,8 @@ class Generator:
             sampling=Sampling.of_rows(1, **parameters),
         )
         generators = self._filters.variables
-        keys = row_keys(seed, [()] * count, len(generators), generators[0].dtype)
-        return [row._replace(keys=keys[i : i + 1]) for i in range(count)]
+        keys = row_keys(seed, [()] * (first + count), len(generators), generators[0].dtype)
+        return [row._replace(keys=keys[i : i + 1]) for i in range(first, first + count)]
 
     def select(self, rows: Any, indices: Sequence[int]) -> Any:
         """The rows at `indices`, of `Rows` or of a state. The given ones stay as they were."""
@@ -542,11 +545,6 @@ class Generator:
 def prompts_of(inputs: Mapping[str, Any]) -> tuple[list[np.ndarray], np.ndarray]:
     """The rows without their padding, and how many tokens fit after each."""
     token_ids = np.asarray(ops.convert_to_numpy(inputs["token_ids"]))
-    padding_mask = np.asarray(ops.convert_to_numpy(inputs["padding_mask"])).astype(bool)
-    if token_ids.ndim != 2 or token_ids.shape != padding_mask.shape:
-        raise ValueError(
-            "`token_ids` and `padding_mask` must have one shape, (b t). Received: "
-            f"token_ids.shape={token_ids.shape}, padding_mask.shape={padding_mask.shape}"
-        )
-    prompts = [row[mask] for row, mask in zip(token_ids, padding_mask, strict=True)]
-    return prompts, token_ids.shape[1] - padding_mask.sum(axis=1)
+    padding_mask = np.asarray(ops.convert_to_numpy(inputs["padding_mask"]))
+    prompts = rows_of(token_ids, padding_mask)
+    return prompts, token_ids.shape[1] - padding_mask.astype(bool).sum(axis=1)

@@ -146,6 +146,18 @@ def sampling_of(sampler: keras_hub.samplers.Sampler, batch_size: int, **override
     return FilterSampler(**with_given(parameters, overrides)).sampling(batch_size)
 
 
+def row_parameters(sampler: keras_hub.samplers.Sampler, **overrides) -> dict[str, float]:
+    """The parameters that make a row of `FilterSampler` draw as `sampler` does.
+
+    Raises:
+        ValueError: as `sampling_of`, and for a sampler that has no such parameters.
+    """
+    if type(sampler) is not FilterSampler:  # something is given, which changes nothing
+        overrides = {"repetition_penalty": 1.0, **overrides}
+    sampling = sampling_of(sampler, 1, **overrides)
+    return {name: values.item() for name, values in sampling._asdict().items()}
+
+
 # Of KerasHub's samplers.
 NAMES = ("greedy", "random", "top_k", "top_p", "beam", "contrastive")
 SAMPLER = instance(

@@ -39,6 +39,20 @@ def check_prompts(
             )
 
 
+def rows_of(token_ids: np.ndarray, padding_mask: np.ndarray) -> list[np.ndarray]:
+    """The rows `(b t)` without their padding.
+
+    Raises:
+        ValueError: for a mask of another shape.
+    """
+    if token_ids.ndim != 2 or token_ids.shape != padding_mask.shape:
+        raise ValueError(
+            "`token_ids` and `padding_mask` must have one shape, (b t). Received: "
+            f"token_ids.shape={token_ids.shape}, padding_mask.shape={padding_mask.shape}"
+        )
+    return [row[mask] for row, mask in zip(token_ids, padding_mask.astype(bool), strict=True)]
+
+
 def after_tokens(waiting: np.ndarray, prompts: Sequence[np.ndarray]) -> list[np.ndarray]:
     """`prompts`, each after the token that a state has not read yet, if it has one."""
     return [

@@ -11,6 +11,7 @@ import numpy as np
 from keras_mamba2.atomic_files import atomic_file
 from keras_mamba2.host.finite import is_finite
 from keras_mamba2.host.rows import NO_TOKEN
+from keras_mamba2.host.tensor_file import save_tensors
 from keras_mamba2.untrusted import check_file
 from keras_mamba2.untrusted import shortened
 from keras_mamba2.untrusted import some
@@ -47,9 +48,8 @@ def write(file, tensors: Mapping[str, np.ndarray], model: str, fingerprint: str,
 
     Raises:
         ValueError: for numbers that are not finite.
+        OSError: if it cannot be written.
     """
-    from safetensors.numpy import save_file
-
     if bad := [name for name, array in tensors.items() if not is_finite(array)]:
         raise ValueError(
             f"The state holds numbers that are not finite, in {some(bad)}: nothing can go on from "
@@ -63,7 +63,7 @@ def write(file, tensors: Mapping[str, np.ndarray], model: str, fingerprint: str,
     }
     metadata["checksum"] = checksum(tensors, metadata)
     with atomic_file(file) as temporary:
-        save_file(dict(tensors), temporary, metadata)
+        save_tensors(temporary, tensors, metadata)
 
 
 def read(

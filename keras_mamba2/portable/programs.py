@@ -15,6 +15,7 @@ from keras_mamba2.arguments import PATH
 from keras_mamba2.arguments import integer
 from keras_mamba2.arguments import optional
 from keras_mamba2.host import state_file
+from keras_mamba2.host.conversations import check_is_text
 from keras_mamba2.host.decoding import Decoding
 from keras_mamba2.host.inputs import standard_names
 from keras_mamba2.host.keys import row_keys
@@ -26,6 +27,7 @@ from keras_mamba2.host.options import row_limits
 from keras_mamba2.host.prompts import after_tokens
 from keras_mamba2.host.prompts import check_prompts
 from keras_mamba2.host.prompts import padded
+from keras_mamba2.host.prompts import rows_of
 from keras_mamba2.host.prompts import seen_ids
 from keras_mamba2.host.rows import Rows
 from keras_mamba2.host.rows import stop_tokens
@@ -287,7 +289,12 @@ class Programs:
         return Mamba2Session(self, text, self.prefill(text))
 
     def resume(self, file) -> Mamba2Session:
-        """The session in a file, which `Mamba2Session.save` wrote, of this or of the model."""
+        """The session in a file, which `Mamba2Session.save` wrote, of this or of the model.
+
+        Raises:
+            ValueError: that names the file, if it is missing, damaged, that of another model, or
+                a conversation.
+        """
         manifest = self.manifest
         tensors, text = state_file.read(
             file,
@@ -296,6 +303,7 @@ class Programs:
             lambda: manifest.fingerprint,
             manifest.vocabulary_size,
         )
+        check_is_text(file, text)
         dtypes = (jnp.dtype(spec.dtype) for spec in manifest.state)
         named = zip(manifest.state, dtypes, strict=True)
         layers = tuple(tensors[spec.name].astype(dtype) for spec, dtype in named)
@@ -332,8 +340,7 @@ class Programs:
             waiting = np.asarray(state.token)
         if isinstance(inputs, Mapping):
             named = standard_names(inputs)
-            masks = np.asarray(named["padding_mask"]).astype(bool)
-            prompts = [row[m] for row, m in zip(np.asarray(named["token_ids"]), masks, strict=True)]
+            prompts = rows_of(*(np.asarray(named[n]) for n in ("token_ids", "padding_mask")))
         else:
             prompts = self._codec.encode(texts_of(inputs), continued=state is not None)
         check_prompts(prompts, self.manifest.vocabulary_size, waiting)

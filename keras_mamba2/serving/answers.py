@@ -126,7 +126,9 @@ class Answer:
         """Tokens, as OpenAI's API counts them: a prompt once, however many choices it has."""
         prompt = sum(len(asked.token_ids) for asked in self.asked)
         new = sum(choice.num_tokens for choice in self.choices)
-        cached = sum(r.cached_tokens * self._times(i) for i, r in enumerate(self._requests))
+        # Of the request that has a prompt's first choice.
+        of_request = zip(self._requests, self._numbers, strict=True)
+        cached = sum(r.cached_tokens for r, mine in of_request for n in mine if n % self.count == 0)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": new,
@@ -134,33 +136,39 @@ class Answer:
             "prompt_tokens_details": {"cached_tokens": cached},
         }
 
-    def _times(self, which: int) -> int:
-        """How often the prompt of a request was asked for."""
-        return len(self._numbers[which]) // self.count
-
     def _make_requests(self, seed: int) -> None:
-        """One for each text: the same text twice is two sequences, as in `lm.generate`."""
+        """One for each text: the same text twice is two sequences, as in `lm.generate`.
+
+        A text of more sequences than run at once has several requests.
+        """
+        most = self._engine.max_sequences
         numbers: dict[bytes, list[int]] = {}
         for i, asked in enumerate(self.asked):
             mine = range(i * self.count, (i + 1) * self.count)
             numbers.setdefault(asked.token_ids.tobytes(), []).extend(mine)
-        self._numbers = list(numbers.values())
-        for which, mine in enumerate(self._numbers):
-            asked = self.asked[mine[0] // self.count]
-            self._requests.append(
-                Request(
-                    prompt=asked.token_ids,
-                    limit=asked.limit,
-                    parameters=asked.parameters,
-                    deliver=self._receiver(which),
-                    stop_token_ids=asked.stop_token_ids,
-                    seed=seed,
-                    count=len(mine),
-                    with_likely=self._num_likely is not None,
-                    scores_prompt=asked.scores,
-                    keep=asked.keep,
-                )
+        for all_of_text in numbers.values():
+            for first in range(0, len(all_of_text), most):
+                self._add_request(all_of_text[first : first + most], first, seed)
+
+    def _add_request(self, numbers: list[int], first: int, seed: int) -> None:
+        """For the choices `numbers`, which have one text, and `first` others of it before."""
+        asked = self.asked[numbers[0] // self.count]
+        self._requests.append(
+            Request(
+                prompt=asked.token_ids,
+                limit=asked.limit,
+                parameters=asked.parameters,
+                deliver=self._receiver(len(self._requests)),
+                stop_token_ids=asked.stop_token_ids,
+                seed=seed,
+                count=len(numbers),
+                first=first,
+                with_likely=self._num_likely is not None,
+                scores_prompt=asked.scores,
+                keep=asked.keep,
             )
+        )
+        self._numbers.append(numbers)
 
     def _receiver(self, which: int) -> Callable[[Delivery], None]:
         """What the engine's thread calls."""

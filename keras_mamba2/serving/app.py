@@ -21,6 +21,7 @@ from keras_mamba2.serving.errors import add_error_handlers
 from keras_mamba2.serving.limits import ApiKeys
 from keras_mamba2.serving.limits import BodyLimits
 from keras_mamba2.serving.limits import Limits
+from keras_mamba2.serving.limits import check_keys
 from keras_mamba2.serving.metrics import CountRequests
 from keras_mamba2.serving.metrics import Metrics
 from keras_mamba2.serving.openai_types import ChatRequest
@@ -55,10 +56,14 @@ def create_app(
             application ends, after the last request.
         name: string, what clients call the model.
         limits: `keras_mamba2.serving.limits.Limits`.
-        api_keys: strings, one of which clients must send. Without any, everyone is served.
+        api_keys: list of strings, one of which clients must send. Without any, everyone is served.
         allowed_hosts: strings, what the server may be called. With names of this machine alone, no
             web page can get at it by a name of its own that leads here.
+
+    Raises:
+        ValueError: for an API key that is blank.
     """
+    check_keys(api_keys)
     limits = limits or Limits()
     metrics = Metrics(engine)
     service = Service(engine, name, limits, metrics)

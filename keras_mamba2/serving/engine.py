@@ -114,6 +114,11 @@ class Engine:
         """
         for request in requests:
             self._check(request)
+        if len(requests) > self.max_waiting:
+            raise ValueError(
+                f"They are {len(requests)} requests of at most {self.max_sequences} sequences "
+                f"each, and {self.max_waiting} may wait. Ask for fewer prompts or choices at once."
+            )
         with self._changed:
             if not self.is_ready:
                 raise Closed("The server is shutting down.")

@@ -72,6 +72,20 @@ class BodyLimits:
             )
 
 
+def check_keys(keys: Sequence[str]) -> None:
+    """Raises for a key that everybody knows: an empty one, which is sent without any.
+
+    Raises:
+        ValueError: also for one string, whose characters would each be a key.
+    """
+    if isinstance(keys, str) or not all(isinstance(key, str) and key.strip() for key in keys):
+        received = "a string" if isinstance(keys, str) else "a blank one"  # never a key
+        raise ValueError(
+            "API keys must be a list of strings that are not blank. For a server without keys, "
+            f"pass none, and set none in the environment. Received: {received}"
+        )
+
+
 class ApiKeys:
     """Middleware that serves the API to those who send one of `keys`."""
 

@@ -101,11 +101,27 @@ class CountRequests:
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        has_begun = False
+
         async def counting(message: Message) -> None:
+            nonlocal has_begun
             if message["type"] == "http.response.start":
-                route = scope.get("route")
-                path = "other" if route is None else route.path
-                self._metrics.requests.labels(path, message["status"]).inc()
+                has_begun = True
+                self._count(scope, message["status"])
             await send(message)
 
-        await self._app(scope, receive, counting if scope["type"] == "http" else send)
+        try:
+            await self._app(scope, receive, counting)
+        except Exception:
+            # Its answer is made outside of this, by the outermost layer of the application.
+            if not has_begun:
+                self._count(scope, 500)
+            raise
+
+    def _count(self, scope: Scope, status: int) -> None:
+        route = scope.get("route")
+        path = "other" if route is None else route.path
+        self._metrics.requests.labels(path, status).inc()

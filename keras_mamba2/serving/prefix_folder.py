@@ -97,7 +97,7 @@ class PrefixFolder:
         while (next_one := self._next()) is not None:
             try:
                 self._do(*next_one)
-            except (OSError, ValueError) as error:
+            except Exception as error:  # whatever it is, the next state may be written
                 logger.warning("A known prefix was not written: %s", error)
 
     def _next(self) -> tuple[bytes, Known | None, bool] | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_mamba2.generation import row_parameters
 from keras_mamba2.host.text_stream import TextStream
 from keras_mamba2.serving.openai_types import ChatRequest
 from keras_mamba2.serving.openai_types import CompletionRequest
@@ -40,11 +41,17 @@ class Prompts:
     Args:
         lm: a `Mamba2CausalLM` with a preprocessor.
         max_tokens: int, how many tokens a sequence may have.
+
+    Raises:
+        ValueError: for a model without a preprocessor, and one that chats with a sampler whose
+            parameters a row cannot have for itself.
     """
 
     def __init__(self, lm, max_tokens: int):
         if lm.preprocessor is None:
             raise ValueError("A server reads text: it needs a model with a `preprocessor`.")
+        if lm.preprocessor.tokenizer.chat_template is not None:
+            row_parameters(lm.sampler)  # raises now, and not for every conversation
         self._lm = lm
         self._max_tokens = max_tokens
         self._tokenizer = lm.preprocessor.tokenizer
@@ -97,7 +104,6 @@ class Prompts:
         limit = generation.max_new_tokens or MOST_NEW_TOKENS
         if body.max_new_tokens is None:  # as much as there is room for
             limit = max(min(limit, self._max_tokens - len(token_ids)), 1)
-        parameters = {k: v for k, v in generation.parameters.items() if v is not None}
         stops = generation.stop_token_ids
         skip = (*stops, *self._tokenizer.special_token_ids, *self._tokenizer.control_token_ids)
         return Prompt(
@@ -105,7 +111,7 @@ class Prompts:
             text="",
             scores=False,
             limit=limit,
-            parameters=parameters,
+            parameters=row_parameters(self._lm.sampler, **generation.parameters),
             stop_token_ids=stops,
             skip=skip,
             stop_strings=generation.stop_strings,

@@ -105,6 +105,7 @@ class Reading:
             request.stop_token_ids,
             request.count,
             request.seed,
+            request.first,
             **request.parameters,
         )
 

@@ -42,6 +42,8 @@ class Request:
         stop_token_ids: token ids that end a sequence, at most `STOP_TOKEN_CAPACITY`.
         seed: int, for the random numbers.
         count: int, the number of sequences.
+        first: int, how many sequences of the same prompt other requests with this seed have.
+            These are then others than those.
         with_likely: bool, whether log probabilities are delivered.
         scores_prompt: bool, whether those of the prompt are too, before anything else. All of it
             is read for that, since states do not know them; and none is kept.
@@ -56,6 +58,7 @@ class Request:
     stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
     count: int = 1
+    first: int = 0
     with_likely: bool = False
     scores_prompt: bool = False
     keep: tuple[int, ...] | None = None

@@ -9,15 +9,18 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 # How long a client may take to send the head of a request.
 HEAD_SECONDS = 10.0
+# And how long it may read nothing of an answer, once as much waits for it as may.
+WRITE_SECONDS = 60.0
 
 
 class PatientForAWhile(H11Protocol):
     """Closes connections whose next request does not begin, or whose head stays unfinished.
 
-    uvicorn itself limits the pause between two requests only.
+    And those whose client does not read. uvicorn itself limits the pause between two requests only.
     """
 
     _head: asyncio.TimerHandle | None = None
+    _writing: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
@@ -30,6 +33,15 @@ class PatientForAWhile(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._forget()
+        self._forget_writing()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._writing = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._forget_writing()
 
     def _expect_head(self) -> None:
         is_answering = self.cycle is not None and not self.cycle.response_complete
@@ -42,6 +54,11 @@ class PatientForAWhile(H11Protocol):
         if self._head is not None:
             self._head.cancel()
             self._head = None
+
+    def _forget_writing(self) -> None:
+        if self._writing is not None:
+            self._writing.cancel()
+            self._writing = None
 
 
 def run(app, host: str, port: int, drain_seconds: float, most_connections: int) -> None:

@@ -14,6 +14,8 @@ from keras_mamba2.tasks.generation_options import GenerationOptions
 
 MOST_NEW_TOKENS = 1024
 TOP_K = 50  # of transformers, where a checkpoint samples and does not say
+# Arguments of `ChatTemplate.render` that have others to say what they are.
+RESERVED = ("self", "messages", "tools", "add_generation_prompt", "name")
 
 
 class ChatOptions(NamedTuple):
@@ -69,13 +71,8 @@ class ChatOptions(NamedTuple):
             seed=seed,
             **parameters,
         )
-        if not isinstance(template_variables, Mapping | None):
-            raise ValueError(
-                "`template_variables` must be a dict. "
-                f"Received: template_variables={template_variables!r}"
-            )
         max_context = optional(SIZE)("max_context", max_context)
-        return cls(generation, max_context, dict(template_variables or {}))
+        return cls(generation, max_context, _checked_variables(template_variables))
 
     def room(self, num_tokens: int) -> int:
         """How many tokens a reply may have after `num_tokens`.
@@ -93,6 +90,20 @@ class ChatOptions(NamedTuple):
                 f"Received: max_context={self.max_context}"
             )
         return min(limit, self.max_context - num_tokens)
+
+
+def _checked_variables(variables: Mapping[str, Any] | None) -> dict[str, Any]:
+    if not isinstance(variables, Mapping | None):
+        raise ValueError(
+            f"`template_variables` must be a dict. Received: template_variables={variables!r}"
+        )
+    for name in variables or ():
+        if not isinstance(name, str) or name in RESERVED:
+            raise ValueError(
+                "The names of template variables must be strings, and none of "
+                f"{', '.join(RESERVED)}, which a conversation sets itself. Received: {name!r}"
+            )
+    return dict(variables or {})
 
 
 def _stop_tokens(lm, defaults: Mapping[str, Any]) -> tuple[int, ...]:

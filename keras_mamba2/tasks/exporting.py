@@ -16,7 +16,7 @@ from keras_mamba2.conversion.export import write_safetensors
 from keras_mamba2.conversion.names import Weight
 from keras_mamba2.generation import FilterSampler
 from keras_mamba2.generation import picks_tokens
-from keras_mamba2.generation import sampling_of
+from keras_mamba2.generation import row_parameters
 from keras_mamba2.generation.exporting import programs
 from keras_mamba2.generation.exporting import serialized
 from keras_mamba2.generation.picking import PARAMETERS
@@ -160,10 +160,7 @@ class ProgramExport:
 def _sampler(sampler) -> Sampler:
     parameters = None
     if type(sampler) in (FilterSampler, *PARAMETERS):
-        # As `generate` does with a parameter that is given: here one that changes nothing.
-        neutral = {} if type(sampler) is FilterSampler else {"repetition_penalty": 1.0}
-        of_row = sampling_of(sampler, 1, **neutral)
-        parameters = {name: value[0].item() for name, value in of_row._asdict().items()}
+        parameters = row_parameters(sampler)
     generators = sampler.variables
     return Sampler(
         name=type(sampler).__name__,

@@ -11,6 +11,8 @@ import numpy as np
 
 from keras_mamba2.chat.template import checked_messages
 from keras_mamba2.chat.template import checked_tools
+from keras_mamba2.host.conversations import KIND
+from keras_mamba2.host.conversations import conversation_of
 from keras_mamba2.host.text_stream import TextStreams
 from keras_mamba2.tasks.chat_options import ChatOptions
 from keras_mamba2.tasks.known_prefixes import KnownPrefix
@@ -20,7 +22,6 @@ from keras_mamba2.tasks.known_prefixes import common_length
 # Two a turn: before the reply, and after it.
 KEPT_STATES = 8
 NOTHING = KnownPrefix(np.zeros(0, "int32"), None)
-KIND = "keras_mamba2 chat"
 
 
 class ChatUsage(NamedTuple):
@@ -215,11 +216,8 @@ class Mamba2Chat:
     @classmethod
     def restored(cls, lm, text: str, state, file, **options: Any) -> "Mamba2Chat":
         """A conversation from what `save` wrote."""
-        try:
-            stored = json.loads(text)
-        except json.JSONDecodeError:
-            stored = None
-        if not isinstance(stored, dict) or stored.get("kind") != KIND:
+        stored = conversation_of(text)
+        if stored is None:
             raise ValueError(
                 f"{file} holds a text, not a conversation. `lm.resume` goes on with a text."
             )

@@ -20,6 +20,7 @@ from keras_mamba2.generation import needs_history
 from keras_mamba2.generation import padded
 from keras_mamba2.generation import picks_tokens
 from keras_mamba2.generation import prompts_of
+from keras_mamba2.host.conversations import check_is_text
 from keras_mamba2.host.inputs import standard_names
 from keras_mamba2.host.options import row_limits
 from keras_mamba2.host.prompts import after_tokens
@@ -327,8 +328,14 @@ class TextGeneration:
         STATE("state", state).save(file, self.backbone, text)
 
     def resume(self, file) -> Mamba2Session:
-        """The session that `Mamba2Session.save` wrote to `file`."""
+        """The session that `Mamba2Session.save` wrote to `file`.
+
+        Raises:
+            ValueError: that names the file, if it is missing, damaged, that of another model, or
+                a conversation.
+        """
         *parts, text = state_files.load(file, self.backbone)
+        check_is_text(file, text)
         return Mamba2Session(self, text, Mamba2State(*parts))
 
     def _prompts(self, inputs, state: Mamba2State | None) -> list[np.ndarray]:

@@ -150,6 +150,18 @@ def test_any_text_is_written_as_in_transformers(contents, prompt, name):
         "{{ messages | selectattr('role', 'eq', 'user') | list | length }}{{ 'a b' | wordcount }}",
         "{{ messages | groupby('role') | map('first') | list }}{{ 'x' | indent(3, true) | safe }}",
         "{% set ns = namespace(_a=1) %}",
+        "{{ '{:>{}}|{a!r}|{a}'.format(1, 5, a='é') }}{{ '{a}'.format_map({'a': [1]}) }}",
+        "{{ ('<b>{}' | safe).format('<') }}{{ '{.__class__}'.format(1) }}",
+        "{{ '%*d|%%|%-5s|' % (4, 7, 'a') }}{{ '%(a)s%(a)s' % {'a': 1} }}{{ '%s' | format('a') }}",
+        "{{ 'a b c'.split(sep=' ', maxsplit=1) }}{{ 'ab' | replace(new='x', old='a') }}",
+        "{{ [1, 2] | join(d='-') }}{{ messages | map(attribute='role') | reverse | join }}",
+        "{% for a in range(9) if a is odd %}{{ loop.index ~ a }}{% else %}none{% endfor %}",
+        "{% for a in range(9) if a > 9 %}{{ a }}{% else %}none{% endfor %}",
+        "{% macro f() %}a{{ caller() }}{% endmacro %}{% call f() %}b{{ 1 }}{% endcall %}"
+        "{% set x %}c{{ [2] }}{% endset %}{{ x }}{{ missing }}{{ none }}{{ 1.5 }}{{ {'a': 1} }}",
+        "{{ [[1], [2]] | sum(start=[]) }}{{ [1, 2] | sum }}{{ 'a b' | wordwrap(1) }}",
+        "{{ (1).to_bytes(2, 'big') }}{{ 'a\tb'.expandtabs(4) }}{{ 'a\nb' | indent('> ') }}",
+        "{{ 'aXbX'.replace('X', '--').translate({97: 'c'}) }}{{ '-'.join(['a', 'b']) }}",
         "{{ messages[0].update({'a': 1}) }}",
     ],
 )
@@ -235,7 +247,10 @@ def test_what_a_template_refuses_is_told_in_its_words():
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{{ range(10 ** 9) }}", "Range too big"),
+        ("{{ lipsum() }}", "'lipsum' is undefined"),
         (LOOP, "longer"),
+        ("{% for a in range(99999) if range(99999) | sum < 0 %}{% endfor %}", "longer"),
+        ("{{ range(99999) | select('in', range(99999) | list) | list }}", "longer"),
         ("{% macro f(n) %}{{ f(n - 1) ~ f(n - 1) if n }}{% endmacro %}{{ f(40) }}", "longer"),
         ("{% for a in range(99999) %}{{ messages[0].content * 1000 }}{% endfor %}", "more than"),
         ("{% set ns = namespace(x='a') %}{% for a in range(99) %}"
@@ -258,9 +273,57 @@ def test_a_template_that_fails_or_does_not_end_is_an_error(source, message, monk
         ChatTemplate(source).render([FIRST])
 
 
+NESTED = (
+    "{% set a = [0] * 999 %}{% set b = [a] * 999 %}{% set c = [b] * 999 %}{% set x = 'a' * 99999 %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ c }}", "makes more than"),
+        ("{{ c | tojson | length }}", "makes more than"),
+        ("{{ c | string | length }}", "makes more than"),
+        ("{{ (c ~ '') | length }}", "makes more than"),
+        ("{{ ('%s' % c) | length }}", "makes more than"),
+        ("{{ '{!r:>3}'.format(c) | length }}", "makes more than"),
+        ("{{ {'a': c}.items() }}", "makes more than"),
+        ("{{ namespace(a=c) }}", "text of a namespace"),
+        ("{{ ([x] * 99999) | join | length }}", "makes more than"),
+        ("{{ ''.join([x] * 99999) | length }}", "makes more than"),
+        ("{{ x.join(['a'] * 99999) | length }}", "makes more than"),
+        ("{{ (['a'] * 99999) | map('center', 99999) | list | length }}", "makes more than"),
+        ("{{ ('%10000000000d' % 1) | length }}", "makes more than"),
+        ("{{ ('%*d' % (10000000000, 1)) | length }}", "makes more than"),
+        ("{{ '%.10000000000f' | format(1.0) | length }}", "makes more than"),
+        ("{{ ('%(a)s' * 9999) % {'a': x} }}", "makes more than"),
+        ("{{ '{:{}}'.format(1, 10000000000) | length }}", "makes more than"),
+        ("{{ ('{0}' * 9999).format(x) | length }}", "makes more than"),
+        ("{{ ('\n' * 99999) | indent(99999) | length }}", "makes more than"),
+        ("{{ x | replace(new=x, old='a') | length }}", "makes more than"),
+        ("{{ ('1' * 99999) | replace(1, x) | length }}", "makes more than"),
+        ("{{ x | join([x]) | length }}", "makes more than"),
+        ("{{ x.translate({97: x}) | length }}", "makes more than"),
+        ("{{ (1).to_bytes(10000000000, 'big') | length }}", "makes more than"),
+        ("{% macro f() %}{% for i in range(99999) %}{{ x }}{% endfor %}{% endmacro %}"
+         "{{ f() | length }}", "writes more than"),
+        ("{% set y %}{% for i in range(99999) %}" + "a" * 9999 + "{% endfor %}{% endset %}",
+         "writes more than"),
+        ("{{ ([[0] * 99] * 99) | sum(start=[]) | length }}", "`sum` is for at most"),
+        ("{{ x | wordwrap(1) | length }}", "`wordwrap` is for at most"),
+    ],
+)  # fmt: skip
+def test_a_text_that_would_be_huge_is_not_made(source, message, monkeypatch):
+    monkeypatch.setattr(environment, "MOST_CHARACTERS", 100_000)
+    monkeypatch.setattr(environment, "MOST_WRITTEN", 1_000_000)
+    monkeypatch.setattr(environment, "MOST_FOR_SLOW", 10_000)
+    with pytest.raises(ValueError, match=message):
+        ChatTemplate(NESTED + source).render([FIRST])
+
+
 def test_a_template_cannot_reach_its_clock(monkeypatch):
     monkeypatch.setattr(environment, "SECONDS", 0.3)
-    for name in ("tick", "environment", "concatenate"):
+    for name in ("tick", "environment", "concatenate", "written"):
         with pytest.raises(ValueError, match="takes longer than"):
             ChatTemplate(f"{{% set {name} = 1 %}}{LOOP}").render([FIRST])
 

@@ -181,7 +181,7 @@ def write_to_a_full_disk(name: str, folder: pathlib.Path, pipe) -> None:
     writer.make_room()
     try:
         writer.write(2)
-    except Exception as error:
+    except (OSError, typer.Exit) as error:
         if isinstance(error, typer.Exit):  # the command line has made a line of it
             error = error.__context__
         pipe.send((repr(error), getattr(error, "__notes__", [])))

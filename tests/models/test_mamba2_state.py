@@ -1,5 +1,7 @@
 """The state of a model: its rows, and its file."""
 
+import resource
+
 import keras
 import numpy as np
 import pytest
@@ -138,3 +140,16 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(file, lm, state, monke
         state.save(file, lm.backbone)
     assert file.read_bytes() == before
     assert len(list(file.parent.iterdir())) == 1
+
+
+def test_a_full_disk_is_an_error_of_the_system(file, lm, state):
+    """Not one of the library's own, which nobody catches."""
+    before = file.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"^state.safetensors could not be written: .*too large"):
+            state.save(file, lm.backbone)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_bytes() == before

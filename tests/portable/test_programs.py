@@ -17,6 +17,7 @@ from keras_mamba2 import FilterSampler
 from keras_mamba2 import Mamba2CausalLM
 from keras_mamba2 import ProgramState
 from keras_mamba2.generation.decode import default_steps_a_write
+from keras_mamba2.host.conversations import KIND
 from keras_mamba2.ops.chunk_size import default_chunk_size
 from keras_mamba2.ops.platform import compiling_for
 from tests import reference
@@ -349,6 +350,11 @@ def test_what_is_not_as_it_was_written_is_named(folder, tmp_path):
             "token id 300, outside the model's vocabulary of 257",
         ),
         ({"inputs": {"token_ids": np.array([[3]])}}, "`padding_mask` is missing"),
+        (
+            {"inputs": {"token_ids": np.ones((1, 3), int), "padding_mask": np.ones((1, 4))}},
+            r"must have one shape, .* padding_mask.shape=\(1, 4\)",
+        ),
+        ({"inputs": {"token_ids": np.ones(3, int), "padding_mask": np.ones(3)}}, "one shape"),
     ],
 )
 def test_bad_arguments_are_named(programs, arguments, message):
@@ -362,6 +368,9 @@ def test_states_and_streams_that_do_not_fit_are_named(programs, tmp_path):
         programs.generate("c", state=state)
     with pytest.raises(ValueError, match="at most 2 texts at once.*Received: 3 texts"):
         programs.stream(["a", "b", "c"])
+    programs.save_state(tmp_path / "chat", state[:1], json.dumps({"kind": KIND}))
+    with pytest.raises(ValueError, match="chat holds a conversation, not a text"):
+        programs.resume(tmp_path / "chat")
     (tmp_path / "state.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="is truncated, or not the file of a state"):
         programs.resume(tmp_path / "state.safetensors")

@@ -5,11 +5,16 @@ import re
 from typing import ClassVar
 
 import httpx
+import keras_hub
 import numpy as np
 import openai
 import pytest
 from keras import ops
 
+import keras_mamba2
+from keras_mamba2.serving.app import create_app
+from keras_mamba2.serving.openai_types import ChatRequest
+from keras_mamba2.serving.prompts import Prompts
 from tests.serving.collected import wait_until
 from tests.serving.conftest import NAME
 from tests.serving.conftest import client_of
@@ -66,6 +71,16 @@ class TestCompletions:
         assert found == alone(lm, ["you", "you"], **options)
         assert found[0] != found[1]
         assert answer.usage.prompt_tokens == 6
+
+    @pytest.mark.parametrize(("times", "n"), [(6, 1), (1, 6), (3, 3)])
+    def test_one_prompt_more_often_than_sequences_run_at_once(self, client, lm, times, n):
+        """Four do. The texts are as many others as those of one call of `generate`."""
+        options = {"temperature": 1.0, "seed": 7}
+        answer = client.completions.create(**{**GREEDY, **options}, prompt=["you"] * times, n=n)
+        found = [choice.text for choice in answer.choices]
+        assert found == alone(lm, ["you"] * times, num_return_sequences=n, **options)
+        assert len(set(found)) == times * n
+        assert answer.usage.prompt_tokens == 3 * times
 
     def test_without_a_seed_it_is_another_each_time(self, client):
         options = {"model": NAME, "prompt": "you", "max_tokens": 20}
@@ -338,6 +353,44 @@ class TestConversations:
         assert first == lm.chat(HELLO, max_new_tokens=20, temperature=0.8, seed=3)
         assert second != first
 
+    def test_drawn_as_the_model_was_compiled(self, client, lm, monkeypatch):
+        for name, value in {"temperature": 0.3, "top_p": 0.9, "repetition_penalty": 1.2}.items():
+            monkeypatch.setattr(lm.sampler, name, value)
+        options = {"model": NAME, "max_tokens": 20, "seed": 3}
+        answer = client.chat.completions.create(messages=HELLO, **options)
+        expected = lm.chat(HELLO, max_new_tokens=20, seed=3)
+        assert answer.choices[0].message.content == expected
+        assert expected != lm.chat(HELLO, max_new_tokens=20, seed=3, temperature=1.0)
+
+    @pytest.mark.parametrize(
+        ("sampler", "given", "expected"),
+        [
+            ("greedy", {}, {"temperature": 0.0}),
+            ("greedy", {"temperature": 0.5}, {"temperature": 0.5}),
+            ("random", {}, {"temperature": 1.0}),
+            (
+                keras_hub.samplers.TopPSampler(p=0.5, k=7, temperature=0.25),
+                {"min_p": 0.125},
+                {"temperature": 0.25, "top_p": 0.5, "top_k": 7, "min_p": 0.125},
+            ),
+            (keras_mamba2.FilterSampler(min_p=0.25), {"top_k": 3}, {"min_p": 0.25, "top_k": 3}),
+            # Without a sampler of its own, as the checkpoint says.
+            ("auto", {}, {"temperature": 0.0}),
+        ],
+    )
+    def test_what_is_not_given_is_of_the_sampler(self, lm, sampler, given, expected):
+        other = keras_mamba2.Mamba2CausalLM(lm.backbone, lm.preprocessor)
+        other.compile(sampler=sampler)
+        body = ChatRequest(model=NAME, messages=HELLO, **given)
+        found = Prompts(other, 4096).of_chat(body).parameters
+        assert {name: found[name] for name in expected} == expected
+
+    def test_a_sampler_that_rows_cannot_have_is_refused_at_the_start(self, lm):
+        other = keras_mamba2.Mamba2CausalLM(lm.backbone, lm.preprocessor)
+        other.compile(sampler="beam")
+        with pytest.raises(ValueError, match="BeamSampler does not take .*FilterSampler"):
+            Prompts(other, 4096)
+
     def test_parts_and_developers(self, client):
         parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
         messages = [{**SYSTEM, "role": "developer"}, {"role": "user", "content": parts}]
@@ -386,6 +439,11 @@ class TestKeys:
             with client_of(keyed_address, api_key=key) as client:
                 assert client.completions.create(prompt="ROMEO:", **GREEDY).choices
         assert httpx.get(f"{keyed_address}/health").status_code == 200
+
+    @pytest.mark.parametrize("keys", [[""], ["secret", " "], "secret"])
+    def test_one_that_everybody_has_is_refused(self, engine, keys):
+        with pytest.raises(ValueError, match="API keys must be a list of strings that are not bla"):
+            create_app(engine, NAME, api_keys=keys)
 
 
 class TestGone:

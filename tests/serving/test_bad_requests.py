@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import re
 import socket
 import threading
+import time
 
 import httpx
 import openai
@@ -11,6 +13,7 @@ import pytest
 
 from keras_mamba2 import ChatTemplate
 from keras_mamba2.serving import server
+from keras_mamba2.serving.answers import Answer
 from keras_mamba2.serving.app import create_app
 from keras_mamba2.serving.limits import Limits
 from tests.serving.collected import Collected
@@ -40,7 +43,7 @@ BAD = [
     ({"prompt": "x" * 4100}, None, "maximum context length is 4096"),
     ({"model": 5}, "model", "string"),
     ({"n": 0}, "n", "greater than or equal to 1"),
-    ({"n": 5}, None, "count"),
+    ({"n": 100}, None, "25 requests of at most 4 sequences each, and 16 may wait"),
     ({"n": 1000}, "n", "less than or equal to 128"),
     ({"n": "2"}, "n", "integer"),
     ({"max_tokens": 0}, None, "unless `echo` asks for the prompt"),
@@ -86,6 +89,10 @@ BAD_CHATS = [
     ({"response_format": {"type": "json_object"}}, None, "`response_format` is not supported"),
     ({"top_logprobs": 2}, None, "need `logprobs: true`"),
     ({"logprobs": 2}, "logprobs", "boolean"),
+    ({"chat_template_kwargs": 5}, "chat_template_kwargs", "dict"),
+    ({"chat_template_kwargs": {"add_generation_prompt": False}}, None, "a conversation sets"),
+    ({"chat_template_kwargs": {"messages": []}}, None, "Received: 'messages'"),
+    ({"chat_template_kwargs": {"self": 1}}, None, "Received: 'self'"),
     ({"max_completion_tokens": 5000}, None, "maximum context length is 4096"),
 ]
 
@@ -244,6 +251,29 @@ class TestLimits:
                     connection.sendall(sent)
                     assert connection.recv(10_000) == b""
 
+    def test_an_answer_that_is_not_read(self, monkeypatch):
+        monkeypatch.setattr(server, "WRITE_SECONDS", 0.2)
+        ended = threading.Event()
+        with serving(_large_answer(ended)) as address, _connected(address, 4096) as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert ended.wait(timeout=30)  # as soon as there is nobody to write to
+            assert sum(map(len, iter(lambda: connection.recv(2**20), b""))) < LARGE
+
+    def test_an_answer_that_is_read_late(self, monkeypatch):
+        """Its connection is kept, for longer than one that is not read."""
+        monkeypatch.setattr(server, "WRITE_SECONDS", 1.0)
+        with serving(_large_answer(threading.Event())) as address:
+            with _connected(address, 4096) as connection:
+                connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+                time.sleep(0.1)
+                answer = bytearray()
+                while not answer.endswith(b"\r\n0\r\n\r\n"):
+                    answer += connection.recv(2**20)
+                assert answer.count(b"x") == LARGE
+                connection.settimeout(1.2)
+                with pytest.raises(TimeoutError):
+                    connection.recv(1)
+
     def test_an_answer_may_take_longer_than_a_head(self, engine, monkeypatch):
         monkeypatch.setattr(server, "HEAD_SECONDS", 0.2)
         others = [Collected("hello", limit=4000).submit(engine) for _ in range(4)]
@@ -259,11 +289,46 @@ class TestLimits:
             assert response.status_code == 200
 
 
-def _connected(address):
+def _connected(address, buffer_size=None):
     host, port = address.removeprefix("http://").split(":")
-    connection = socket.create_connection((host, int(port)))
+    connection = socket.socket()
+    if buffer_size is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_size)
     connection.settimeout(30)
+    connection.connect((host, int(port)))
     return connection
+
+
+LARGE = 2**24  # much more than the system keeps of what is not read
+
+
+def _large_answer(ended):
+    """An application that writes so many bytes."""
+
+    async def answer(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for i in range(LARGE // 2**16):
+            more = i + 1 < LARGE // 2**16
+            await send({"type": "http.response.body", "body": b"x" * 2**16, "more_body": more})
+        ended.set()
+
+    return answer
+
+
+def test_an_error_of_the_server_is_counted(web, address, monkeypatch):
+    def fail(self):
+        raise RuntimeError("a crash")
+
+    def count():
+        found = re.search(r'path="/v1/completions",status="500"} (\S+)', web.get("/metrics").text)
+        return float(found.group(1)) if found else 0
+
+    before = count()
+    with monkeypatch.context() as context:
+        context.setattr(Answer, "submit", fail)
+        response = httpx.post(f"{address}{COMPLETIONS}", json=GOOD)  # it ends the connection
+    assert "a crash" in error_of(response, 500)["message"]
+    assert count() == before + 1
 
 
 def test_garbage_instead_of_http(web, address):

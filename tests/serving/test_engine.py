@@ -116,6 +116,8 @@ class TestTokens:
         found = [request.tokens(i) for i in range(3)]
         assert found == alone(lm, "hello", count=3, seed=3, **DRAWN)
         assert len(set(map(tuple, found))) == 3
+        last = Collected("hello", parameters=DRAWN, seed=3, first=2).submit(engine)
+        assert last.tokens() == found[2]
 
     def test_stop_tokens(self, engine, lm):
         [tokens] = alone(lm, "hello", **GREEDY)
@@ -314,6 +316,8 @@ class TestQueue:
             with pytest.raises(QueueFull, match="2 requests are waiting, 3 may"):
                 engine.submit([Collected("hello").request for _ in range(2)])
             assert engine.num_waiting == 2
+            with pytest.raises(ValueError, match="4 requests of at most 1 .* each, and 3 may wait"):
+                engine.submit([Collected("hello").request for _ in range(4)])
             engine.cancel(running.request)
             assert len({tuple(each.tokens()) for each in waiting}) == 1
 

@@ -209,9 +209,10 @@ class TestInTheBackground:
         engine.close()
         assert len(file_names(tmp_path)) == 4  # after each prompt, and after each text
 
-    def test_a_full_disk_ends_nothing(self, backbone, tmp_path, monkeypatch, caplog):
+    @pytest.mark.parametrize("kind", [OSError, RuntimeError])
+    def test_a_full_disk_ends_nothing(self, backbone, tmp_path, monkeypatch, caplog, kind):
         def fail(*args):
-            raise OSError("No space left on device")
+            raise kind("No space left on device")
 
         cache = PrefixCache(backbone, 2**30, tmp_path, shortest=4)
         with monkeypatch.context() as context:

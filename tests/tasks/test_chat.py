@@ -10,6 +10,7 @@ from keras import ops
 
 import keras_mamba2
 from keras_mamba2.models.mamba2_tokenizer import byte_vocabulary
+from keras_mamba2.tasks.chat_options import RESERVED
 from keras_mamba2.tasks.chat_options import ChatOptions
 from keras_mamba2.tasks.mamba2_chat import KEPT_STATES
 from tests.chat import templates
@@ -204,6 +205,8 @@ class TestStates:
             letters.resume_chat(tmp_path / "text")
         with pytest.raises(ValueError, match="missing"):
             letters.resume_chat(tmp_path / "none")
+        with pytest.raises(ValueError, match="chat holds a conversation, not a text. `lm.resume_c"):
+            letters.resume(tmp_path / "chat")
 
     def test_their_number_is_bounded(self, letters):
         chat = letters.start_chat(max_new_tokens=2, seed=0)
@@ -334,6 +337,11 @@ class TestErrors:
             ([HELLO], {"max_new_tokens": 0}, "max_new_tokens=0"),
             ([HELLO], {"temperature": 1.0}, "LetterSampler does not take temperature"),
             ([HELLO], {"template_variables": 7}, "template_variables=7"),
+            ([HELLO], {"template_variables": {5: 7}}, "must be strings.*Received: 5"),
+            *(
+                ([HELLO], {"template_variables": {name: 7}}, f"none of.*Received: '{name}'")
+                for name in RESERVED
+            ),
             ([HELLO | {"content": "\ud800"}], {}, "no UTF-8"),
         ],
     )
