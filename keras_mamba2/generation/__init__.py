@@ -11,8 +11,8 @@ from keras_mamba2.generation.generator import Generator as Generator
 from keras_mamba2.generation.generator import prompts_of as prompts_of
 from keras_mamba2.generation.picking import needs_history as needs_history
 from keras_mamba2.generation.picking import picks_tokens as picks_tokens
-from keras_mamba2.generation.picking import sampler_of as sampler_of
 from keras_mamba2.generation.picking import row_parameters as row_parameters
+from keras_mamba2.generation.picking import sampler_of as sampler_of
 from keras_mamba2.generation.picking import sampling_of as sampling_of
 from keras_mamba2.generation.programs import use_compilation_cache as use_compilation_cache
 from keras_mamba2.generation.proposers import DraftModel as DraftModel

@@ -152,8 +152,8 @@ def row_parameters(sampler: keras_hub.samplers.Sampler, **overrides) -> dict[str
     Raises:
         ValueError: as `sampling_of`, and for a sampler that has no such parameters.
     """
-    if type(sampler) is not FilterSampler:  # something is given, which changes nothing
-        overrides = {"repetition_penalty": 1.0, **overrides}
+    if type(sampler) is not FilterSampler and overrides.get("repetition_penalty") is None:
+        overrides["repetition_penalty"] = 1.0  # something is given, which changes nothing
     sampling = sampling_of(sampler, 1, **overrides)
     return {name: values.item() for name, values in sampling._asdict().items()}
 
