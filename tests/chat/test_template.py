@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import keras_mamba2
 from keras_mamba2.chat import ChatTemplate
-from keras_mamba2.chat import environment
+from keras_mamba2.chat import bounds
 from tests.chat import templates
 from tests.chat.test_tools import cancel
 from tests.chat.test_tools import weather
@@ -268,7 +268,7 @@ def test_what_a_template_refuses_is_told_in_its_words():
     ],
 )  # fmt: skip
 def test_a_template_that_fails_or_does_not_end_is_an_error(source, message, monkeypatch):
-    monkeypatch.setattr(environment, "SECONDS", 0.3)
+    monkeypatch.setattr(bounds, "SECONDS", 0.3)
     with pytest.raises(ValueError, match=f"refuses this conversation, or fails.*{message}"):
         ChatTemplate(source).render([FIRST])
 
@@ -314,15 +314,15 @@ NESTED = (
     ],
 )  # fmt: skip
 def test_a_text_that_would_be_huge_is_not_made(source, message, monkeypatch):
-    monkeypatch.setattr(environment, "MOST_CHARACTERS", 100_000)
-    monkeypatch.setattr(environment, "MOST_WRITTEN", 1_000_000)
-    monkeypatch.setattr(environment, "MOST_FOR_SLOW", 10_000)
+    monkeypatch.setattr(bounds, "MOST_CHARACTERS", 100_000)
+    monkeypatch.setattr(bounds, "MOST_WRITTEN", 1_000_000)
+    monkeypatch.setattr(bounds, "MOST_FOR_SLOW", 10_000)
     with pytest.raises(ValueError, match=message):
         ChatTemplate(NESTED + source).render([FIRST])
 
 
 def test_a_template_cannot_reach_its_clock(monkeypatch):
-    monkeypatch.setattr(environment, "SECONDS", 0.3)
+    monkeypatch.setattr(bounds, "SECONDS", 0.3)
     for name in ("tick", "environment", "concatenate", "written"):
         with pytest.raises(ValueError, match="takes longer than"):
             ChatTemplate(f"{{% set {name} = 1 %}}{LOOP}").render([FIRST])
