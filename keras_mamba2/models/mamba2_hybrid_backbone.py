@@ -1,6 +1,7 @@
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
+from typing import ClassVar
 
 import keras
 
@@ -97,6 +98,7 @@ class Mamba2HybridBackbone(ResidualBackbone):
         - [Waleffe et al., 2024](https://arxiv.org/abs/2406.07887)
     """
 
+    kinds: ClassVar[Mapping[str, type[Sublayer]]] = KINDS
     sublayers = tuple(KINDS.values())
 
     def __init__(
