@@ -45,7 +45,7 @@ def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _attention(config: Mapping[str, Any]) -> dict[str, Any]:
-    attention = shared_keys.attention(config)
+    attention = shared_keys.attention(config, key_value_heads=8)
     partial = rope_parameters(config).get("partial_rotary_factor", ROTATED)
     return {**attention, "rotary_dim": int(attention["head_dim"] * partial)}
 

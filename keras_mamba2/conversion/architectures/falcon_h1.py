@@ -49,7 +49,7 @@ def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 def _mixer(config: Mapping[str, Any]) -> dict[str, Any]:
     normalized = config.get("mamba_rms_norm", False), config.get("mamba_norm_before_gate", True)
     return {
-        **shared_keys.mixer(config, config.get("mamba_d_ssm")),
+        **shared_keys.mixer(config, config.get("mamba_d_ssm", 1024)),
         "use_output_bias": config.get("projectors_bias", False),
         "gated_norm": GATED_NORMS[normalized],
         "projection_multipliers": list(config.get("ssm_multipliers") or ONES),
@@ -59,7 +59,7 @@ def _mixer(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _attention(config: Mapping[str, Any]) -> dict[str, Any]:
-    attention = shared_keys.attention(config)
+    attention = shared_keys.attention(config, key_value_heads=8)
     return {
         **attention,
         "rotary_dim": attention["head_dim"],

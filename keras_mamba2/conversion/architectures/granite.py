@@ -26,8 +26,9 @@ def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         required(config, "num_hidden_layers")
         kinds = ["mamba"] * config["num_hidden_layers"]
     check_length(config, "layer_types", len(kinds))
-    experts = config.get("num_local_experts") or 0
+    experts = config.get("num_local_experts", 8) or 0
     feed_forward = EXPERTS if experts else "mlp"
+    blocks = [name for kind in kinds for name in (_block(kind), feed_forward)]
     described: dict[str, dict[str, Any]] = {}
     if any(kind in MAMBA_LAYERS for kind in kinds):
         described["mamba2"] = shared_keys.mixer(config)
@@ -38,13 +39,13 @@ def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
             "kind": "mixture_of_experts",
             "intermediate_dim": config["intermediate_size"],
             "num_experts": experts,
-            "num_experts_per_token": config["num_experts_per_tok"],
+            "num_experts_per_token": config.get("num_experts_per_tok", 2),
         }
     described["mlp"] = {"intermediate_dim": config["shared_intermediate_size"]}
     return {
         **vocabulary(config),
         "hidden_dim": config["hidden_size"],
-        "blocks": [name for kind in kinds for name in (_block(kind), feed_forward)],
+        "blocks": blocks,
         "sublayers": described,
         "layer_norm_epsilon": config.get("rms_norm_eps", 1e-6),
         "embedding_multiplier": config.get("embedding_multiplier", 1.0),

@@ -26,18 +26,18 @@ KINDS = {
     **dict.fromkeys(("mlp", "dense"), "mlp"),
     **dict.fromkeys(("moe", "experts", "sparse"), EXPERTS),
 }
-# Older names of keys.
+# Older names of keys, which transformers takes before the newer ones.
 ALIASES = {
     "mamba_n_groups": "n_groups",
     "mamba_d_conv": "conv_kernel",
     "mamba_conv_bias": "use_conv_bias",
     "mamba_dt_limit": "time_step_limit",
-    "norm_eps": "layer_norm_epsilon",
+    "num_local_experts": "n_routed_experts",
 }
 
 
 def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    config = {**{new: config[old] for old, new in ALIASES.items() if old in config}, **config}
+    config = {**config, **{new: config[old] for old, new in ALIASES.items() if old in config}}
     required(config, "hidden_size", "num_attention_heads")
     only(config, "mlp_hidden_act", "relu2")
     only(config, "mamba_hidden_act", "silu", "swish")
@@ -55,32 +55,32 @@ def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         "hidden_dim": config["hidden_size"],
         "blocks": blocks,
         "sublayers": {name: make(config) for name, make in makers.items() if name in used},
-        "layer_norm_epsilon": config.get("layer_norm_epsilon", 1e-5),
+        "layer_norm_epsilon": config.get("layer_norm_epsilon", config.get("norm_eps", 1e-5)),
         # The weights of the head are always their own, whatever the configuration says.
         "tie_word_embeddings": False,
     }
 
 
 def _blocks(config: Mapping[str, Any]) -> list[str]:
-    pattern = config.get("hybrid_override_pattern")
-    if pattern:
-        if unknown := sorted(set(pattern) - set(PATTERN)):
-            raise ValueError(
-                f"`hybrid_override_pattern` has {unknown[0]!r}, which is none of "
-                f"{', '.join(map(repr, PATTERN))}. Received: {pattern!r}"
-            )
-        return [PATTERN[letter] for letter in pattern]
     kinds = config.get("layers_block_type") or config.get("layer_types")
-    if not kinds:
+    if kinds:
+        for kind in kinds:
+            if kind not in KINDS:
+                known = ", ".join(map(repr, KINDS))
+                raise ValueError(f"Unknown kind of layer {kind!r}. Known: {known}")
+        return [KINDS[kind] for kind in kinds]
+    pattern = config.get("hybrid_override_pattern")
+    if not pattern:
         raise ValueError(
             "The configuration says nothing of its layers: neither `hybrid_override_pattern` nor "
             "`layers_block_type`."
         )
-    for kind in kinds:
-        if kind not in KINDS:
-            known = ", ".join(map(repr, KINDS))
-            raise ValueError(f"Unknown kind of layer {kind!r}. Known: {known}")
-    return [KINDS[kind] for kind in kinds]
+    if unknown := sorted(set(pattern) - set(PATTERN)):
+        raise ValueError(
+            f"`hybrid_override_pattern` has {unknown[0]!r}, which is none of "
+            f"{', '.join(map(repr, PATTERN))}. Received: {pattern!r}"
+        )
+    return [PATTERN[letter] for letter in pattern]
 
 
 def _mixer(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,11 +101,10 @@ def _mixer(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _attention(config: Mapping[str, Any]) -> dict[str, Any]:
     heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config.get("attention_head_dim")
     return {
         "num_query_heads": heads,
-        "num_key_value_heads": config.get("num_key_value_heads") or heads,
-        "head_dim": head_dim or config["hidden_size"] // heads,
+        "num_key_value_heads": config.get("num_key_value_heads", 8) or heads,
+        "head_dim": config.get("head_dim") or config.get("attention_head_dim") or 128,
     }
 
 

@@ -49,11 +49,12 @@ def written_mixer(mixer: Mapping[str, Any], hidden_dim: int) -> dict[str, Any]:
     }
 
 
-def attention(config: Mapping[str, Any]) -> dict[str, Any]:
+def attention(config: Mapping[str, Any], key_value_heads: int | None = None) -> dict[str, Any]:
+    """The arguments of attention; `key_value_heads` is what transformers takes without the key."""
     heads = config["num_attention_heads"]
     return {
         "num_query_heads": heads,
-        "num_key_value_heads": config.get("num_key_value_heads") or heads,
+        "num_key_value_heads": config.get("num_key_value_heads", key_value_heads) or heads,
         "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
         "rope_max_wavelength": rope_theta(config),
         "use_bias": config.get("attention_bias", False),
