@@ -111,10 +111,23 @@ def _weights(
     for variable in variables:
         for piece in names.pieces(variable):
             sources.setdefault(piece.name, []).append((variable, piece))
+    for name, parts in sources.items():
+        _check_whole(name, [piece.weight for _, piece in parts])
     return [
         StoredWeight(name, parts, _dtype(name, parts[0][0], dtype))
         for name, parts in sources.items()
     ]
+
+
+def _check_whole(name: str, weights: Sequence[Weight]) -> None:
+    """Raises if the variables leave rows of a tensor without values."""
+    expected = list(range(len(weights[0].parts)))
+    found = sorted(weight.part for weight in weights)
+    if found != expected:
+        raise ValueError(
+            f"{name} is made of parts {expected}, of which the model has {found}: it is no model "
+            "of this family. Save it with `save_to_preset`."
+        )
 
 
 def _dtype(name: str, variable: keras.Variable, dtype: str | None) -> np.dtype:

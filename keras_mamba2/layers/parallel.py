@@ -39,6 +39,12 @@ class Parallel(Sublayer):
         super().__init__(**kwargs)
         self.supports_masking = True
         self.sublayers = list(SUBLAYERS("sublayers", sublayers))
+        names = [sublayer.name for sublayer in self.sublayers]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                "Sublayers side by side need names that differ, or their weights have the same "
+                f"paths. Received: {', '.join(map(repr, names))}"
+            )
         ones = (1.0,) * len(self.sublayers)
         self.input_multipliers = ones if input_multipliers is None else input_multipliers
         self.output_multipliers = ones if output_multipliers is None else output_multipliers

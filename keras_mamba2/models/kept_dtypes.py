@@ -11,8 +11,12 @@ KEPT_DTYPES = {"state_dtype": STATE_DTYPE, "key_value_dtype": KEY_VALUE_DTYPE}
 
 
 def kept_dtype(model, name: str) -> str | None:
-    """The dtype called `name` in the layers of `model`; None where they keep their own."""
-    return next((getattr(layer, name) for layer in _layers(model, name)), None)
+    """The dtype called `name` in all layers of `model`; None where they differ, and without one.
+
+    What layers that differ have stands in their own arguments.
+    """
+    dtypes = {getattr(layer, name) for layer in _layers(model, name)}
+    return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def set_kept_dtypes(model, **dtypes: str | None) -> None:

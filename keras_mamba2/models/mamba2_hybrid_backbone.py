@@ -1,6 +1,7 @@
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
+from typing import ClassVar
 
 import keras
 
@@ -97,6 +98,7 @@ class Mamba2HybridBackbone(ResidualBackbone):
         - [Waleffe et al., 2024](https://arxiv.org/abs/2406.07887)
     """
 
+    kinds: ClassVar[Mapping[str, type[Sublayer]]] = KINDS
     sublayers = tuple(KINDS.values())
 
     def __init__(
@@ -219,6 +221,12 @@ def _check_blocks(blocks: Sequence[str], sublayers: Mapping[str, Mapping[str, An
                     f"Described: {', '.join(map(repr, sublayers)) or 'none'}"
                 )
         *feeders, fed = block.split(FEEDS)
+        names = fed.split(JOINT)
+        if len(set(names)) < len(names):
+            raise ValueError(
+                "A sublayer stands only once in a block. For a second one with weights of its own, "
+                f"describe it in `sublayers` under another name. Received: blocks[{i}]={block!r}"
+            )
         kinds = [sublayers[name].get("kind", name) for name in _names_in(fed)]
         feeder_kinds = [sublayers.get(name, {}).get("kind", name) for name in feeders]
         if "shared_transformer" in kinds or feeder_kinds not in ([], ["shared_transformer"]):

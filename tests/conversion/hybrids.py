@@ -151,13 +151,27 @@ CASES = {
         {**ZAMBA, "num_mem_blocks": 2, "mamba_ngroups": 2, "add_bias_linear": True},
     ),
 }
+MAMBA_ALONE, ATTENTION_ALONE = ["mamba"] * 3, ["attention"] * 3
+DENSE = {**GRANITE, "num_local_experts": 0, "num_experts_per_tok": 0}
+# What lacks a kind of layer, or other parts.
+ALONE = {
+    "granite, no attention": ("GraniteMoeHybrid", {**DENSE, "layer_types": MAMBA_ALONE}),
+    "granite, no mixer": ("GraniteMoeHybrid", {**DENSE, "layer_types": ATTENTION_ALONE}),
+    "nemotron, no attention": ("NemotronH", {**NEMOTRON, "hybrid_override_pattern": "M-M-"}),
+    "nemotron, no bias": ("NemotronH", {**NEMOTRON, "hybrid_override_pattern": "M-*-"}),
+    "nemotron, no mixer": ("NemotronH", {**NEMOTRON, "hybrid_override_pattern": "*-*"}),
+    "nemotron, no mlp": ("NemotronH", {**NEMOTRON, "hybrid_override_pattern": "MM*"}),
+    "bamba, no attention": ("Bamba", {**BAMBA, "attn_layer_indices": None}),
+    "bamba, no mixer": ("Bamba", {**BAMBA, "attn_layer_indices": [0, 1, 2]}),
+    "zamba, no attention": ("Zamba2", {**ZAMBA, "layers_block_type": ["mamba"] * 7}),
+}
 # One of each family, where more would show nothing new.
 FAMILIES = ("granite, experts", "nemotron, experts", "falcon", "bamba", "zamba, two blocks")
 
 
 def random_model(name: str, seed: int = 0):
     """The model of a case in float32, with weights of a trained model's size."""
-    family, arguments = CASES[name]
+    family, arguments = (CASES | ALONE)[name]
     config = getattr(transformers, f"{family}Config")(**arguments)
     # The default way to compute experts knows no float64.
     config._experts_implementation = "eager"

@@ -167,6 +167,36 @@ def test_what_is_not_mamba2_is_named(config, message):
         constructor_arguments(config)
 
 
+MIXER_SIZES = {"mamba_num_heads": 8, "mamba_head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        (BAMBA, {"num_key_value_heads": 8, "rotary_dim": 4}),
+        ({**BAMBA, "partial_rotary_factor": 1.0}, {"rotary_dim": 4}),
+        ({**BAMBA, "rope_parameters": {"partial_rotary_factor": 1.0}}, {"rotary_dim": 8}),
+        ({**BAMBA, "num_key_value_heads": None}, {"num_key_value_heads": 4}),
+        (
+            {**NEMOTRON, **MIXER_SIZES, "vocab_size": 64, "layers_block_type": ["attention"]},
+            {"num_key_value_heads": 8, "head_dim": 128},
+        ),
+    ],
+)
+def test_attention_is_read_as_by_transformers(config, found):
+    """Keys that are left out, or stand where they are not looked for."""
+    attention = constructor_arguments(config)["sublayers"]["attention"]
+    assert attention.items() >= found.items()
+
+
+def test_keys_of_nemotron_that_disagree_are_read_as_by_transformers():
+    config = {**NEMOTRON, **MIXER_SIZES, "vocab_size": 64, "n_groups": 1, "mamba_n_groups": 2}
+    config |= {"layers_block_type": ["mamba"], "hybrid_override_pattern": "M*"}
+    arguments = constructor_arguments(config)
+    assert arguments["blocks"] == ["mamba2"]
+    assert arguments["sublayers"]["mamba2"]["num_groups"] == 2
+
+
 @pytest.mark.parametrize("text", [None, "{", '{"model_type": "llama"}', '{"ssm_cfg": 3}'])
 def test_errors_name_the_file(tmp_path, text):
     file = tmp_path / "config.json"

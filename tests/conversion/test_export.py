@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import keras_mamba2
 from keras_mamba2 import conversion
 from keras_mamba2.conversion import export
+from keras_mamba2.conversion.architectures.granite import GRANITE
 from tests.conversion import checkpoints
 from tests.conversion.checkpoints import load
 
@@ -120,3 +121,12 @@ def test_lora_is_refused(tmp_path):
     ):
         conversion.export_to_transformers(backbone, None, tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tensor_without_all_of_its_parts_is_refused(tmp_path, monkeypatch):
+    """As gate and up of an MLP that has no gate: half of the file would be what memory held."""
+    sublayers = {"mlp": {"intermediate_dim": 8, "gated": False}, "mamba2": {"head_dim": 8}}
+    backbone = keras_mamba2.Mamba2HybridBackbone(16, 16, ["mamba2", "mlp"], sublayers)
+    monkeypatch.setattr(export, "exported_as", lambda config: (GRANITE, {}))
+    with pytest.raises(ValueError, match=r"input_linear.weight is made of parts \[0, 1\].* \[1\]"):
+        conversion.export_to_transformers(backbone, None, tmp_path / "new")

@@ -1,15 +1,20 @@
 """Every family of hybrids: loaded from transformers, as near to float64 as it, and back again."""
 
 import functools
+import inspect
+import json
 
 import jax
 import keras
 import numpy as np
 import pytest
+import transformers
 
 import keras_mamba2
 from keras_mamba2 import conversion
 from keras_mamba2.conversion import describe
+from keras_mamba2.conversion.architectures.sublayers import ELSEWHERE
+from tests import reference
 from tests.conversion import hybrids
 from tests.conversion.checkpoints import assert_same_weights
 
@@ -102,13 +107,13 @@ def test_rows_of_a_batch_are_what_they_are_alone(name, lm_of):
         np.testing.assert_array_equal(found, alone)
 
 
-@families
+@pytest.mark.parametrize("name", [*hybrids.FAMILIES, "nemotron", *hybrids.ALONE])
 def test_export_and_back(name, lm_of, folder_of, tmp_path):
     """There and back with identical weights, and the same logits in transformers."""
-    import transformers
-
     lm = lm_of(name)
     lm.export_to_transformers(tmp_path / "exported")
+    config = json.loads((tmp_path / "exported" / "config.json").read_text())
+    assert config["model_type"] == hybrids.random_model(name).config.model_type
     again = keras_mamba2.Mamba2CausalLM.from_preset(tmp_path / "exported", preprocessor=None)
     assert_same_weights(lm.backbone, again.backbone)
     config = again.backbone.get_config() | {"name": lm.backbone.name}
@@ -119,6 +124,211 @@ def test_export_and_back(name, lm_of, folder_of, tmp_path):
     np.testing.assert_allclose(
         hybrids.logits(theirs, ids), expected, rtol=0, atol=64 * EPS * np.abs(expected).max()
     )
+
+
+# For every argument of every layer a value that no family has as a default.
+OPTIONS = {
+    "mamba2": {
+        "state_dim": 4,
+        "head_dim": 4,
+        "num_groups": 2,
+        "expansion": 4,
+        "conv_kernel_size": 3,
+        "chunk_size": 4,
+        "use_bias": True,
+        "use_conv_bias": False,
+        "use_output_bias": True,
+        "gated_norm": "before_gate",
+        "projection_multipliers": [0.5, 2.0, 0.7, 1.5, 1.2],
+        "layer_norm_epsilon": 0.1,
+        "time_step_limit": (0.2, None),
+        "time_step_min": 0.01,
+        "time_step_max": 0.2,
+        "time_step_floor": 1e-3,
+        "a_initializer_range": (2, 3),
+        "num_residual_layers": 4,
+        "state_dtype": "bfloat16",
+    },
+    "attention": {
+        "num_query_heads": 8,
+        "num_key_value_heads": 1,
+        "head_dim": 4,
+        "rotary_dim": 2,
+        "rope_max_wavelength": 20.0,
+        "scale": 0.7,
+        "key_multiplier": 3.0,
+        "use_bias": True,
+        "input_dim": 32,
+        "conv_kernel_size": 2,
+        "adapter_rank": 2,
+        "key_value_dtype": "int8",
+    },
+    "mlp": {
+        "intermediate_dim": 12,
+        "activation": "gelu",
+        "gated": False,
+        "gate_multiplier": 2.0,
+        "use_bias": True,
+        "adapter_rank": 2,
+    },
+    "mixture_of_experts": {
+        "intermediate_dim": 12,
+        "num_experts": 4,
+        "num_experts_per_token": 2,
+        "activation": "gelu",
+        "gated": True,
+        "scoring": "sigmoid",
+        "num_expert_groups": 2,
+        "num_groups_per_token": 2,
+        "normalize_weights": False,
+        "weights_multiplier": 0.5,
+        "latent_dim": 8,
+        "use_bias": True,
+        "load_balancing_loss": 0.1,
+    },
+    "shared_transformer": {"layer_norm_epsilon": 0.1},
+}
+# For models that have those.
+OTHERWISE = {"num_groups": 1, "use_bias": False, "gated": True, "scoring": "softmax"}
+MULTIPLIERS = {"input_multiplier": 0.5, "output_multiplier": 2.0}
+KINDS = keras_mamba2.Mamba2HybridBackbone.kinds
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_option_is_tried(kind):
+    elsewhere = {"self", "hidden_dim", "shared", "kwargs"}
+    elsewhere |= {"attention", "mlp"} if kind == "shared_transformer" else set()
+    assert set(inspect.signature(KINDS[kind].__init__).parameters) - elsewhere == {*OPTIONS[kind]}
+
+
+def arguments_of(name):
+    family, arguments = hybrids.CASES[name]
+    config = getattr(transformers, f"{family}Config")(**arguments).to_dict()
+    # Which transformers 5 takes for a limit: see below.
+    limit = (config.get("time_step_min", 0.0), None)
+    return conversion.constructor_arguments({**config, "time_step_limit": limit})
+
+
+def changed_models(name):
+    """Each model with one option changed: the option, and the model's configuration."""
+    config = keras_mamba2.Mamba2HybridBackbone(**arguments_of(name)).get_config()
+    for sublayer, arguments in config["sublayers"].items():
+        kind = arguments.get("kind", sublayer)
+        multipliers = {} if kind == "shared_transformer" else MULTIPLIERS
+        for option, value in {**OPTIONS[kind], **multipliers}.items():
+            value = OTHERWISE[option] if value == arguments.get(option) else value
+            changed = {**config["sublayers"], sublayer: {**arguments, option: value}}
+            yield f"{sublayer}.{option}", {**config, "sublayers": changed}
+
+
+def exported(config):
+    """The `config.json`, or why there is none."""
+    try:
+        return conversion.transformers_config(config)
+    except ValueError as error:
+        return str(error)
+
+
+def layers_of(arguments):
+    """What layers make of their arguments. Those that only matter elsewhere are left out."""
+    epsilon = {"layer_norm_epsilon": arguments["layer_norm_epsilon"]}
+    for name, given in arguments["sublayers"].items():
+        kind = given.get("kind", name)
+        given = epsilon | given if kind in ("mamba2", "shared_transformer") else dict(given)
+        given.pop("kind", None)
+        multipliers = {key: given.pop(key, 1.0) for key in MULTIPLIERS}
+        layer = KINDS[kind](arguments["hidden_dim"], **given, name=name)
+        config = {**layer.get_config(), **multipliers}
+        if kind == "attention":
+            config["scale"] = config["scale"] or config["head_dim"] ** -0.5
+        if kind == "mamba2":
+            config["projection_multipliers"] = config["projection_multipliers"] or (1.0,) * 5
+        yield {key: value for key, value in config.items() if key not in ELSEWHERE}
+
+
+@families
+def test_no_option_is_lost_in_silence(name):
+    """Export refuses it and says what is missing, or it is read again."""
+    for option, config in changed_models(name):
+        written = exported(config)
+        if isinstance(written, str):
+            assert " lacks " in written, option
+        else:
+            again = conversion.constructor_arguments(json.loads(json.dumps(written)))
+            assert list(layers_of(again)) == list(layers_of(config)), option
+
+
+@pytest.mark.slow
+@families
+def test_transformers_reads_every_option_that_is_exported(name, tmp_path):
+    ids = random_ids(t=9)
+    for option, config in changed_models(name):
+        if isinstance(exported(config), str):
+            continue
+        backbone = keras_mamba2.Mamba2HybridBackbone.from_config(config)
+        reference.randomize(backbone)
+        conversion.export_to_transformers(backbone, None, tmp_path / option)
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / option).eval()
+        expected = backbone.logits(backbone({"token_ids": ids, "padding_mask": np.ones_like(ids)}))
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(
+            hybrids.logits(model, ids), expected, rtol=0, atol=1e-4 * scale, err_msg=option
+        )
+
+
+SMALL = {
+    "vocabulary_size": 16,
+    "hidden_dim": 16,
+    "blocks": ["mamba2", "mlp", "attention", "mlp"],
+    "sublayers": {
+        "mamba2": {"head_dim": 8},
+        "attention": {"num_query_heads": 2, "num_key_value_heads": 1, "head_dim": 8},
+        "mlp": {"intermediate_dim": 24},
+        "not used": {"kind": "mlp", "intermediate_dim": 8},
+    },
+}
+
+
+def config_of(**changes):
+    backbone = keras_mamba2.Mamba2HybridBackbone(**{**SMALL, **changes})
+    return conversion.transformers_config(backbone.get_config())
+
+
+def test_what_sublayers_leave_out_is_written():
+    config = config_of()
+    assert config["mamba_d_state"] == 128
+    assert config["attention_multiplier"] == 8**-0.5
+
+
+@pytest.mark.parametrize(("rotary_dim", "family"), [(4, "bamba"), (8, "granitemoehybrid")])
+def test_what_is_rotated_tells_the_family(rotary_dim, family):
+    attention = {**SMALL["sublayers"]["attention"], "rotary_dim": rotary_dim}
+    config = config_of(sublayers={**SMALL["sublayers"], "attention": attention})
+    assert config["model_type"] == family
+
+
+def test_another_share_that_is_rotated_is_refused():
+    """transformers always rotates half of Bamba's heads, and Granite's whole."""
+    attention = {**SMALL["sublayers"]["attention"], "rotary_dim": 2}
+    with pytest.raises(ValueError, match="Bamba lacks attention.rotary_dim=2. Received"):
+        config_of(sublayers={**SMALL["sublayers"], "attention": attention})
+
+
+def test_names_that_are_no_kinds_are_refused():
+    sublayers = {**SMALL["sublayers"], "mlp": SMALL["sublayers"]["attention"]}
+    sublayers["mlp"] = {"kind": "attention", **sublayers["mlp"]}
+    with pytest.raises(ValueError, match="transformers has no model of such blocks"):
+        config_of(sublayers=sublayers)
+
+
+@pytest.mark.parametrize("name", ["bamba, no attention", "bamba, no mixer", "nemotron, no mixer"])
+def test_an_adapter_of_a_model_with_one_kind_of_layer(name, folder_of, tmp_path):
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(folder_of(name), preprocessor=None)
+    lm.backbone.enable_lora(2)
+    lm.save_peft_adapter(tmp_path / "adapter")
+    again = keras_mamba2.Mamba2CausalLM.from_preset(folder_of(name), preprocessor=None)
+    again.load_peft_adapter(tmp_path / "adapter")
+    assert_same_weights(lm.backbone, again.backbone)
 
 
 @families

@@ -480,3 +480,9 @@ class TestMixtureOfExperts:
     def test_bad_arguments_are_named(self, changes, message):
         with pytest.raises(ValueError, match=message):
             MixtureOfExperts(D, **{**EXPERTS, **changes})
+
+
+def test_sublayers_side_by_side_have_names_that_differ():
+    """Otherwise files of weights would hold two variables under one path."""
+    with pytest.raises(ValueError, match="names that differ.*Received: 'a', 'b', 'a'"):
+        Parallel([MLP(D, intermediate_dim=4, name=name) for name in "aba"])

@@ -163,6 +163,7 @@ def test_what_a_file_of_a_state_holds_does_not_depend_on_the_room(backbone, tmp_
         ({"blocks": ["mamba2>mlp"]}, "'shared_transformer', and nothing else.*'mamba2>mlp'"),
         ({"blocks": ["shared"]}, "'shared_transformer', and nothing else.*'shared'"),
         ({"blocks": ["shared>shared>mlp"]}, "'shared>shared>mlp'"),
+        ({"blocks": ["mlp+mlp"]}, r"only once in a block.*another name.*blocks\[0\]='mlp\+mlp'"),
         ({"sublayers": {"x": {"kind": "lstm"}}, "blocks": ["x"]}, "no sublayer of kind 'lstm'"),
         ({"vocabulary_size": 0}, "vocabulary_size=0"),
         ({"dtype": "int8"}, "int8"),
@@ -171,6 +172,24 @@ def test_what_a_file_of_a_state_holds_does_not_depend_on_the_room(backbone, tmp_
 def test_bad_arguments_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         Mamba2HybridBackbone(**{**INIT_KWARGS, **changes})
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "dtype"),
+    [("attention", "key_value_dtype", "int8"), ("mamba2", "state_dtype", "bfloat16")],
+)
+@pytest.mark.parametrize("of_all", [False, True])
+def test_kept_dtypes_survive_the_configuration(kind, name, dtype, of_all):
+    """Of layers that differ too, each its own."""
+    arguments = {"kind": kind, **INIT_KWARGS["sublayers"][kind]}
+    sublayers = {"a": {**arguments, name: dtype}, "b": arguments}
+    backbone = Mamba2HybridBackbone(
+        20, 16, ["a", "b"], sublayers, **{name: dtype if of_all else None}
+    )
+    again = Mamba2HybridBackbone.from_config(backbone.get_config())
+    for model in (backbone, again):
+        found = [getattr(block.sublayer.sublayers[0], name) for block in model.blocks]
+        assert found == [dtype, dtype if of_all else None]
 
 
 @pytest.mark.slow

@@ -15,12 +15,18 @@ from keras_mamba2.conversion.architectures.mamba2 import MAMBA2
 from keras_mamba2.conversion.architectures.mamba2 import config as mamba2_config
 from keras_mamba2.conversion.architectures.nemotron_h import NEMOTRON_H
 from keras_mamba2.conversion.architectures.state_spaces import STATE_SPACES
+from keras_mamba2.conversion.architectures.sublayers import completed
+from keras_mamba2.conversion.architectures.sublayers import has_usual_kinds
 from keras_mamba2.conversion.architectures.zamba2 import ZAMBA2
 from keras_mamba2.conversion.names import Names
 
-# In this order they are tried for a model that is exported.
-OF_TRANSFORMERS = (MAMBA2, GRANITE, NEMOTRON_H, FALCON_H1, BAMBA, ZAMBA2)
+# In this order they are tried for a model that is exported. Without attention, and with no
+# multipliers, a model of Granite is one of Bamba too; Granite's own have multipliers.
+OF_TRANSFORMERS = (MAMBA2, BAMBA, GRANITE, NEMOTRON_H, FALCON_H1, ZAMBA2)
 MAMBA_1 = ("mamba", "falcon_mamba", "Mamba1")
+# Of families that have none.
+MULTIPLIERS = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_multiplier": 1.0}
+MOST_SHOWN = 4
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
@@ -55,15 +61,21 @@ def exported_as(backbone_config: Mapping[str, Any]) -> tuple[Architecture, dict[
     """
     if "blocks" not in backbone_config:
         return MAMBA2, mamba2_config(backbone_config)
-    for architecture in OF_TRANSFORMERS[1:]:
-        config = architecture.config(backbone_config)
-        # What a family does not have would be lost.
-        if config is not None and _same(architecture.arguments(config), backbone_config):
+    model = completed(backbone_config)
+    near = []
+    for architecture in OF_TRANSFORMERS[1:] if has_usual_kinds(model) else ():
+        config = architecture.config(model)
+        if config is None:
+            continue
+        read = completed({**MULTIPLIERS, **architecture.arguments(config)})
+        lost = _lost({key: model[key] for key in read}, read)
+        if not lost:
             return architecture, config
+        near.append((len(lost), f"{architecture.name} lacks {', '.join(lost[:MOST_SHOWN])}. "))
     raise ValueError(
         "transformers has no model of such blocks. It has "
         f"{', '.join(architecture.name for architecture in OF_TRANSFORMERS)}. "
-        f"Received: blocks={backbone_config['blocks']}"
+        f"{min(near)[1] if near else ''}Received: blocks={backbone_config['blocks']}"
     )
 
 
@@ -80,22 +92,20 @@ def names_in(
     return architecture.names_for(backbone_config)
 
 
-def _same(arguments: Mapping[str, Any], backbone_config: Mapping[str, Any]) -> bool:
-    """Whether a configuration that was written is read as the model that it was written of."""
-    defaults = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_multiplier": 1.0}
-    arguments = {**defaults, **arguments}
-    kinds = arguments["sublayers"], backbone_config["sublayers"]
-    return (
-        arguments["blocks"] == backbone_config["blocks"]
-        and all(_close(arguments[key], backbone_config[key]) for key in arguments)
-        and set(kinds[0]) == set(kinds[1])
-    )
+def _lost(model: Mapping[str, Any], read: Mapping[str, Any], path: str = "") -> list[str]:
+    """What differs in the configuration that a model is read with, as `attention.scale=0.5`."""
+    lost = []
+    for key in {**model, **read}:
+        ours, theirs = model.get(key), read.get(key)
+        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+            lost += _lost(ours, theirs, f"{path}{key}.".removeprefix("sublayers."))
+        elif not _close(theirs, ours):
+            lost.append(f"{path}{key}={ours!r}")
+    return lost
 
 
 def _close(a: Any, b: Any) -> bool:
-    """Equal, whatever the spelling of defaults, and up to the rounding of 1 / (1 / x)."""
-    if isinstance(a, Mapping):
-        return all(key in b and _close(a[key], b[key]) for key in a if key in b)
+    """Equal, up to the rounding of 1 / (1 / x)."""
     if isinstance(a, float) and isinstance(b, (int, float)):
         return math.isclose(a, b, rel_tol=1e-9)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):

@@ -26,7 +26,9 @@ class Architecture(NamedTuple):
         names: `Names`, or a function that makes them of the backbone's configuration, where they
             depend on it.
         config: function from the backbone's configuration to a `config.json`, without the ids of
-            special tokens; `None` where the family has no such model.
+            special tokens; `None` where the family has no such blocks. A hybrid's configuration is
+            one of `sublayers.completed`. An option of it that the family lacks may be left out:
+            `arguments` then does not give it back, and the family is not taken.
     """
 
     name: str

@@ -5,10 +5,16 @@ from typing import Any
 
 from keras_mamba2.conversion import names
 from keras_mamba2.conversion.architectures import shared_keys
+from keras_mamba2.conversion.architectures import sublayers
 from keras_mamba2.conversion.architectures.architecture import Architecture
 from keras_mamba2.conversion.architectures.values import only
 from keras_mamba2.conversion.architectures.values import required
+from keras_mamba2.conversion.architectures.values import rope_parameters
 from keras_mamba2.conversion.architectures.values import vocabulary
+
+# The share of a head that is rotated. transformers does not read `partial_rotary_factor` outside
+# `rope_parameters`, which its version 4 does not read either: no other share can be written.
+ROTATED = 0.5
 
 
 def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,29 +45,28 @@ def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _attention(config: Mapping[str, Any]) -> dict[str, Any]:
-    attention = shared_keys.attention(config)
-    parameters = config.get("rope_parameters") or {}
-    partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", 0.5))
+    attention = shared_keys.attention(config, key_value_heads=8)
+    partial = rope_parameters(config).get("partial_rotary_factor", ROTATED)
     return {**attention, "rotary_dim": int(attention["head_dim"] * partial)}
 
 
 def config(backbone_config: Mapping[str, Any]) -> dict[str, Any] | None:
-    blocks, sublayers = backbone_config["blocks"], backbone_config["sublayers"]
-    mixer, attention = sublayers.get("mamba2"), sublayers.get("attention")
-    if mixer is None or attention is None or set(blocks[1::2]) != {"mlp"}:
+    blocks = backbone_config["blocks"]
+    if not shared_keys.alternate(blocks) or set(blocks[1::2]) != {"mlp"}:
         return None
+    mixer, mlp = sublayers.get(backbone_config, "mamba2"), backbone_config["sublayers"]["mlp"]
     return {
         "architectures": ["BambaForCausalLM"],
         "model_type": "bamba",
         **shared_keys.written_outside(backbone_config),
-        **shared_keys.written_attention(attention),
+        **shared_keys.written_attention(sublayers.get(backbone_config, "attention")),
         **shared_keys.written_mixer(mixer, backbone_config["hidden_dim"]),
-        "mamba_expand": mixer.get("expansion", 2),
+        "mamba_expand": mixer["expansion"],
         "num_hidden_layers": len(blocks) // 2,
         "attn_layer_indices": [i for i, name in enumerate(blocks[::2]) if name == "attention"],
-        "partial_rotary_factor": attention.get("rotary_dim", 0) / attention["head_dim"],
-        "intermediate_size": sublayers["mlp"]["intermediate_dim"],
-        "mlp_bias": sublayers["mlp"].get("use_bias", False),
+        "partial_rotary_factor": ROTATED,
+        "intermediate_size": mlp["intermediate_dim"],
+        "mlp_bias": mlp["use_bias"],
     }
 
 

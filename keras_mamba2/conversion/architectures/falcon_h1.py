@@ -49,7 +49,7 @@ def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 def _mixer(config: Mapping[str, Any]) -> dict[str, Any]:
     normalized = config.get("mamba_rms_norm", False), config.get("mamba_norm_before_gate", True)
     return {
-        **shared_keys.mixer(config, config.get("mamba_d_ssm")),
+        **shared_keys.mixer(config, config.get("mamba_d_ssm", 1024)),
         "use_output_bias": config.get("projectors_bias", False),
         "gated_norm": GATED_NORMS[normalized],
         "projection_multipliers": list(config.get("ssm_multipliers") or ONES),
@@ -59,7 +59,7 @@ def _mixer(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _attention(config: Mapping[str, Any]) -> dict[str, Any]:
-    attention = shared_keys.attention(config)
+    attention = shared_keys.attention(config, key_value_heads=8)
     return {
         **attention,
         "rotary_dim": attention["head_dim"],
@@ -75,7 +75,7 @@ def config(backbone_config: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     d = backbone_config["hidden_dim"]
     mixer, attention, mlp = (sublayers[name] for name in ("mamba2", "attention", "mlp"))
-    gated_norm = mixer.get("gated_norm", "after_gate")
+    gated_norm = mixer["gated_norm"]
     return {
         "architectures": ["FalconH1ForCausalLM"],
         "model_type": "falcon_h1",
@@ -84,18 +84,18 @@ def config(backbone_config: Mapping[str, Any]) -> dict[str, Any] | None:
         **shared_keys.written_mixer(mixer, d),
         "num_hidden_layers": len(blocks) // 2,
         "intermediate_size": mlp["intermediate_dim"],
-        "mlp_bias": mlp.get("use_bias", False),
-        "mlp_multipliers": [mlp.get("gate_multiplier", 1.0), mlp.get("output_multiplier", 1.0)],
-        "key_multiplier": attention.get("key_multiplier", 1.0),
-        "attention_in_multiplier": attention.get("input_multiplier", 1.0),
-        "attention_out_multiplier": attention.get("output_multiplier", 1.0),
-        "mamba_d_ssm": round(mixer.get("expansion", 2) * d),
-        "projectors_bias": mixer.get("use_output_bias", False),
+        "mlp_bias": mlp["use_bias"],
+        "mlp_multipliers": [mlp["gate_multiplier"], mlp["output_multiplier"]],
+        "key_multiplier": attention["key_multiplier"],
+        "attention_in_multiplier": attention["input_multiplier"],
+        "attention_out_multiplier": attention["output_multiplier"],
+        "mamba_d_ssm": round(mixer["expansion"] * d),
+        "projectors_bias": mixer["use_output_bias"],
         "mamba_rms_norm": gated_norm != "none",
         "mamba_norm_before_gate": gated_norm == "before_gate",
-        "ssm_multipliers": list(mixer.get("projection_multipliers") or ONES),
-        "ssm_in_multiplier": mixer.get("input_multiplier", 1.0),
-        "ssm_out_multiplier": mixer.get("output_multiplier", 1.0),
+        "ssm_multipliers": mixer["projection_multipliers"],
+        "ssm_in_multiplier": mixer["input_multiplier"],
+        "ssm_out_multiplier": mixer["output_multiplier"],
         "embedding_multiplier": backbone_config["embedding_multiplier"],
         "lm_head_multiplier": backbone_config["logits_multiplier"],
     }

@@ -5,6 +5,7 @@ from typing import Any
 
 from keras_mamba2.conversion import names
 from keras_mamba2.conversion.architectures import shared_keys
+from keras_mamba2.conversion.architectures import sublayers
 from keras_mamba2.conversion.architectures.architecture import Architecture
 from keras_mamba2.conversion.architectures.values import ATTENTION_LAYERS
 from keras_mamba2.conversion.architectures.values import MAMBA_LAYERS
@@ -25,26 +26,27 @@ def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         required(config, "num_hidden_layers")
         kinds = ["mamba"] * config["num_hidden_layers"]
     check_length(config, "layer_types", len(kinds))
-    experts = config.get("num_local_experts") or 0
+    experts = config.get("num_local_experts", 8) or 0
     feed_forward = EXPERTS if experts else "mlp"
-    sublayers: dict[str, dict[str, Any]] = {}
+    blocks = [name for kind in kinds for name in (_block(kind), feed_forward)]
+    described: dict[str, dict[str, Any]] = {}
     if any(kind in MAMBA_LAYERS for kind in kinds):
-        sublayers["mamba2"] = shared_keys.mixer(config)
+        described["mamba2"] = shared_keys.mixer(config)
     if any(kind in ATTENTION_LAYERS for kind in kinds):
-        sublayers["attention"] = _attention(config)
+        described["attention"] = _attention(config)
     if experts:
-        sublayers["experts"] = {
+        described["experts"] = {
             "kind": "mixture_of_experts",
             "intermediate_dim": config["intermediate_size"],
             "num_experts": experts,
-            "num_experts_per_token": config["num_experts_per_tok"],
+            "num_experts_per_token": config.get("num_experts_per_tok", 2),
         }
-    sublayers["mlp"] = {"intermediate_dim": config["shared_intermediate_size"]}
+    described["mlp"] = {"intermediate_dim": config["shared_intermediate_size"]}
     return {
         **vocabulary(config),
         "hidden_dim": config["hidden_size"],
-        "blocks": [name for kind in kinds for name in (_block(kind), feed_forward)],
-        "sublayers": sublayers,
+        "blocks": blocks,
+        "sublayers": described,
         "layer_norm_epsilon": config.get("rms_norm_eps", 1e-6),
         "embedding_multiplier": config.get("embedding_multiplier", 1.0),
         "residual_multiplier": config.get("residual_multiplier", 1.0),
@@ -73,29 +75,29 @@ def _attention(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config(backbone_config: Mapping[str, Any]) -> dict[str, Any] | None:
-    blocks, sublayers = backbone_config["blocks"], backbone_config["sublayers"]
-    mixer, attention = sublayers.get("mamba2"), sublayers.get("attention")
-    if mixer is None or attention is None or not set(blocks[::2]) <= {"mamba2", "attention"}:
+    blocks, described = backbone_config["blocks"], backbone_config["sublayers"]
+    if not shared_keys.alternate(blocks) or set(blocks[1::2]) not in ({"mlp"}, {EXPERTS}):
         return None
-    if set(blocks[1::2]) not in ({"mlp"}, {EXPERTS}):
-        return None
-    experts = sublayers.get("experts", {})
     kinds = {"mamba2": "mamba", "attention": "attention"}
+    mixer = sublayers.get(backbone_config, "mamba2")
+    attention = sublayers.get(backbone_config, "attention")
+    shared_size = described["mlp"]["intermediate_dim"]
+    experts = described.get("experts", {})
     return {
         "architectures": ["GraniteMoeHybridForCausalLM"],
         "model_type": "granitemoehybrid",
         **shared_keys.written_outside(backbone_config),
         **shared_keys.written_attention(attention),
         **shared_keys.written_mixer(mixer, backbone_config["hidden_dim"]),
-        "mamba_expand": mixer.get("expansion", 2),
+        "mamba_expand": mixer["expansion"],
         "num_hidden_layers": len(blocks) // 2,
-        "layer_types": [kinds.get(name, name) for name in blocks[::2]],
-        "intermediate_size": experts.get("intermediate_dim", sublayers["mlp"]["intermediate_dim"]),
-        "shared_intermediate_size": sublayers["mlp"]["intermediate_dim"],
+        "layer_types": [kinds[name] for name in blocks[::2]],
+        "intermediate_size": experts.get("intermediate_dim", shared_size),
+        "shared_intermediate_size": shared_size,
         "num_local_experts": experts.get("num_experts", 0),
         "num_experts_per_tok": experts.get("num_experts_per_token", 0),
-        "attention_multiplier": attention.get("scale"),
-        "position_embedding_type": "rope" if attention.get("rotary_dim") else "nope",
+        "attention_multiplier": attention["scale"],
+        "position_embedding_type": "rope" if attention["rotary_dim"] else "nope",
         "embedding_multiplier": backbone_config["embedding_multiplier"],
         "residual_multiplier": backbone_config["residual_multiplier"],
         "logits_scaling": _scaling(backbone_config["logits_multiplier"]),

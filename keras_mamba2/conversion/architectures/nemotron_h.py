@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from keras_mamba2.conversion import names
+from keras_mamba2.conversion.architectures import sublayers
 from keras_mamba2.conversion.architectures.architecture import Architecture
 from keras_mamba2.conversion.architectures.values import ATTENTION_LAYERS
 from keras_mamba2.conversion.architectures.values import MAMBA_LAYERS
@@ -13,6 +14,7 @@ from keras_mamba2.conversion.architectures.values import only
 from keras_mamba2.conversion.architectures.values import required
 from keras_mamba2.conversion.architectures.values import vocabulary
 from keras_mamba2.conversion.architectures.values import whole
+from keras_mamba2.conversion.architectures.values import written_least
 from keras_mamba2.conversion.architectures.values import written_limits
 
 EXPERTS = "experts+shared_expert"
@@ -24,18 +26,18 @@ KINDS = {
     **dict.fromkeys(("mlp", "dense"), "mlp"),
     **dict.fromkeys(("moe", "experts", "sparse"), EXPERTS),
 }
-# Older names of keys.
+# Older names of keys, which transformers takes before the newer ones.
 ALIASES = {
     "mamba_n_groups": "n_groups",
     "mamba_d_conv": "conv_kernel",
     "mamba_conv_bias": "use_conv_bias",
     "mamba_dt_limit": "time_step_limit",
-    "norm_eps": "layer_norm_epsilon",
+    "num_local_experts": "n_routed_experts",
 }
 
 
 def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    config = {**{new: config[old] for old, new in ALIASES.items() if old in config}, **config}
+    config = {**config, **{new: config[old] for old, new in ALIASES.items() if old in config}}
     required(config, "hidden_size", "num_attention_heads")
     only(config, "mlp_hidden_act", "relu2")
     only(config, "mamba_hidden_act", "silu", "swish")
@@ -53,32 +55,32 @@ def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         "hidden_dim": config["hidden_size"],
         "blocks": blocks,
         "sublayers": {name: make(config) for name, make in makers.items() if name in used},
-        "layer_norm_epsilon": config.get("layer_norm_epsilon", 1e-5),
+        "layer_norm_epsilon": config.get("layer_norm_epsilon", config.get("norm_eps", 1e-5)),
         # The weights of the head are always their own, whatever the configuration says.
         "tie_word_embeddings": False,
     }
 
 
 def _blocks(config: Mapping[str, Any]) -> list[str]:
-    pattern = config.get("hybrid_override_pattern")
-    if pattern:
-        if unknown := sorted(set(pattern) - set(PATTERN)):
-            raise ValueError(
-                f"`hybrid_override_pattern` has {unknown[0]!r}, which is none of "
-                f"{', '.join(map(repr, PATTERN))}. Received: {pattern!r}"
-            )
-        return [PATTERN[letter] for letter in pattern]
     kinds = config.get("layers_block_type") or config.get("layer_types")
-    if not kinds:
+    if kinds:
+        for kind in kinds:
+            if kind not in KINDS:
+                known = ", ".join(map(repr, KINDS))
+                raise ValueError(f"Unknown kind of layer {kind!r}. Known: {known}")
+        return [KINDS[kind] for kind in kinds]
+    pattern = config.get("hybrid_override_pattern")
+    if not pattern:
         raise ValueError(
             "The configuration says nothing of its layers: neither `hybrid_override_pattern` nor "
             "`layers_block_type`."
         )
-    for kind in kinds:
-        if kind not in KINDS:
-            known = ", ".join(map(repr, KINDS))
-            raise ValueError(f"Unknown kind of layer {kind!r}. Known: {known}")
-    return [KINDS[kind] for kind in kinds]
+    if unknown := sorted(set(pattern) - set(PATTERN)):
+        raise ValueError(
+            f"`hybrid_override_pattern` has {unknown[0]!r}, which is none of "
+            f"{', '.join(map(repr, PATTERN))}. Received: {pattern!r}"
+        )
+    return [PATTERN[letter] for letter in pattern]
 
 
 def _mixer(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,11 +101,10 @@ def _mixer(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _attention(config: Mapping[str, Any]) -> dict[str, Any]:
     heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config.get("attention_head_dim")
     return {
         "num_query_heads": heads,
-        "num_key_value_heads": config.get("num_key_value_heads") or heads,
-        "head_dim": head_dim or config["hidden_size"] // heads,
+        "num_key_value_heads": config.get("num_key_value_heads", 8) or heads,
+        "head_dim": config.get("head_dim") or config.get("attention_head_dim") or 128,
     }
 
 
@@ -141,55 +142,67 @@ def _experts(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def config(backbone_config: Mapping[str, Any]) -> dict[str, Any] | None:
     letters = {name: letter for letter, name in PATTERN.items()}
-    blocks, sublayers = backbone_config["blocks"], backbone_config["sublayers"]
-    mixer, attention = sublayers.get("mamba2"), sublayers.get("attention")
-    if mixer is None or attention is None or not set(blocks) <= set(letters):
+    blocks, described = backbone_config["blocks"], backbone_config["sublayers"]
+    if not set(blocks) <= set(letters):
         return None
-    mlp, experts = sublayers.get("mlp", {}), sublayers.get("experts", {})
-    if mlp.get("gated", True) and experts.get("gated", True):
-        return None
-    d = backbone_config["hidden_dim"]
-    shared = sublayers.get("shared_expert", {})
+    mlp, experts = described.get("mlp"), described.get("experts")
     config = {
         "architectures": ["NemotronHForCausalLM"],
         "model_type": "nemotron_h",
         "vocab_size": backbone_config["vocabulary_size"],
         UNPADDED_KEY: backbone_config["unpadded_vocabulary_size"],
-        "hidden_size": d,
+        "hidden_size": backbone_config["hidden_dim"],
         "num_hidden_layers": len(blocks),
         "hybrid_override_pattern": "".join(letters[name] for name in blocks),
         "layer_norm_epsilon": backbone_config["layer_norm_epsilon"],
         "tie_word_embeddings": False,
         "residual_in_fp32": backbone_config["residual_in_fp32"],
-        "num_attention_heads": attention["num_query_heads"],
-        "num_key_value_heads": attention["num_key_value_heads"],
-        "head_dim": attention["head_dim"],
         "mlp_hidden_act": "relu2",
-        "mlp_bias": mlp.get("use_bias", experts.get("use_bias", False)),
-        "mamba_num_heads": round(mixer.get("expansion", 2) * d) // mixer["head_dim"],
-        "mamba_head_dim": mixer["head_dim"],
-        "ssm_state_size": mixer["state_dim"],
-        "n_groups": mixer.get("num_groups", 1),
-        "conv_kernel": mixer.get("conv_kernel_size", 4),
-        "use_bias": mixer.get("use_bias", False),
-        "use_conv_bias": mixer.get("use_conv_bias", True),
-        "time_step_limit": written_limits(mixer.get("time_step_limit")),
+        "mlp_bias": (mlp or experts or {}).get("use_bias", False),
+        **_written_attention(sublayers.get(backbone_config, "attention")),
+        **_written_mixer(sublayers.get(backbone_config, "mamba2"), backbone_config["hidden_dim"]),
     }
     if mlp:
         config["intermediate_size"] = mlp["intermediate_dim"]
     if experts:
-        config |= {
-            "n_routed_experts": experts["num_experts"],
-            "num_experts_per_tok": experts["num_experts_per_token"],
-            "moe_intermediate_size": experts["intermediate_dim"],
-            "moe_shared_expert_intermediate_size": shared["intermediate_dim"],
-            "n_group": experts.get("num_expert_groups", 1),
-            "topk_group": experts.get("num_groups_per_token", 1),
-            "norm_topk_prob": experts.get("normalize_weights", True),
-            "routed_scaling_factor": experts.get("weights_multiplier", 1.0),
-            "moe_latent_size": experts.get("latent_dim"),
-        }
+        config |= _written_experts(experts, described["shared_expert"])
     return config
+
+
+def _written_attention(attention: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "num_attention_heads": attention["num_query_heads"],
+        "num_key_value_heads": attention["num_key_value_heads"],
+        "head_dim": attention["head_dim"],
+    }
+
+
+def _written_mixer(mixer: Mapping[str, Any], hidden_dim: int) -> dict[str, Any]:
+    return {
+        "mamba_num_heads": round(mixer["expansion"] * hidden_dim) // mixer["head_dim"],
+        "mamba_head_dim": mixer["head_dim"],
+        "ssm_state_size": mixer["state_dim"],
+        "n_groups": mixer["num_groups"],
+        "conv_kernel": mixer["conv_kernel_size"],
+        "use_bias": mixer["use_bias"],
+        "use_conv_bias": mixer["use_conv_bias"],
+        "time_step_limit": written_limits(mixer["time_step_limit"]),
+        **written_least(mixer["time_step_limit"]),
+    }
+
+
+def _written_experts(experts: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "n_routed_experts": experts["num_experts"],
+        "num_experts_per_tok": experts["num_experts_per_token"],
+        "moe_intermediate_size": experts["intermediate_dim"],
+        "moe_shared_expert_intermediate_size": shared["intermediate_dim"],
+        "n_group": experts["num_expert_groups"],
+        "topk_group": min(experts["num_groups_per_token"], experts["num_expert_groups"]),
+        "norm_topk_prob": experts["normalize_weights"],
+        "routed_scaling_factor": experts["weights_multiplier"],
+        "moe_latent_size": experts["latent_dim"],
+    }
 
 
 NEMOTRON_H = Architecture(

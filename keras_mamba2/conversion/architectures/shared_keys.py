@@ -1,6 +1,7 @@
 """Keys of `config.json` that several families of transformers share, read and written."""
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from keras_mamba2.conversion.architectures.values import UNPADDED_KEY
@@ -17,13 +18,12 @@ MIXER_KEYS = {
     "use_bias": ("mamba_proj_bias", False),
     "use_conv_bias": ("mamba_conv_bias", True),
 }
-DEFAULTS = {"num_groups": 1, "conv_kernel_size": 4, "use_bias": False, "use_conv_bias": True}
 
 
 def mixer(config: Mapping[str, Any], inner: int | None = None) -> dict[str, Any]:
     """The arguments of a mixer of `inner` channels, by default `mamba_expand * hidden_size`."""
     d, heads = config["hidden_size"], config.get("mamba_n_heads", 128)
-    inner = config.get("mamba_expand", 2) * d if inner is None else inner
+    inner = round(config.get("mamba_expand", 2) * d) if inner is None else inner
     head_dim = config.get("mamba_d_head", "auto")
     head_dim = inner // heads if head_dim == "auto" else head_dim
     if heads * head_dim != inner:
@@ -41,20 +41,20 @@ def mixer(config: Mapping[str, Any], inner: int | None = None) -> dict[str, Any]
 
 def written_mixer(mixer: Mapping[str, Any], hidden_dim: int) -> dict[str, Any]:
     """`mixer` reversed, but for its size, which families write in other ways."""
-    arguments = {**DEFAULTS, **mixer}
     return {
-        **{key: arguments[argument] for argument, (key, _) in MIXER_KEYS.items()},
-        "mamba_n_heads": round(mixer.get("expansion", 2) * hidden_dim) // mixer["head_dim"],
+        **{key: mixer[argument] for argument, (key, _) in MIXER_KEYS.items()},
+        "mamba_n_heads": round(mixer["expansion"] * hidden_dim) // mixer["head_dim"],
         "mamba_d_head": mixer["head_dim"],
-        "time_step_limit": written_limits(mixer.get("time_step_limit")),
+        "time_step_limit": written_limits(mixer["time_step_limit"]),
     }
 
 
-def attention(config: Mapping[str, Any]) -> dict[str, Any]:
+def attention(config: Mapping[str, Any], key_value_heads: int | None = None) -> dict[str, Any]:
+    """The arguments of attention; `key_value_heads` is what transformers takes without the key."""
     heads = config["num_attention_heads"]
     return {
         "num_query_heads": heads,
-        "num_key_value_heads": config.get("num_key_value_heads") or heads,
+        "num_key_value_heads": config.get("num_key_value_heads", key_value_heads) or heads,
         "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
         "rope_max_wavelength": rope_theta(config),
         "use_bias": config.get("attention_bias", False),
@@ -67,9 +67,14 @@ def written_attention(attention: Mapping[str, Any]) -> dict[str, Any]:
         "num_attention_heads": attention["num_query_heads"],
         "num_key_value_heads": attention["num_key_value_heads"],
         "head_dim": attention["head_dim"],
-        "rope_theta": attention.get("rope_max_wavelength", 10_000.0),
-        "attention_bias": attention.get("use_bias", False),
+        "rope_theta": attention["rope_max_wavelength"],
+        "attention_bias": attention["use_bias"],
     }
+
+
+def alternate(blocks: Sequence[str]) -> bool:
+    """Whether each mixer or attention has a block after it."""
+    return len(blocks) % 2 == 0 and set(blocks[::2]) <= {"mamba2", "attention"}
 
 
 def written_outside(backbone_config: Mapping[str, Any]) -> dict[str, Any]:

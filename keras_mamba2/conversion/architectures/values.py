@@ -28,6 +28,12 @@ def written_limits(limit) -> list[float]:
     return [low, math.inf if high is None else high]
 
 
+def written_least(limit) -> dict[str, float]:
+    """The lower limit, for families of which transformers 5 takes `time_step_min` for it."""
+    low, _ = limit
+    return {"time_step_min": low} if low > 0 else {}
+
+
 def _number(value) -> float:
     if isinstance(value, Mapping):  # {"__float__": "Infinity"}
         value = value.get("__float__", "nan")
@@ -53,9 +59,14 @@ def only(config: Mapping[str, Any], key: str, *values: Any) -> None:
         raise ValueError(f"`{key}` must be {expected}. Received: {config[key]!r}")
 
 
+def rope_parameters(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What is said of the rotation, but for its base, in the order of transformers."""
+    return config.get("rope_scaling") or config.get("rope_parameters") or {}
+
+
 def rope_theta(config: Mapping[str, Any], default: float = 10_000.0) -> float:
     """The base of the rotation, in any of its places."""
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    parameters = rope_parameters(config)
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind not in ("default", None):
         raise ValueError(f"`rope_type` must be 'default'. Received: {kind!r}")

@@ -1,9 +1,11 @@
 """Zamba2 of Zyphra: mixers, some of which see what a transformer block makes that they share."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from keras_mamba2.conversion import names
+from keras_mamba2.conversion.architectures import sublayers
 from keras_mamba2.conversion.architectures.architecture import Architecture
 from keras_mamba2.conversion.architectures.values import MAMBA_LAYERS
 from keras_mamba2.conversion.architectures.values import UNPADDED_KEY
@@ -14,6 +16,7 @@ from keras_mamba2.conversion.architectures.values import required
 from keras_mamba2.conversion.architectures.values import rope_theta
 from keras_mamba2.conversion.architectures.values import vocabulary
 from keras_mamba2.conversion.architectures.values import whole
+from keras_mamba2.conversion.architectures.values import written_least
 from keras_mamba2.conversion.architectures.values import written_limits
 
 # Older names of keys.
@@ -70,7 +73,7 @@ def _mixer(config: Mapping[str, Any]) -> dict[str, Any]:
         "expansion": whole(inner / config["hidden_size"]),
         "conv_kernel_size": config.get("mamba_d_conv", 4),
         "use_bias": config.get("add_bias_linear", False),
-        "use_conv_bias": config.get("use_conv_bias", True),
+        "use_conv_bias": True,  # whatever the configuration says
         "layer_norm_epsilon": EPSILON,
         # The original code has none. transformers 5 takes `time_step_min` for one, in prefill.
         "time_step_limit": limits(config.get("time_step_limit")),
@@ -101,11 +104,14 @@ def _transformer(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config(backbone_config: Mapping[str, Any]) -> dict[str, Any] | None:
-    blocks, sublayers = backbone_config["blocks"], backbone_config["sublayers"]
-    mixer, transformer = sublayers.get("mamba2"), sublayers.get("transformer_0")
-    if mixer is None or transformer is None:
+    d, blocks = backbone_config["hidden_dim"], backbone_config["blocks"]
+    if not all(re.fullmatch(r"(transformer_\d+>)?mamba2", name) for name in blocks):
         return None
-    d, attention, mlp = backbone_config["hidden_dim"], transformer["attention"], transformer["mlp"]
+    mixer = backbone_config["sublayers"]["mamba2"]
+    transformer = sublayers.get(backbone_config, "transformer_0")
+    attention, mlp = transformer["attention"], transformer["mlp"]
+    if mlp["adapter_rank"] is None:  # what transformers' model always has
+        return None
     return {
         "architectures": ["Zamba2ForCausalLM"],
         "model_type": "zamba2",
@@ -114,23 +120,23 @@ def config(backbone_config: Mapping[str, Any]) -> dict[str, Any] | None:
         "hidden_size": d,
         "num_hidden_layers": len(blocks),
         "layers_block_type": ["hybrid" if ">" in name else "mamba" for name in blocks],
-        "num_mem_blocks": len(sublayers) - 1,
+        "num_mem_blocks": max(len(backbone_config["sublayers"]) - 1, 1),
         "num_attention_heads": attention["num_query_heads"],
         "num_key_value_heads": attention["num_key_value_heads"],
-        "use_shared_attention_adapter": attention.get("adapter_rank") is not None,
-        "use_mem_rope": attention.get("rotary_dim", 0) > 0,
-        "rope_theta": attention.get("rope_max_wavelength", 10_000.0),
-        "adapter_rank": mlp.get("adapter_rank"),
+        "use_shared_attention_adapter": attention["adapter_rank"] is not None,
+        "use_mem_rope": attention["rotary_dim"] > 0,
+        "rope_theta": attention["rope_max_wavelength"],
+        "adapter_rank": mlp["adapter_rank"],
         "intermediate_size": mlp["intermediate_dim"],
         "hidden_act": "gelu",
-        "add_bias_linear": mlp.get("use_bias", False),
-        "n_mamba_heads": round(mixer.get("expansion", 2) * d) // mixer["head_dim"],
-        "mamba_ngroups": mixer.get("num_groups", 1),
+        "add_bias_linear": mixer["use_bias"],
+        "n_mamba_heads": round(mixer["expansion"] * d) // mixer["head_dim"],
+        "mamba_ngroups": mixer["num_groups"],
         "mamba_d_state": mixer["state_dim"],
-        "mamba_d_conv": mixer.get("conv_kernel_size", 4),
-        "mamba_expand": mixer.get("expansion", 2),
-        "use_conv_bias": mixer.get("use_conv_bias", True),
-        "time_step_limit": written_limits(mixer.get("time_step_limit")),
+        "mamba_d_conv": mixer["conv_kernel_size"],
+        "mamba_expand": mixer["expansion"],
+        "time_step_limit": written_limits(mixer["time_step_limit"]),
+        **written_least(mixer["time_step_limit"]),
         "rms_norm_eps": backbone_config["layer_norm_epsilon"],
         "tie_word_embeddings": backbone_config["tie_word_embeddings"],
     }
