@@ -155,11 +155,11 @@ def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def bounded(*args, **kwargs):
         tick()
         # What Jinja itself hands over is no value.
-        count = sum(isinstance(arg, OF_JINJA) for arg in args[:1])
+        num_own = sum(isinstance(arg, OF_JINJA) for arg in args[:1])
         # `old` stands before `new`, also where both are named.
         named = [kwargs[key] for key in sorted(kwargs, reverse=True)]
-        checked = check_call(name, *args[count:], *named)
-        args = (*args[:count], *checked[: len(args) - count])
+        values = check_call(name, *args[num_own:], *named)
+        args = (*args[:num_own], *values[: len(args) - num_own])
         return checked(function(*args, **kwargs))
 
     return bounded

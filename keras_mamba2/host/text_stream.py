@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from keras_mamba2.host.decoding import Decoding
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for half a character
@@ -34,7 +36,7 @@ class TextStream:
         decode: Callable[[Sequence[int]], str],
         skip: Sequence[int] = (),
         stop_strings: Sequence[str] = (),
-        before: Sequence[int] = (),
+        before: Sequence[int] | np.ndarray = (),
     ):
         self.stopped = False
         self._decode = decode
@@ -73,7 +75,7 @@ class TextStream:
     def _text_ids(self, token_ids: Iterable[int]) -> list[int]:
         return [int(id) for id in token_ids if int(id) not in self._skip]
 
-    def _whole_end(self, token_ids: Sequence[int]) -> list[int]:
+    def _whole_end(self, token_ids: Sequence[int] | np.ndarray) -> list[int]:
         """The last few tokens, none of them part of a character that is not there as a whole."""
         last = self._text_ids(token_ids[-NUM_BEFORE:])
         ends = (last[i:] for i in range(len(last)))
@@ -96,8 +98,8 @@ class TextStream:
 
 
 def text_after(
-    before: Sequence[int],
-    token_ids: Sequence[int],
+    before: Sequence[int] | np.ndarray,
+    token_ids: Iterable[int],
     decode: Callable[[Sequence[int]], str],
     skip: Sequence[int] = (),
 ) -> str:

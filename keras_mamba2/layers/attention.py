@@ -236,8 +236,8 @@ class Attention(Sublayer):
     def call_with_state(self, x, state: AttentionState | None = None, mask=None, segment_ids=None):
         b, t = ops.shape(x)[:2]
         is_first = state is None
-        # With room for what comes next: that of one token more, or of many.
-        state = self.initial_state(b, room_for(t + 1)) if is_first else state
+        if state is None:  # with room for what comes next: that of one token more, or of many
+            state = self.initial_state(b, room_for(t + 1))
         documents = documents_of(x, mask, segment_ids, state.length)
         qkv, conv_state = self._project(x, state.conv, mask, segment_ids)
         q, k, v = self._heads(qkv, documents.positions)

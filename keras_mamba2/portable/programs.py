@@ -164,7 +164,8 @@ class Programs:
             min_p=min_p,
             repetition_penalty=repetition_penalty,
         )
-        read, new = [], []  # by all rows
+        read: list[np.ndarray] = []
+        new: list[Any] = []  # texts, or rows of token ids
         for run, its in decodings:
             read += its
             if stop_strings:
