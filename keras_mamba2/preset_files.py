@@ -12,6 +12,7 @@ from typing import Any
 
 from keras_mamba2 import hub
 from keras_mamba2.atomic_files import clean_up
+from keras_mamba2.untrusted import LARGEST_TOKENIZER
 from keras_mamba2.untrusted import check_file
 from keras_mamba2.untrusted import is_folder
 from keras_mamba2.untrusted import read_json as read_json
@@ -25,7 +26,6 @@ SOURCES_FILE = "sources.json"
 COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
 BACKBONE_NAMES = ("keras_mamba2>Mamba2Backbone", "keras_mamba2>Mamba2HybridBackbone")
 LONGEST_NAME = 100  # that is compared with known ones
-LARGEST_TOKENIZER = 64_000_000
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 # Of each list the first that is there is taken, with the shards that belong to an index.

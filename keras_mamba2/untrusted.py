@@ -13,6 +13,7 @@ from typing import Any
 
 # More than any configuration or index has, and what JSON makes of it still fits into memory.
 LARGEST_JSON = 16_000_000
+LARGEST_TOKENIZER = 64_000_000  # that of Nemotron 3 has 17
 LONGEST_TEXT = 300  # of a value in an error
 
 _KINDS = {
@@ -24,6 +25,7 @@ _KINDS = {
 }
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = _repr.maxlong = 100
+vars(_repr)["repr_OrderedDict"] = _repr.repr_dict
 
 
 def shortened(value: Any, longest: int = LONGEST_TEXT) -> str:

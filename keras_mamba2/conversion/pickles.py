@@ -12,6 +12,7 @@ import io
 import pathlib
 import pickle
 import pickletools
+import re
 import zipfile
 from typing import BinaryIO
 from typing import NamedTuple
@@ -42,6 +43,9 @@ ZIP_UTF8 = 0x800  # a flag of an entry
 # A thousand times what it is for 2.7B parameters. One byte can become an object of 64.
 LONGEST_PICKLE = 10_000_000
 LONGEST_BYTEORDER = 16
+# Of values that hold others. `torch.save` takes none of them from the memo: taken twice, and again
+# what holds it twice, a pickle of some hundred bytes is a value that nobody can print or hash.
+HOLDERS = re.compile("TUPLE|LIST|DICT|SET")
 
 
 class _Refused(ValueError):
@@ -143,7 +147,8 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid) -> _Elements:
         kind, storage_type, key, _, size = pid
-        if kind != "storage" or storage_type not in STORAGES or type(size) is not int:
+        known = isinstance(storage_type, str) and storage_type in STORAGES
+        if kind != "storage" or not known or type(key) is not str or type(size) is not int:
             raise ValueError(f"it names a storage of an unknown kind: {shortened(pid)}")
         dtype = STORAGES[storage_type]
         info = self.archive.getinfo(f"{self.prefix}data/{key}")
@@ -182,6 +187,8 @@ class _Unpickler(pickle.Unpickler):
         return tensor
 
     def _parameter(self, tensor, requires_grad, hooks):
+        if not isinstance(tensor, StoredTensor):
+            raise ValueError(f"a parameter is one of {type(tensor).__name__}, not of a tensor")
         return tensor
 
 
@@ -201,9 +208,17 @@ def _check_stored(info: zipfile.ZipInfo) -> None:
 
 
 def _check_opcodes(content: bytes) -> None:
-    """Raises for an index of the memo that needs more memory than the pickle has bytes."""
+    """Raises for a pickle that needs more memory than bytes, by the indices of its memo."""
+    last, size, holders = "", 0, set()
     for opcode, argument, _ in pickletools.genops(content):
-        if "PUT" not in opcode.name:
-            continue
-        if not isinstance(argument, int) or argument > len(content):
+        name = opcode.name
+        if "PUT" in name and (not isinstance(argument, int) or argument > len(content)):
             raise ValueError(f"its pickle has an index of the memo of {argument}")
+        if name == "DUP" or ("GET" in name and argument in holders):
+            raise ValueError("its pickle uses a value twice that may hold others")
+        if "PUT" in name or name == "MEMOIZE":
+            index = argument if "PUT" in name else size
+            size += 1
+            (holders.add if HOLDERS.search(last) else holders.discard)(index)
+        else:
+            last = name

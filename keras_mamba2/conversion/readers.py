@@ -70,11 +70,14 @@ def read_tensors(folder) -> dict[str, StoredTensor]:
 def most_common_dtype(folder) -> str:
     """The dtype that most of the weights' numbers in `folder` have, by its Keras name.
 
-    Some checkpoints keep a few small weights in float32. Raises as `read_tensors`.
+    Some checkpoints keep a few small weights in float32. Raises as `read_tensors`, and for files
+    without tensors.
     """
     counts: collections.Counter[str] = collections.Counter()
     for tensor in read_tensors(folder).values():
         counts[str(tensor.dtype)] += tensor.extent
+    if not counts:
+        raise ValueError(f"The files of weights in {folder} hold no tensors.")
     return counts.most_common(1)[0][0]
 
 

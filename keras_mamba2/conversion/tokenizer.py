@@ -9,6 +9,7 @@ import tokenizers
 from keras_mamba2.chat import ChatTemplate
 from keras_mamba2.preset_files import CONFIG_FILE
 from keras_mamba2.preset_files import read_json
+from keras_mamba2.untrusted import LARGEST_TOKENIZER
 
 TOKENIZER_FILE = "tokenizer.json"
 BYTE_PAIR_FILES = ("vocab.json", "merges.txt")
@@ -120,7 +121,7 @@ def _with_added_tokens(folder: pathlib.Path) -> tokenizers.Tokenizer | str:
     added += [
         {"content": token, "special": True} for token in special_tokens(folder).values() if token
     ]
-    stored = read_json(file) if added else {}
+    stored = read_json(file, LARGEST_TOKENIZER) if added else {}
     known = {token["content"] for token in stored.get("added_tokens") or ()}
     vocabulary = (stored.get("model") or {}).get("vocab") or ()
     known.update(vocabulary if isinstance(vocabulary, dict) else (token for token, _ in vocabulary))
@@ -139,8 +140,12 @@ def _tokens_by_id(folder: pathlib.Path) -> dict[str, str]:
     """The tokens that `config.json` names by id, found among the added tokens."""
     if not (folder / CONFIG_FILE).is_file() or not (folder / TOKENIZER_FILE).is_file():
         return {}
-    added = read_json(folder / TOKENIZER_FILE).get("added_tokens") or []
+    added = read_json(folder / TOKENIZER_FILE, LARGEST_TOKENIZER).get("added_tokens") or []
     texts = {token["id"]: token["content"] for token in added}
     config = read_json(folder / CONFIG_FILE)
-    keys = [f"{key}_token_id" for key in ("bos", "eos", "pad")]
-    return {key: texts[config[key]] for key in keys if config.get(key) in texts}
+    ids = {key: config.get(f"{key}_token_id") for key in ("bos", "eos", "pad")}
+    # Of several, the first is the end of a text, and the others end a turn.
+    ids = {key: id[0] if isinstance(id, list) and id else id for key, id in ids.items()}
+    return {
+        f"{key}_token_id": texts[id] for key, id in ids.items() if type(id) is int and id in texts
+    }

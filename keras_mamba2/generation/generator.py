@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import functools
+import itertools
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
@@ -251,10 +252,13 @@ class Generator:
         penalizes = sampling and (sampling.repetition_penalty != 1).any()
         size = self.model.backbone.vocabulary_size
         size = size if penalizes or (not sampling and needs_history(sampler)) else 0
-        seen = seen_ids(prompts, size)
+        after = self.prefill(prompts, state) if after is None else after
+        read = prompts
+        if state is not None:
+            read = after_tokens(ops.convert_to_numpy(state.token), prompts)
+        seen = seen_ids(read, size)
         if size and history:
             seen |= seen_ids(history, size)
-        after = self.prefill(prompts, state) if after is None else after
         context = self._context(prompts, after, history)
         before = () if state is None else map(ops.convert_to_numpy, (state.digest, state.token))
         texts = [text for text in row_texts(prompts, *before) for _ in range(n)]
@@ -495,11 +499,13 @@ class Generator:
                 f"at most. Received: {(lengths + limits).max()} tokens, prompt included"
             )
         # The loop of a search begins at the end of the shortest prompt, and would score tokens
-        # where longer prompts have their own. So it gets prompts of one length.
-        for length in np.unique(lengths):
-            same = np.flatnonzero(lengths == length)
-            group = [prompts[i] for i in same]
-            found = self._search_group(group, limits[same], stop_token_ids)
+        # where longer prompts have their own. So it gets prompts of one length. It goes on until
+        # all rows have stopped, and changes those that have: so with stop tokens it gets one row.
+        groups = [np.flatnonzero(lengths == length) for length in np.unique(lengths)]
+        if stop_token_ids:
+            groups = [group[i : i + 1] for group in groups for i in range(len(group))]
+        for same in groups:
+            found = self._search_group([prompts[i] for i in same], limits[same], stop_token_ids)
             for i, new in zip(same, found, strict=True):
                 rows[i] = new
         return rows
@@ -508,8 +514,12 @@ class Generator:
         self, prompts: list[np.ndarray], limits: np.ndarray, stop_token_ids: tuple[int, ...]
     ) -> list[np.ndarray]:
         length = len(prompts[0])
-        inputs = padded(prompts, length + int(limits.max()))
-        found = self._search(*inputs.values(), stop_token_ids=stop_token_ids or None)
+        token_ids, padding_mask = padded(prompts, length + int(limits.max())).values()
+        # A search takes a stop token for one wherever no prompt is: 0 is the end in GPT-NeoX'
+        # vocabulary, and would be found where nothing has been written yet.
+        blank = next(id for id in itertools.count() if id not in stop_token_ids)
+        token_ids = np.where(padding_mask, token_ids, np.array(blank, token_ids.dtype))
+        found = self._search(token_ids, padding_mask, stop_token_ids=stop_token_ids or None)
         rows = []
         for row, limit in zip(ops.convert_to_numpy(found), limits, strict=True):
             new = row[length : length + limit]

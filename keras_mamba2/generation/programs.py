@@ -57,20 +57,35 @@ def _on_tensors(function):
 
 def _tensorflow_function(function):
     """A `tf.function` that takes and returns any pytree, not only those of TensorFlow."""
+    programs: dict[Any, Callable] = {}
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        # Each structure has a program, since a `tf.function` sees leaves only.
+        paths = tuple(path for path, _ in tree.flatten_with_path(args))
+        key = paths, tuple(sorted(kwargs.items()))
+        if key not in programs:
+            arguments = tree.map_structure(lambda _: None, args)
+            programs[key] = _of_structure(function, arguments, kwargs)
+        return programs[key](tree.flatten(args))
+
+    return call
+
+
+def _of_structure(function, arguments, kwargs):
+    """`function` of the leaves of `arguments`, compiled."""
     import tensorflow as tf
 
     structure: dict[str, Any] = {}
 
     @tf.function(autograph=False)
-    def program(leaves, **kwargs):
-        result = function(*tree.pack_sequence_as(structure["arguments"], leaves), **kwargs)
+    def program(leaves):
+        result = function(*tree.pack_sequence_as(arguments, leaves), **kwargs)
         structure["result"] = tree.map_structure(lambda _: None, result)
         return tree.flatten(result)
 
-    @functools.wraps(function)
-    def call(*args, **kwargs):
-        structure["arguments"] = tree.map_structure(lambda _: None, args)
-        leaves = program(tree.flatten(args), **kwargs)
+    def call(leaves):
+        leaves = program(leaves)
         return tree.pack_sequence_as(structure["result"], leaves)
 
     return call

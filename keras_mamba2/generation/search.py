@@ -1,7 +1,11 @@
 """Samplers with a loop of their own, such as beam and contrastive search."""
 
+import types
+
 from keras import ops
 from keras import tree
+
+from keras_mamba2.generation.decode import model_variables
 
 
 def search(model, sampler, token_ids, padding_mask, stop_token_ids):
@@ -35,5 +39,7 @@ def search(model, sampler, token_ids, padding_mask, stop_token_ids):
         mask=padding_mask,
         stop_token_ids=stop_token_ids,
         hidden_states=hidden_states,
-        model=model,
+        model=types.SimpleNamespace(
+            trainable_variables=model_variables(model), non_trainable_variables=[]
+        ),
     )

@@ -241,6 +241,10 @@ class ResidualBackbone(
         if self.stacked is None:
             self.stacked = StackedBlocks(self.blocks)
 
+    def value_of(self, variable: keras.Variable) -> Any:
+        """The value of one of the backbone's variables, stacked or not."""
+        return variable.value if self.stacked is None else self.stacked.value_of(variable)
+
     def in_loop(self, state: Mamba2State) -> Mamba2State:
         """`state` in the form in which the loop of a program keeps it from step to step."""
         if self.stacked is None:

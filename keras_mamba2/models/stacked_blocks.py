@@ -70,6 +70,16 @@ class StackedBlocks:
             for v in apart:
                 take_value(v, FOR_INFERENCE)
 
+    def value_of(self, variable: keras.Variable) -> Any:
+        """The value of a variable, which may be one of the blocks'."""
+        if id(variable) not in self._ids or has_value(variable):
+            return variable.value
+        for together, apart in zip(self.variables, self._apart, strict=True):
+            for i, theirs in enumerate(apart):
+                if theirs is variable:
+                    return together.value[i]
+        raise AssertionError(variable.path)
+
     def in_place_of_theirs(self, variables: Sequence[keras.Variable]) -> list[keras.Variable]:
         """`variables` of a model, without those of the blocks and with these."""
         return [v for v in variables if id(v) not in self._ids] + self.variables

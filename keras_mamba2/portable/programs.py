@@ -169,7 +169,7 @@ class Programs:
         for run, its in decodings:
             read += its
             if stop_strings:
-                new += self._streams(run, its, stop_ids, stop_strings).all_texts()
+                new += self._streams(run, its, stop_strings).all_texts()
             else:
                 new += run.all_tokens()[: len(its)]
         told = [prompt[:0] if strip_prompt else prompt for prompt in prompts]
@@ -269,7 +269,7 @@ class Programs:
         [(decoding, read)] = self._decodings(
             prompts, limits, stop_ids, state, seed, run_lengths, history, **parameters
         )
-        return self._streams(decoding, read, stop_ids, stop_strings)
+        return self._streams(decoding, read, stop_strings)
 
     def prefill(self, inputs, state: ProgramState | None = None) -> ProgramState:
         """Reads text without generating any. See `Mamba2CausalLM.prefill`.
@@ -404,7 +404,8 @@ class Programs:
         keys = row_keys(seed, texts, num_generators, dtype)
         needs_history = sampling is not None or self.manifest.sampler.needs_history
         size = self.manifest.vocabulary_size if needs_history else 0
-        seen = seen_ids(prompts, size)
+        read = prompts if state is None else after_tokens(np.asarray(state.token), prompts)
+        seen = seen_ids(read, size)
         if history is not None:
             seen |= seen_ids(history, size)
         remaining = np.minimum(limits, np.iinfo("int32").max).astype("int32")
@@ -465,11 +466,10 @@ class Programs:
         self,
         decoding: Decoding,
         read: Sequence[np.ndarray],
-        stop_ids: Sequence[int],
         stop_strings: Sequence[str],
     ) -> TextStreams:
         """The texts of a loop, each of which goes on from the tokens that were read."""
-        skip = (*stop_ids, *self._codec.tokens.special)
+        skip = self._codec.tokens.special
         streams = [TextStream(self._codec.decode, skip, stop_strings, row) for row in read]
         return TextStreams(decoding, streams)
 

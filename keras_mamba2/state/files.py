@@ -130,7 +130,7 @@ def fingerprint(backbone) -> str:
     for variable in sorted(backbone.weights, key=lambda variable: variable.path):
         size = math.prod(variable.shape)
         where = np.linspace(0, size - 1, min(size, FINGERPRINT_SAMPLES)).astype("int32")
-        sample = ops.take(ops.reshape(variable.value, (-1,)), where)
+        sample = ops.take(ops.reshape(backbone.value_of(variable), (-1,)), where)
         sample = ops.convert_to_numpy(ops.cast(sample, "float32"))
         digest.update(json.dumps([variable.path, list(variable.shape)]).encode())
         digest.update(np.ascontiguousarray(sample).tobytes())

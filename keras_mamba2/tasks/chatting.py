@@ -159,5 +159,6 @@ class Chatting:
         history = None if before is None else [before]
         decoding = self._decoding([prompt], limits, generation, run_lengths(), history=history)
         control = self.preprocessor.tokenizer.control_token_ids
-        # A reply is a text of its own.
-        return self._streams(decoding, generation, [prompt[:0]], control)
+        # A reply is a text of its own, and what ends it is no part of it.
+        skip = (*control, *generation.stop_token_ids)
+        return self._streams(decoding, generation, [prompt[:0]], skip)

@@ -93,7 +93,8 @@ class TextGeneration:
             num_return_sequences: int, how often each prompt is continued, from one prefill. The
                 results for a prompt follow one another.
             state: the `Mamba2State` of `prefill` that `inputs` continue, one row a prompt. A
-                prompt may then be empty. The state stays as it was.
+                prompt may then be empty. The state stays as it was. A penalty on repetition knows
+                the last of its tokens only; in a session, of `start`, it knows all.
             seed: int. The same seed gives the same text, whatever else was or is generated.
             temperature: float, instead of the sampler's, like the following. The first such call
                 compiles a program, which then serves all values.
@@ -406,7 +407,7 @@ class TextGeneration:
         Each goes on from the tokens that were read.
         """
         tokenizer = self.preprocessor.tokenizer
-        skip = (*options.stop_token_ids, *tokenizer.special_token_ids, *skip)
+        skip = (*tokenizer.special_token_ids, *skip)
         stops = options.stop_strings
         streams = [TextStream(tokenizer.detokenize, skip, stops, row) for row in read]
         return TextStreams(decoding, streams)

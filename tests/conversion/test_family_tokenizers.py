@@ -124,6 +124,19 @@ def test_tokens_of_the_configuration_are_added(tmp_path):
     assert ours.token_to_id("<new>") in ours.control_token_ids
 
 
+def test_a_large_tokenizer_and_several_ends_of_a_text_are_read(tmp_path):
+    """That of Nemotron 3 has 17 MB; Granite's and others' configurations may name several ids."""
+    folder = family_tokenizers.save("granite", tmp_path)
+    expected = tokenizer_arguments(folder)
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text() + " " * 17_000_000)
+    ends = [keras_mamba2.Mamba2Tokenizer(**expected).end_token_id, 1]
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": ends}))
+    (folder / "tokenizer_config.json").unlink()
+    ours = keras_mamba2.Mamba2Tokenizer(**tokenizer_arguments(folder))
+    assert ours.end_token_id == ends[0]
+
+
 def test_the_template_is_read_from_where_transformers_reads_it(tmp_path):
     messages = [{"role": "user", "content": "Hello"}]
     folder = family_tokenizers.save("bamba", tmp_path, chat_template=templates.LLAMA)

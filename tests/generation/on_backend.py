@@ -23,6 +23,8 @@ def results(folder) -> dict:
     found["continued"] = lm.generate(["be", "is the question"], state=state, max_new_tokens=8)
     pieces = lm.stream(PROMPTS, max_new_tokens=8)
     found["streamed"] = ["".join(row) for row in zip(*pieces, strict=True)]
+    lm.generate(PROMPTS, max_new_tokens=8, temperature=0.5)
+    found["after a temperature"] = lm.generate(PROMPTS, max_new_tokens=8)
     found["several"] = lm.generate("to be", max_new_tokens=8, num_return_sequences=2)
     found["perplexity"] = lm.perplexity(PROMPTS)
     session = lm.start("to be")

@@ -90,3 +90,19 @@ def test_a_row_does_not_depend_on_what_is_beside_it(lm, sampler):
     inputs = [[[1, 2, 3], [4]], [[1, 2, 3], [8, 9, 10, 11, 12]]]
     first, second = (generate(lm, prompts, max_new_tokens=8, seed=4) for prompts in inputs)
     assert first[0] == second[0]
+
+
+def test_a_row_that_has_stopped_does_not_change(lm):
+    """Beams of a row would go on until those of all rows have stopped."""
+    lm.compile(sampler="beam")
+    rng = np.random.default_rng(0)
+    token_ids, stops = rng.integers(1, 20, (6, 3)).astype("int32"), list(range(0, 256, 3))
+    found = []
+    for rows in ([0, 1, 2, 3, 4, 5], *[[i] for i in range(6)]):
+        inputs = {"token_ids": token_ids[rows], "padding_mask": np.ones((len(rows), 3), "int32")}
+        result = lm.generate(inputs, stop_token_ids=stops, max_new_tokens=12)
+        pairs = zip(result["token_ids"], result["padding_mask"], strict=True)
+        found.append([row[mask.astype(bool)].tolist() for row, mask in pairs])
+    together, *alone = found
+    assert together == [row for [row] in alone]
+    assert len(set(map(len, together))) > 1

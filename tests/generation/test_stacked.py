@@ -126,6 +126,24 @@ def test_states_of_attention_grow():
     assert_states_agree(ours, theirs)
 
 
+def test_searches_and_files_of_states_are_those_of_blocks_apart(plain, tmp_path):
+    found = []
+    for lm, other in (plain, plain[::-1]):
+        state = lm.make_generate_function().prefill([np.array(PROMPTS[0], "int32")])
+        lm.save_state(tmp_path / "state.safetensors", state)
+        loaded = keras_mamba2.Mamba2State.load(tmp_path / "state.safetensors", other.backbone)
+        assert_states_agree(loaded, state, atol=0)
+    for lm in plain:
+        lm.compile(sampler="beam")
+        token_ids = np.array([PROMPTS[0]])
+        inputs = {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
+        found.append(
+            lm.generate(inputs, stop_token_ids=[3], max_new_tokens=6)["token_ids"].tolist()
+        )
+        lm.compile(sampler="greedy")
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("steps_a_write", [4, 5])
 def test_a_state_that_is_written_every_few_steps(plain, steps_a_write):
     apart, stacked = plain

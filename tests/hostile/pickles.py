@@ -46,6 +46,12 @@ def malicious(argument: str) -> dict[str, bytes]:
 def odd() -> dict[str, bytes]:
     """Not malicious, but no checkpoint, or one that needs too much."""
     nested = pickle.EMPTY_LIST * 100_000 + pickle.APPEND * 99_999
+    # Each value holds the one before it twice: as a text, or for its hash, the last is 2 ** 40.
+    twice = [b"h%c" % i * 2 for i in range(40)]
+    tuples = b")q\x000" + b"".join(b"%b\x86q%c0" % (t, i + 1) for i, t in enumerate(twice)) + b"h("
+    lists = b"]q\x000" + b"".join(b"](%beq%c0" % (t, i + 1) for i, t in enumerate(twice)) + b"h("
+    kind, name = b"X\x07\x00\x00\x00storage", b"X\x0c\x00\x00\x00FloatStorage"
+    device = b"X\x03\x00\x00\x00cpuK\x01tQ."
     storage = b"(X\x07\x00\x00\x00storageX\x0c\x00\x00\x00FloatStorageX\x01\x00\x00\x000"
     return {
         "empty": b"",
@@ -62,6 +68,10 @@ def odd() -> dict[str, bytes]:
         "a storage that is no tuple": b"\x80\x02K\x01Q.",
         "a storage of a huge index": storage
         + b"X\x03\x00\x00\x00cpu\x8a\x08" + b"\x7f" * 8 + b"tQ.",
+        "a storage with a huge name": b"\x80\x02(" + kind + name + lists + device,
+        "a storage of a huge type": b"\x80\x02(" + kind + tuples + kind + device,
+        "a huge key": b"\x80\x02}" + tuples + b"K\x01s.",
+        "a huge key, made on the stack": b"\x80\x02})" + b"2\x86" * 40 + b"K\x01s.",
         "a list": pickle.dumps([1, 2]),
         "numbers by name": pickle.dumps({"a": 1}),
         "tensors by number": pickle.dumps({1: 2}),

@@ -385,6 +385,32 @@ def test_blanks_between_tokens_stay_where_tokenizers_strip_them_before_a_text(tm
         assert model.generate("  to", state=state, **options) == "  to be be be"
 
 
+def test_a_stop_token_that_is_text_is_part_of_the_text(letters):
+    """Of a stream and a session too, whose state has read it."""
+    options = {"max_new_tokens": 200, "stop_token_ids": list(b"aeiou"), "seed": 1}
+    text = letters.generate(TEXT, strip_prompt=True, **options)
+    assert text[-1] in "aeiou"
+    assert "".join(letters.stream(TEXT, **options)) == text
+    options["stop_strings"] = "never to be found"
+    assert letters.generate(TEXT, strip_prompt=True, **options) == text
+    session = letters.start(TEXT)
+    assert session.generate(**options) == text
+    whole = letters.prefill(session.text)
+    assert session.state.digest.tolist() == whole.digest.tolist()
+    assert session.state.token.tolist() == whole.token.tolist()
+
+
+def test_a_penalty_knows_the_last_token_of_a_state(preset_folder):
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder)
+    lm.compile(sampler="greedy")
+    for text in ("abc", "To be", "x"):
+        state = lm.prefill(text)
+        [[next_id]] = lm.generate("", state=state, max_new_tokens=1, return_logprobs=True)[1:]
+        state = state.with_token(next_id["token_ids"])  # it would be picked again, or may be
+        again = lm.generate("", state=state, max_new_tokens=1, repetition_penalty=1e6)
+        assert again != lm.preprocessor.tokenizer.detokenize(next_id["token_ids"])
+
+
 def test_a_continued_text_has_no_start_token(lm):
     """Neither that of the preprocessor, nor that of a tokenizer that adds one by itself."""
     plain = lm.preprocessor.prompts(["abc"])[0].tolist()
