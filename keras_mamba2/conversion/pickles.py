@@ -14,6 +14,7 @@ import pickle
 import pickletools
 import re
 import zipfile
+from typing import Any
 from typing import BinaryIO
 from typing import NamedTuple
 
@@ -43,9 +44,9 @@ ZIP_UTF8 = 0x800  # a flag of an entry
 # A thousand times what it is for 2.7B parameters. One byte can become an object of 64.
 LONGEST_PICKLE = 10_000_000
 LONGEST_BYTEORDER = 16
-# Of values that hold others. `torch.save` takes none of them from the memo: taken twice, and again
-# what holds it twice, a pickle of some hundred bytes is a value that nobody can print or hash.
-HOLDERS = re.compile("TUPLE|LIST|DICT|SET")
+# What makes a value that `torch.save` uses twice: names, functions, tensors. Of values that hold
+# others, each of them twice, some hundred bytes would make one that nobody can print or hash.
+PLAIN = re.compile(r"(STACK_)?GLOBAL|.*(UNICODE|STRING|BYTES|INT|LONG)\d?|REDUCE|BINPERSID")
 
 
 class _Refused(ValueError):
@@ -208,17 +209,17 @@ def _check_stored(info: zipfile.ZipInfo) -> None:
 
 
 def _check_opcodes(content: bytes) -> None:
-    """Raises for a pickle that needs more memory than bytes, by the indices of its memo."""
-    last, size, holders = "", 0, set()
+    """Raises for a pickle whose memo, or what it makes of it, needs more memory than bytes."""
+    last = ""
+    memo: dict[Any, bool] = {}  # whether a place may be read
     for opcode, argument, _ in pickletools.genops(content):
         name = opcode.name
         if "PUT" in name and (not isinstance(argument, int) or argument > len(content)):
             raise ValueError(f"its pickle has an index of the memo of {argument}")
-        if name == "DUP" or ("GET" in name and argument in holders):
+        if name == "DUP" or ("GET" in name and not memo.get(argument)):
             raise ValueError("its pickle uses a value twice that may hold others")
         if "PUT" in name or name == "MEMOIZE":
-            index = argument if "PUT" in name else size
-            size += 1
-            (holders.add if HOLDERS.search(last) else holders.discard)(index)
-        else:
+            index = len(memo) if name == "MEMOIZE" else argument
+            memo[index] = PLAIN.fullmatch(last) is not None
+        elif name != "FRAME":
             last = name

@@ -71,6 +71,10 @@ def odd() -> dict[str, bytes]:
         "a storage with a huge name": b"\x80\x02(" + kind + name + lists + device,
         "a storage of a huge type": b"\x80\x02(" + kind + tuples + kind + device,
         "a huge key": b"\x80\x02}" + tuples + b"K\x01s.",
+        "a huge key, kept behind something else": b"\x80\x02}"
+        + tuples.replace(b"q", b"K\x010q") + b"K\x01s.",
+        "a huge key, kept where another was": b"\x80\x04}K\x01q\x00q\x000)\x940"
+        + b"".join(b"h%c" % (i + 1) * 2 + b"\x86\x940" for i in range(40)) + b"h)K\x01s.",
         "a huge key, made on the stack": b"\x80\x02})" + b"2\x86" * 40 + b"K\x01s.",
         "a list": pickle.dumps([1, 2]),
         "numbers by name": pickle.dumps({"a": 1}),
