@@ -1,3 +1,4 @@
+import pathlib
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -46,6 +47,12 @@ class ChatTemplate:
         self.templates = {DEFAULT: templates} if isinstance(templates, str) else dict(templates)
         self.special_tokens = dict(special_tokens or {})
         for name, source in self.templates.items():
+            # Names come from the hub, and files are named after them.
+            is_name = isinstance(name, str) and pathlib.PurePath(name).name == name
+            if not is_name or name in ("", "..") or "\0" in name:
+                raise ValueError(
+                    f"The name of a chat template must be one of a file. Received: {name!r}"
+                )
             if not isinstance(source, str):
                 raise ValueError(
                     "A chat template must be a string. "
@@ -112,7 +119,7 @@ class ChatTemplate:
 
 
 def checked_messages(messages: Any) -> list[dict[str, Any]]:
-    """Messages as plain data, without keys that are `None`.
+    """Messages as plain data, without keys that are `None`, as in transformers.
 
     Raises:
         ValueError: for anything but a list of dicts with a `role`, and for what is not JSON.

@@ -126,7 +126,7 @@ class Terminal:
         self._note(f"conversation {number} of {len(self.chats)}")
 
     def _undo(self, argument: str) -> None:
-        said = self.chat.undo()[0]["content"]
+        said = self.chat.undo()[0].get("content", "")
         self._note(f"taken back: {shown(str(said))}")
 
     def _note(self, text: str, style: str = "dim") -> None:

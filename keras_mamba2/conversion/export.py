@@ -19,14 +19,16 @@ from keras_mamba2.conversion.names import Piece
 from keras_mamba2.conversion.names import Weight
 from keras_mamba2.conversion.progress import progress
 from keras_mamba2.conversion.readers import SAFETENSORS_DTYPES
+from keras_mamba2.conversion.soundness import non_finite
 from keras_mamba2.conversion.stored_tensor import numpy_dtype
 from keras_mamba2.conversion.tokenizer import write_chat_template
+from keras_mamba2.host.finite import is_finite
 
 SHARD_BYTES = 5 * 10**9
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 # Float32 whatever the dtype of the model, also in a file.
-FLOAT32 = ("A_log", "dt_bias", "D", "e_score_correction_bias")
+FLOAT32 = ("A_log", "dt_bias", "D", "e_score_correction_bias", "mixer.gate.weight")
 
 
 class StoredWeight(NamedTuple):
@@ -56,7 +58,13 @@ class StoredWeight(NamedTuple):
         tensor = np.empty(self.shape, self.dtype)
         for variable, piece in self.sources:
             value = piece.of_variable(keras.ops.convert_to_numpy(variable.value))
-            piece.of_file(tensor)[...] = piece.weight.layout.to_file(value)
+            with np.errstate(over="ignore"):
+                piece.of_file(tensor)[...] = piece.weight.layout.to_file(value)
+        if not is_finite(tensor):
+            raise ValueError(
+                f"Weights would not be finite numbers: {non_finite(self.name, tensor)}. Those that "
+                "are too large for float16 fit into dtype='bfloat16'."
+            )
         return tensor.reshape(-1).view(np.uint8)
 
 

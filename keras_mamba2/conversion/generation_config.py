@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from keras_mamba2.preset_files import CONFIG_FILE
 from keras_mamba2.preset_files import read_json
 
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -20,10 +21,15 @@ KEYS = (
 
 
 def generation_defaults(folder: pathlib.Path) -> dict[str, Any]:
-    """The settings of `KEYS` that a checkpoint has."""
+    """The settings of `KEYS` that a checkpoint has.
+
+    Without a file of them, the ends of a turn may stand in `config.json`, beside that of a text.
+    """
     file = folder / GENERATION_CONFIG_FILE
     if not file.is_file():
-        return {}
+        file = folder / CONFIG_FILE
+        ends = read_json(file).get("eos_token_id") if file.is_file() else None
+        return checked_defaults({"eos_token_id": ends}) if isinstance(ends, list) else {}
     try:
         return checked_defaults(read_json(file))
     except ValueError as error:

@@ -23,6 +23,7 @@ from keras_mamba2.ops import causal_conv1d
 from keras_mamba2.ops import causal_conv1d_step
 from keras_mamba2.ops.attention import Past
 from keras_mamba2.ops.attention import attend
+from keras_mamba2.ops.attention import product
 from keras_mamba2.ops.causal_conv import causal_conv1d_commit
 from keras_mamba2.ops.causal_conv import causal_conv1d_extend
 from keras_mamba2.ops.checks import float32_at_least
@@ -262,9 +263,11 @@ class Attention(Sublayer):
         keys = _put(state.keys, self._stored(k), state.length, count)
         values = _put(state.values, self._stored(v), state.length, count)
         filled = ops.arange(_places(keys)) <= state.length[:, None]
-        scores = ops.einsum("bgrp,bgcp->bgrc", q, self._read(keys))
+        dtype = float32_at_least(self.compute_dtype)
+        scores = product(q, ops.transpose(self._read(keys), (0, 1, 3, 2)), dtype)  # (b g r c)
         weights = self._softmax(scores, filled[:, None, None])
-        y = ops.reshape(ops.einsum("bgrc,bgcp->bgrp", weights, self._read(values)), (b, -1))
+        y = ops.cast(product(weights, self._read(values), dtype), self.compute_dtype)
+        y = ops.reshape(y, (b, -1))
         state = AttentionState(keys, values, state.length + count, conv_state)
         return self.output_projection(_nan_without_room(y, state)), state
 
@@ -406,8 +409,7 @@ class Attention(Sublayer):
         return ops.cast(restored(stored, "float32"), self.compute_dtype)
 
     def _softmax(self, scores, seen):
-        scores = ops.cast(scores, float32_at_least(self.compute_dtype)) * self._scale
-        weights = ops.softmax(ops.where(seen, scores, -1e30), axis=-1)
+        weights = ops.softmax(ops.where(seen, scores * self._scale, -1e30), axis=-1)
         return ops.cast(weights, self.compute_dtype)
 
     def _joined(self, y):

@@ -152,8 +152,14 @@ class MixtureOfExperts(Stateless):
 
     def build(self, x_shape, mask_shape=None, segment_ids_shape=None):
         e, f, d = self.num_experts, self.intermediate_dim, self.latent_dim or self.hidden_dim
+        # Beside a bias that balances, near ties decide: Nemotron's is float32 in every checkpoint.
+        is_float32 = self.scoring == "sigmoid"
         self.router = self.add_weight(
-            name="router", shape=(self.hidden_dim, e), initializer="glorot_uniform", autocast=False
+            name="router",
+            shape=(self.hidden_dim, e),
+            dtype=float32_at_least(self.variable_dtype) if is_float32 else None,
+            initializer="glorot_uniform",
+            autocast=False,
         )
         self.router_bias = None
         if self.scoring == "sigmoid":

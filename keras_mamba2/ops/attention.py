@@ -126,7 +126,7 @@ def _with_more(so_far: Softmax, q, keys, values, seen, scale: float) -> Softmax:
     _, g, t, r, p = q.shape
     dtype = so_far.total.dtype
     rows = ops.reshape(q, (-1, g, t * r, p))
-    scores = _product(rows, ops.transpose(keys, (0, 1, 3, 2)), dtype)
+    scores = product(rows, ops.transpose(keys, (0, 1, 3, 2)), dtype)
     scores = ops.reshape(scores, (-1, g, t, r, keys.shape[2])) * scale
     scores = ops.where(seen[:, None, :, None], scores, UNSEEN)
     # Whatever is subtracted, the result is the same.
@@ -134,11 +134,11 @@ def _with_more(so_far: Softmax, q, keys, values, seen, scale: float) -> Softmax:
     weights, decay = ops.exp(scores - most[..., None]), ops.exp(so_far.most - most)
     total = so_far.total * decay + ops.sum(weights, axis=-1)
     rows = ops.reshape(ops.cast(weights, q.dtype), (-1, g, t * r, keys.shape[2]))
-    more = ops.reshape(_product(rows, values, dtype), (-1, g, t, r, p))
+    more = ops.reshape(product(rows, values, dtype), (-1, g, t, r, p))
     return Softmax(most, total, so_far.values * decay[..., None] + more)
 
 
-def _product(x, y, dtype):
+def product(x, y, dtype):
     """`x y` in `dtype`, whose sums are in it too, where the backend can say so."""
     if keras.config.backend() != "jax":
         return ops.cast(ops.matmul(x, y), dtype)

@@ -49,6 +49,11 @@ CONVERSATIONS = {
         {"role": "assistant", "content": "It is dry.", "tool_calls": None},
         SECOND,
     ],
+    "called without content": [
+        FIRST,
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": '"none"', "name": "search"},
+    ],
     "two system": [SYSTEM, SYSTEM, FIRST],
     "two users": [FIRST, SECOND],
     "parts": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}],
@@ -199,6 +204,13 @@ def test_nothing_but_data_reaches_a_template():
     endless.append(endless)
     with pytest.raises(ValueError, match="Only JSON data"):
         ChatTemplate("").render([FIRST], extra=endless)
+
+
+@pytest.mark.parametrize("name", ["/tmp/x", "../x", "a/b", "", "..", "a\0", 7])
+def test_names_that_are_none_of_files_are_refused(name):
+    """Templates are exported to files of their names, and come from the hub."""
+    with pytest.raises(ValueError, match="name of a chat template"):
+        ChatTemplate({"default": "", name: ""})
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,18 @@ def test_dtype_of_the_files(backbone, tmp_path):
     assert config["dtype"] == config["torch_dtype"] == "bfloat16"
 
 
+def test_numbers_too_large_for_the_dtype_are_named_and_nothing_is_left(backbone, tmp_path):
+    weight = backbone.norm.scale
+    before = weight.numpy() if hasattr(weight, "numpy") else np.array(weight)
+    weight.assign(np.where(np.arange(before.size) == 1, 7e4, before))
+    try:
+        with pytest.raises(ValueError, match=r"norm_f.weight \(1 infinite of .* in float16\)"):
+            conversion.export_to_transformers(backbone, None, tmp_path / "new", dtype="float16")
+    finally:
+        weight.assign(before)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_tokenizer_gives_the_same_ids(backbone, byte_tokenizer, tmp_path):
     conversion.export_to_transformers(backbone, byte_tokenizer, tmp_path / "new")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "new")

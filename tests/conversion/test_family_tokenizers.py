@@ -12,6 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 import keras_mamba2
+from keras_mamba2.conversion import generation_defaults
 from keras_mamba2.conversion.tokenizer import tokenizer_arguments
 from keras_mamba2.host.text_stream import TextStream
 from keras_mamba2.host.text_stream import text_after
@@ -135,6 +136,7 @@ def test_a_large_tokenizer_and_several_ends_of_a_text_are_read(tmp_path):
     (folder / "tokenizer_config.json").unlink()
     ours = keras_mamba2.Mamba2Tokenizer(**tokenizer_arguments(folder))
     assert ours.end_token_id == ends[0]
+    assert generation_defaults(folder) == {"eos_token_id": ends}
 
 
 def test_the_template_is_read_from_where_transformers_reads_it(tmp_path):

@@ -276,10 +276,10 @@ def check_prefill_of_one_long_sequence():
     x, _ = data(rows=1, t=1024)
     x = x | {"padding_mask": np.ones_like(x["token_ids"])}
     expected = make_lm().prefill(x)
-    with DISTRIBUTIONS["one sequence"]().scope():
-        state = make_lm().prefill(x)
-
-    jax.tree.map(functools.partial(assert_close, roundings=64), state.layers, expected.layers)
+    for name in ("one sequence", "sequence"):  # the second has two devices for its one row
+        with DISTRIBUTIONS[name]().scope():
+            state = make_lm().prefill(x)
+        jax.tree.map(functools.partial(assert_close, roundings=64), state.layers, expected.layers)
 
 
 def check_bad_meshes_are_refused():
