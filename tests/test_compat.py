@@ -189,6 +189,34 @@ def test_int4_block_size():
     assert size(keras.layers.Dense(3), config(block_size=-1)) is None
 
 
+def test_own_policy():
+    """In a map Keras names the policy of a layer after the map, and takes its mode for another."""
+    policies = {name: keras.DTypePolicy(name) for name in ("bfloat16", "float16")}
+    policies = keras.dtype_policies.DTypePolicyMap("float32", policies)
+    layer = keras.layers.Dense(3, dtype=policies, name="bfloat16")
+    layer.build((None, 4))
+    assert layer.dtype_policy.name == "map_float32"
+    with part("keras_layers").own_policy(layer):
+        assert layer.dtype_policy.name == "bfloat16"
+        layer.quantize("int8")
+    assert layer.dtype_policy is policies
+    names = {path: policy.name for path, policy in policies.items()}
+    assert names == {"bfloat16": "int8_from_bfloat16", "float16": "float16"}
+    layer = keras.layers.Dense(3, dtype="float16")
+    with part("keras_layers").own_policy(layer):
+        layer.dtype_policy = "bfloat16"
+    assert layer.dtype_policy.name == "bfloat16"
+
+
+def test_is_chosen():
+    is_chosen, layer = part("keras_layers").is_chosen, keras.layers.Dense(3, name="in_proj")
+    assert is_chosen(layer, None)
+    assert is_chosen(layer, "proj")
+    assert is_chosen(layer, ["out_proj", "in"])
+    assert not is_chosen(layer, "out_proj")
+    assert not is_chosen(layer, lambda layer: layer.name == "out_proj")
+
+
 def test_has_equal_groups():
     def found(dtype, size=32):
         layer = keras.layers.Dense(4, dtype=dtype)

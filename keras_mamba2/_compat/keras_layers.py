@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import keras
 from keras.src.quantizers.quantization_config import get_block_size_for_layer
+from keras.src.quantizers.utils import should_quantize_layer
 
 
 def flatten_layers(
@@ -38,6 +39,34 @@ def unlocked(layer: keras.layers.Layer) -> Iterator[None]:
         yield
     finally:
         layer._tracker.lock()
+
+
+@contextlib.contextmanager
+def own_policy(layer: keras.layers.Layer) -> Iterator[None]:
+    """Shows Keras the dtype policy of `layer` alone, where it has one from a map of policies.
+
+    `_dtype_policy`, since layers of Keras ask a map for its name and its mode, which are those of
+    its default. A policy that `layer` gets meanwhile goes into the map. Written for Keras 3.15.
+    """
+    policies = layer._dtype_policy
+    if not isinstance(policies, keras.dtype_policies.DTypePolicyMap):
+        yield
+        return
+    before = layer._dtype_policy = policies[layer.path]
+    try:
+        yield
+    finally:
+        after, layer._dtype_policy = layer._dtype_policy, policies
+        if after is not before:
+            layer.dtype_policy = after
+
+
+def is_chosen(layer: keras.layers.Layer, filters) -> bool:
+    """Whether `filters` of `keras.Model.quantize` choose `layer`.
+
+    `should_quantize_layer`. Written for Keras 3.15.
+    """
+    return should_quantize_layer(layer, filters)
 
 
 def int4_block_size(layer: keras.layers.Layer, config=None) -> int | None:

@@ -5,6 +5,7 @@ import keras
 from keras import ops
 
 from keras_mamba2._compat.keras_layers import int4_block_size
+from keras_mamba2._compat.keras_layers import own_policy
 from keras_mamba2._compat.keras_layers import unlocked
 from keras_mamba2._compat.keras_layers import untrack_variable
 from keras_mamba2.arguments import SIZE
@@ -111,8 +112,9 @@ class ExpertsProjection(keras.layers.Layer):
         self._add_rounded(mode, block_size)
         self._is_quantized = True  # or Keras would quantize when it hears of the policy
         name = mode if mode == "int8" else f"int4/{block_size or -1}"
-        policy = f"{name}_from_{self.dtype_policy.name}"  # type: ignore[has-type]
-        self.dtype_policy = keras.dtype_policies.get(policy)
+        with own_policy(self):
+            policy = f"{name}_from_{self.dtype_policy.name}"  # type: ignore[has-type]
+            self.dtype_policy = keras.dtype_policies.get(policy)
         for variable, value in zip(self._stored, self._rounded(kernel), strict=True):
             variable.assign(value)
 

@@ -3,6 +3,7 @@ from keras import ops
 from keras import quantizers
 
 from keras_mamba2._compat.keras_layers import has_equal_groups
+from keras_mamba2._compat.keras_layers import own_policy
 from keras_mamba2._compat.keras_layers import stored_kernel
 from keras_mamba2._compat.keras_layers import untrack_variable
 from keras_mamba2._compat.keras_variables import never_autocast
@@ -57,18 +58,23 @@ class Projection(keras.layers.Dense):
             return super().kernel
         return ops.transpose(stored_kernel(self))
 
-    def quantize(self, mode=None, type_check: bool = True, config=None) -> None:
+    def check_mode(self, mode: str) -> None:
+        """Raises for an adapter that is not combined with `mode`."""
         if self.lora_enabled and mode not in LORA_MODES:
             raise ValueError(
                 f"Layer {self.path!r} has a LoRA adapter, which Keras does not combine with "
                 f"mode={mode!r}. Call `backbone.merge_lora()` before `quantize`, or take one of "
                 f"the modes {', '.join(LORA_MODES[1:])}."
             )
-        if mode == "int8":
-            self._quantize_int8(config)
-        else:
-            # Keras refuses subclasses, since their `call` may differ.
-            super().quantize(mode, type_check=False, config=config)
+
+    def quantize(self, mode=None, type_check: bool = True, config=None) -> None:
+        self.check_mode(mode)
+        with own_policy(self):
+            if mode == "int8":
+                self._quantize_int8(config)
+            else:
+                # Keras refuses subclasses, since their `call` may differ.
+                super().quantize(mode, type_check=False, config=config)
 
     def _quantize_int8(self, config) -> None:
         """As Keras does it, but for the kernel's orientation."""
@@ -112,14 +118,16 @@ class Projection(keras.layers.Dense):
         return x + ops.cast(self.lora_alpha / self.lora_rank * lora_x, x.dtype)
 
     def _get_kernel_with_merged_lora(self):
-        if self.quantization_mode in ("int8", "int4") and not self.lora_enabled:
-            # Keras asks the policy, which is a map of policies in a model that was loaded.
-            return stored_kernel(self), self.kernel_scale, getattr(self, "kernel_zero", None)
-        if self.quantization_mode != "int8" or not self.lora_enabled:
-            return super()._get_kernel_with_merged_lora()
-        kernel = ops.cast(self.kernel, self.compute_dtype) / self.kernel_scale
+        if not self.lora_enabled or self.quantization_mode not in (None, "int8"):
+            with own_policy(self):
+                return super()._get_kernel_with_merged_lora()
         adapter = ops.matmul(self.lora_kernel_a, self.lora_kernel_b)
-        kernel = kernel + self.lora_alpha / self.lora_rank * adapter
+        adapter = self.lora_alpha / self.lora_rank * adapter
+        if self.quantization_mode is None:
+            # Not in the `compute_dtype`, as Keras does it: what is saved are the weights.
+            kernel = ops.add(stored_kernel(self), adapter)
+            return ops.cast(kernel, self.variable_dtype), None, None
+        kernel = ops.cast(self.kernel, self.compute_dtype) / self.kernel_scale + adapter
         kernel, scale = quantizers.abs_max_quantize(kernel, axis=0, to_numpy=True)
         return ops.transpose(kernel), ops.squeeze(scale, axis=0), None
 

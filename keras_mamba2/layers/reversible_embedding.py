@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_mamba2._compat.keras_layers import has_equal_groups
+from keras_mamba2._compat.keras_layers import own_policy
 from keras_mamba2._compat.keras_layers import stored_embeddings
 from keras_mamba2.ops.int4 import int4_matmul_transposed
 from keras_mamba2.ops.int4 import int4_rows
@@ -31,7 +32,8 @@ class ReversibleEmbedding(keras.layers.ReversibleEmbedding):
     def quantize(self, mode=None, type_check: bool = True, config=None) -> None:
         if mode in ("int8", "int4"):
             # Keras refuses subclasses, since their `call` may differ.
-            super().quantize(mode, type_check=False, config=config)
+            with own_policy(self):
+                super().quantize(mode, type_check=False, config=config)
 
     def call(self, inputs, reverse: bool = False):
         if self.mask_zero or self.logit_soft_cap is not None or self.reverse_dtype is not None:
@@ -50,11 +52,8 @@ class ReversibleEmbedding(keras.layers.ReversibleEmbedding):
             self.inputs_quantizer = None
 
     def _get_embeddings_with_merged_lora(self):
-        if self.quantization_mode in ("int8", "int4") and not self.lora_enabled:
-            # As in `Projection._get_kernel_with_merged_lora`.
-            zero = getattr(self, "embeddings_zero", None)
-            return stored_embeddings(self), self.embeddings_scale, zero
-        return super()._get_embeddings_with_merged_lora()
+        with own_policy(self):
+            return super()._get_embeddings_with_merged_lora()
 
     def _int8_call(self, inputs, reverse: bool = False):
         if not reverse:

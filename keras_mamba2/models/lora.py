@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 import h5py
-from keras import ops
 
 from keras_mamba2._compat.keras_hub_models import lora_rank
 from keras_mamba2._compat.keras_hub_models import set_lora_layers
@@ -92,19 +91,14 @@ def merge(backbone) -> None:
     layers = adapted_projections(backbone)
     if not layers:
         raise ValueError("There is no LoRA adapter to merge.")
-    for layer in layers:
-        if layer.quantization_mode is None:
-            # In float32, also where the layer computes in less.
-            product = ops.matmul(layer.lora_kernel_a, layer.lora_kernel_b)
-            scale = layer.lora_alpha / layer.lora_rank
-            _remove_adapter(layer)
-            layer.kernel.assign(ops.add(layer.kernel, scale * product))
-        else:
+    try:
+        for layer in layers:
             merged: dict = {}
             layer.save_own_variables(merged)  # which merges, and quantizes anew
+            layer.load_own_variables(merged)  # which leaves an adapter of zeros
             _remove_adapter(layer)
-            layer.load_own_variables(merged)
-    _remember(backbone)
+    finally:  # after an error outputs are the same, and the rest can still be merged
+        _remember(backbone)
     backbone.trainable = True
 
 

@@ -148,6 +148,37 @@ def test_merging_with_mixed_precision_loses_no_bits(lm, preset_folder):
     assert np.abs(logits_of(mixed) - truth).max() <= 2 * error
 
 
+@pytest.mark.parametrize("ending", ["preset", "model.keras"])
+def test_saving_with_mixed_precision_loses_no_bits(preset_folder, tmp_path, ending):
+    """What is saved of an adapted model is what `merge_lora` makes of it."""
+    mixed = adapted(keras_mamba2.Mamba2CausalLM.from_preset(preset_folder, dtype="mixed_bfloat16"))
+    if ending == "preset":
+        mixed.save_to_preset(tmp_path / ending)
+        saved = keras_mamba2.Mamba2CausalLM.from_preset(tmp_path / ending, dtype="mixed_bfloat16")
+    else:
+        mixed.save(tmp_path / ending)
+        saved = keras.models.load_model(tmp_path / ending)
+    mixed.backbone.merge_lora()
+    assert_same(values_of(saved), values_of(mixed))
+
+
+def test_an_error_while_merging_loses_no_adapter(lm, monkeypatch):
+    expected = logits_of(adapted(lm))
+    layers = lora.adapted_projections(lm.backbone)
+
+    def fail(store):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layers[1], "load_own_variables", fail)
+        with pytest.raises(MemoryError):
+            lm.backbone.merge_lora()
+    assert lora.adapted_projections(lm.backbone) == layers[1:]
+    assert np.array_equal(logits_of(lm), expected)
+    lm.backbone.merge_lora()
+    assert np.array_equal(logits_of(lm), expected)
+
+
 def test_a_merged_model_generates_is_exported_and_is_adapted_again(lm, tmp_path):
     lm.compile(sampler="greedy")
     plain = lm.generate("hello", max_new_tokens=8)
