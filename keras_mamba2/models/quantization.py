@@ -1,12 +1,16 @@
 """What `quantize` needs to know of a backbone, beside what Keras does."""
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
+from keras.dtype_policies import DTypePolicyMap
 
 from keras_mamba2._compat.keras_layers import flatten_layers
+from keras_mamba2._compat.keras_layers import is_chosen
 from keras_mamba2.arguments import instance
 from keras_mamba2.arguments import optional
+from keras_mamba2.arguments import shown
 from keras_mamba2.layers.experts_projection import AnyProjection
 from keras_mamba2.layers.projection import CALIBRATED_MODES
 from keras_mamba2.layers.projection import Projection
@@ -23,9 +27,41 @@ CONFIG = optional(
 )
 
 
-def is_quantizable(layer) -> bool:
-    """Keras would warn of every other layer that it has no quantization for it."""
-    return isinstance(layer, AnyProjection | ReversibleEmbedding)
+def prepare(backbone, config, filters) -> Callable[[keras.layers.Layer], bool]:
+    """Looks at all that `quantize` of a backbone, or a task with it, gets: `checked_filters`."""
+    check(backbone, config)
+    return checked_filters(backbone, config, filters)
+
+
+def checked_filters(model, config, filters) -> Callable[[keras.layers.Layer], bool]:
+    """`filters` of `keras.Model.quantize`, but only for layers that are saved quantized.
+
+    Of others Keras would warn that it has no quantization for them, or quantize the head of a
+    classifier, whose policy is in no configuration.
+
+    Raises:
+        ValueError: before a layer changes, for what is no filter, a layer that is quantized
+            already, and one with a LoRA adapter in a mode that Keras does not combine with it.
+    """
+    if not (filters is None or callable(filters) or isinstance(filters, (str, list, tuple))):
+        raise ValueError(
+            "`filters` must be a regular expression, a list of them, or a function of a layer. "
+            f"Received: filters={shown(filters)}"
+        )
+
+    def is_in(layer) -> bool:
+        return isinstance(layer, AnyProjection | ReversibleEmbedding) and is_chosen(layer, filters)
+
+    for layer in filter(is_in, flatten_layers(model)):
+        if layer.quantization_mode is not None:
+            raise ValueError(
+                f"Layer {layer.path!r} is already quantized with mode={layer.quantization_mode!r}. "
+                "Choose other layers with `filters`, or quantize the model as it was before. "
+                f"Received: mode={config.mode!r}"
+            )
+        if isinstance(layer, Projection):
+            layer.check_mode(config.mode)
+    return is_in
 
 
 def layer_structure(backbone, mode: str) -> dict[str, Any] | None:
@@ -76,15 +112,16 @@ def check(backbone, config) -> None:
         )
 
 
-def remember_policies(backbone) -> None:
-    """Keeps the dtype policy of every layer for `get_config`.
+def remember_policies(model) -> None:
+    """Keeps the dtype policy of every layer for `get_config` of a backbone, or a model without one.
 
     KerasHub's own forgets that of the layers which are not quantized: they would be loaded in the
     global dtype.
     """
-    policy = backbone.dtype_policy
-    if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
-        return  # the layers share it, and keep it up to date
-    quantized = [layer for layer in flatten_layers(backbone) if layer.quantization_mode]
-    policies = {layer.path: layer.dtype_policy for layer in quantized}
-    backbone.dtype_policy = keras.dtype_policies.DTypePolicyMap(policy.name, policies)
+    if not isinstance(model.dtype_policy, DTypePolicyMap):
+        model.dtype_policy = DTypePolicyMap(model.dtype_policy.name)
+    policies = model.dtype_policy
+    for layer in flatten_layers(model):
+        shares = isinstance(layer.dtype_policy, DTypePolicyMap)  # and keeps it up to date
+        if layer.quantization_mode and not shares and layer.path not in policies:
+            policies[layer.path] = layer.dtype_policy

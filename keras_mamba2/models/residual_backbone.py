@@ -385,8 +385,7 @@ class ResidualBackbone(
 
     def quantize(self, mode: str | None = None, config=None, filters=None, **kwargs) -> None:
         """As `Mamba2CausalLM.quantize`."""
-        quantization.check(self, config)
-        filters = quantization.is_quantizable if filters is None else filters
+        filters = quantization.prepare(self, config, filters)
         super().quantize(mode, config=config, filters=filters, **kwargs)
         quantization.remember_policies(self)
 

@@ -219,8 +219,7 @@ class Mamba2CausalLM(
             ValueError: for a model that is quantized already, one with LoRA adapters in a mode
                 that Keras does not combine with them, and a configuration that does not fit.
         """
-        quantization.check(self.backbone, config)
-        filters = quantization.is_quantizable if filters is None else filters
+        filters = quantization.prepare(self.backbone, config, filters)
         super().quantize(mode, config=config, filters=filters, **kwargs)
         quantization.remember_policies(self.backbone)
 

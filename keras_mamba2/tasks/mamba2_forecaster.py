@@ -13,6 +13,8 @@ from keras_mamba2.arguments import several
 from keras_mamba2.arguments import shown
 from keras_mamba2.layers import GatedRMSNormalization
 from keras_mamba2.layers import Mamba2Block
+from keras_mamba2.layers.projection import CALIBRATED_MODES
+from keras_mamba2.models import quantization
 from keras_mamba2.ops.checks import float32_at_least
 from keras_mamba2.saving import AtomicPreset
 from keras_mamba2.saving import AtomicSave
@@ -228,6 +230,21 @@ class Mamba2Forecaster(AtomicPreset, AtomicSave, KeptWeights, ModelPreset, keras
                 f"is nothing to forecast it from. Leave out such rows: there are "
                 f"{len(np.unique(missing[:, 0]))} in {len(values)}."
             )
+
+    def quantize(self, mode: str | None = None, config=None, filters=None, **kwargs) -> None:
+        """Quantizes the projections of the blocks, as `Mamba2CausalLM.quantize`.
+
+        Raises:
+            ValueError: as there, and for GPTQ and AWQ, which calibrate with texts.
+        """
+        if config.mode in CALIBRATED_MODES:
+            raise ValueError(
+                "GPTQ and AWQ of Keras calibrate with texts, which a forecaster does not read. "
+                f"Quantize it to 'int8' or 'int4'. Received: mode={config.mode!r}"
+            )
+        filters = quantization.checked_filters(self, config, filters)
+        super().quantize(mode, config=config, filters=filters, **kwargs)
+        quantization.remember_policies(self)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         return super().compute_loss(x, self._filled(y, y_pred), y_pred, sample_weight, training)

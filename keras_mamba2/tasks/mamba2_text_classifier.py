@@ -21,6 +21,7 @@ from keras_mamba2.host.inputs import NAMES
 from keras_mamba2.host.inputs import standard_names
 from keras_mamba2.host.texts import texts_of
 from keras_mamba2.models import Mamba2Backbone
+from keras_mamba2.models import quantization
 from keras_mamba2.models.residual_backbone import ResidualBackbone
 from keras_mamba2.saving import AtomicPreset
 from keras_mamba2.saving import AtomicSave
@@ -173,6 +174,15 @@ class Mamba2TextClassifier(
         if "num_classes" not in kwargs:
             raise ValueError(f"{preset} has no head of a classifier. Pass `num_classes`.")
         return loader.load_task(cls, load_weights, **kwargs)
+
+    def quantize(self, mode: str | None = None, config=None, filters=None, **kwargs) -> None:
+        """Quantizes the backbone, as `Mamba2CausalLM.quantize`. The head stays as it is."""
+        filters = quantization.prepare(self.backbone, config, filters)
+        super().quantize(mode, config=config, filters=filters, **kwargs)
+        quantization.remember_policies(self.backbone)
+
+    def get_quantization_layer_structure(self, mode: str):
+        return self.backbone.get_quantization_layer_structure(mode)
 
     def call(self, inputs, training=None):
         inputs = standard_names(inputs)

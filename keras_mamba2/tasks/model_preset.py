@@ -33,18 +33,31 @@ class ModelPreset:
             preset: a folder of `save_to_preset`, or a repository with its files.
             load_weights: bool. If false, the weights are those of a new model.
             **kwargs: arguments of the constructor that replace the saved ones. Without `dtype`,
-                the model has the current dtype policy; `dtype="auto"` keeps the saved one.
+                the model has the current dtype policy; `dtype="auto"` keeps the saved one, as
+                quantized weights always do.
 
         Raises:
-            ValueError: for a preset of something else, and one with missing or damaged files.
+            ValueError: for a preset of something else, one with missing or damaged files, and
+                another dtype for quantized weights.
         """
         name = keras.saving.get_registered_name(cls)
         files = Preset(preset)
         folder = pathlib.Path(files.keras_folder(load_weights, tokenizer=False, names=[name]))
         saved = read_json(folder / CONFIG_FILE)["config"]
-        if kwargs.get("dtype") == "auto":
-            kwargs["dtype"] = saved["dtype"]
-        model = cls.from_config({**saved, "dtype": None, **kwargs})
+        dtype = _dtype(preset, saved.get("dtype"), kwargs.pop("dtype", None))
+        model = cls.from_config({**saved, **kwargs, "dtype": dtype})
         if load_weights:
             model.load_weights(folder / KERAS_WEIGHTS[0])
         return model
+
+
+def _dtype(preset: str, saved, asked):
+    """The dtype to load a model in, that was `saved` in one and is `asked` for in another."""
+    if not isinstance(saved, dict) or saved.get("class_name") != "DTypePolicyMap":
+        return saved if asked == "auto" else asked
+    if asked not in (None, "auto"):
+        raise ValueError(
+            f"{preset} holds quantized weights, which keep their dtypes. Leave out `dtype`. "
+            f"Received: dtype={asked!r}"
+        )
+    return saved

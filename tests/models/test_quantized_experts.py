@@ -122,6 +122,24 @@ def test_filters_count_for_experts_too(filters):
     assert {layer.name for layer in layers if layer.quantization_mode} == {"experts_up"}
 
 
+def test_a_loaded_model_is_quantized_further(tmp_path):
+    lm = model()
+    lm.quantize("int8", filters="experts_up")
+    lm.backbone.save_to_preset(tmp_path / "first")
+    loaded = keras_mamba2.Mamba2HybridBackbone.from_preset(str(tmp_path / "first"))
+    with pytest.raises(ValueError, match="experts_up' is already quantized"):
+        loaded.quantize("int4", filters="experts")
+    for backbone in (lm.backbone, loaded):
+        backbone.quantize("int4", filters="experts_(gate|down)")
+    loaded.save_to_preset(tmp_path / "second")
+    again = keras_mamba2.Mamba2HybridBackbone.from_preset(str(tmp_path / "second"))
+    expected = {w.path: np.asarray(w) for w in lm.backbone.weights}
+    for other in (loaded, again):
+        values = {w.path: np.asarray(w) for w in other.weights}
+        assert set(values) == set(expected)
+        assert all(np.array_equal(values[path], expected[path]) for path in expected)
+
+
 @pytest.mark.slow
 def test_other_modes_leave_experts_as_they_are():
     lm = model()

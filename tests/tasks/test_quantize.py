@@ -41,9 +41,10 @@ def config_of(mode, tokenizer, texts=TEXTS, **changes):
     return cls(dataset=texts, tokenizer=tokenizer, **arguments)
 
 
-def quantized(folder, mode, dtype="float32", **kwargs):
+def quantized(folder, mode, dtype="float32", filters=None, **kwargs):
     lm = keras_mamba2.Mamba2CausalLM.from_preset(folder, dtype=dtype)
-    lm.quantize(mode, config=config_of(mode, lm.preprocessor.tokenizer, **kwargs))
+    config = config_of(mode, lm.preprocessor.tokenizer, **kwargs)
+    lm.quantize(mode, config=config, filters=filters)
     return lm
 
 
@@ -279,3 +280,125 @@ def test_a_backbone_that_was_loaded_is_saved_again(mode, preset_folder, tmp_path
         actual = {w.path: w.numpy() for w in other.weights}
         assert set(actual) == set(expected)
         assert all(np.array_equal(actual[path], expected[path]) for path in expected)
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_adapters_of_a_loaded_model_are_those_of_the_model(folder, mode, tmp_path):
+    lm = quantized(folder, mode)
+    lm.save_to_preset(tmp_path / "preset")
+    loaded = keras_mamba2.Mamba2CausalLM.from_preset(tmp_path / "preset")
+    adapt(lm)
+    adapt(loaded)
+    assert np.array_equal(logits_of(loaded), logits_of(lm))
+    loaded.save_to_preset(tmp_path / "merged")
+    loaded.save(tmp_path / "merged.keras")
+    loaded.save_weights(tmp_path / "merged.weights.h5")
+    for model in (lm, loaded):
+        model.backbone.merge_lora()
+    expected = logits_of(lm)
+    assert np.array_equal(logits_of(loaded), expected)
+    again = keras_mamba2.Mamba2CausalLM.from_preset(tmp_path / "merged")
+    assert np.array_equal(logits_of(again), expected)
+    assert np.array_equal(logits_of(keras.models.load_model(tmp_path / "merged.keras")), expected)
+    adapt(loaded)
+    loaded.load_weights(tmp_path / "merged.weights.h5")
+    assert np.array_equal(logits_of(loaded), expected)
+
+
+def test_modes_may_be_mixed_step_by_step(folder, tmp_path):
+    """Also where layers share their policies, as in a model that was loaded in between."""
+    lm = quantized(folder, "int8", filters="in_proj")
+    lm.save_to_preset(tmp_path / "first")
+    loaded = keras_mamba2.Mamba2CausalLM.from_preset(tmp_path / "first")
+    for model, name in ((lm, "second"), (loaded, "third")):
+        model.quantize("int4", filters="out_proj")
+        model.quantize("int8", filters="token_embedding")
+        model.save_to_preset(tmp_path / name)
+        again = keras_mamba2.Mamba2CausalLM.from_preset(tmp_path / name)
+        assert np.array_equal(logits_of(again), logits_of(lm))
+        mixer = again.backbone.blocks[1].mixer
+        modes = [layer.quantization_mode for layer in (mixer.in_proj, mixer.out_proj)]
+        assert modes == ["int8", "int4"]
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4", "float8"])
+def test_policies_of_a_user_are_quantized(mode, small_backbone_arguments, tmp_path):
+    policies = {".*/out_proj": keras.DTypePolicy("mixed_bfloat16")}
+    policies = keras.dtype_policies.DTypePolicyMap("float32", policies)
+    lm = keras_mamba2.Mamba2CausalLM(
+        keras_mamba2.Mamba2Backbone(**small_backbone_arguments, dtype=policies)
+    )
+    lm.quantize(mode)
+    for block in lm.backbone.blocks:
+        assert block.mixer.in_proj.compute_dtype == "float32"
+        assert block.mixer.out_proj.compute_dtype == "bfloat16"
+    lm.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert np.array_equal(logits_of(again), logits_of(lm))
+
+
+def test_what_cannot_be_quantized_is_found_before(folder):
+    lm = quantized(folder, "int8", filters="in_proj")
+    before = values_of(lm)
+    with pytest.raises(ValueError, match="in_proj' is already quantized with mode='int8'"):
+        lm.quantize("int4")
+    assert list(values_of(lm)) == list(before)
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(folder)
+    lm.backbone.enable_lora(2, ["out_proj"])
+    before = values_of(lm)
+    with pytest.raises(ValueError, match="out_proj' has a LoRA adapter"):
+        lm.quantize("float8")
+    assert list(values_of(lm)) == list(before)
+    with pytest.raises(ValueError, match="`filters` must be a regular .* Received: filters=3"):
+        lm.quantize("int8", filters=3)
+
+
+def saved_again(model, folder):
+    """The model of a file, and that of a preset."""
+    model.save(folder / "model.keras")
+    model.save_to_preset(folder / "preset")
+    return keras.models.load_model(folder / "model.keras"), type(model).from_preset(
+        folder / "preset"
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_classifier_is_saved_with_its_head_in_floating_point(folder, mode, tmp_path):
+    load = keras_mamba2.Mamba2TextClassifier.from_preset
+    classifier = load(folder, num_classes=3, hidden_dim=4)
+    config = config_of(mode, classifier.preprocessor.tokenizer)
+    classifier.quantize(mode, config=config, filters=".*")
+    lm = quantized(folder, mode)
+    assert fingerprint(classifier.backbone) == fingerprint(lm.backbone)
+    assert classifier.output_dense.quantization_mode is None
+    expected = ops.convert_to_numpy(classifier(INPUTS))
+    for again in saved_again(classifier, tmp_path):
+        assert np.array_equal(ops.convert_to_numpy(again(INPUTS)), expected)
+        assert fingerprint(again.backbone) == fingerprint(classifier.backbone)
+
+
+@pytest.mark.parametrize(
+    ("mode", "dtype"), [("int8", "mixed_bfloat16"), ("int4", "float32"), ("float8", "float32")]
+)
+def test_a_forecaster_is_saved(mode, dtype, tmp_path):
+    sizes = {"hidden_dim": 16, "state_dim": 4, "head_dim": 8, "chunk_size": 4}
+    forecaster = keras_mamba2.Mamba2Forecaster(3, 2, num_layers=1, dtype=dtype, **sizes)
+    x = np.random.default_rng(0).normal(size=(2, 8, 2)).astype("float32")
+    before = ops.convert_to_numpy(forecaster(x))
+    forecaster.quantize(mode)
+    expected = ops.convert_to_numpy(forecaster(x))
+    assert 0 < rms(expected - before) / rms(before) < ERRORS[mode]
+    assert forecaster.head.quantization_mode is None
+    for again in saved_again(forecaster, tmp_path):
+        assert np.array_equal(ops.convert_to_numpy(again(x)), expected)
+        assert again.get_config() == forecaster.get_config()
+    with pytest.raises(ValueError, match="keep their dtypes. Leave out `dtype`.*'bfloat16'"):
+        keras_mamba2.Mamba2Forecaster.from_preset(tmp_path / "preset", dtype="bfloat16")
+
+
+def test_a_forecaster_has_no_texts_to_calibrate_with(byte_tokenizer):
+    forecaster = keras_mamba2.Mamba2Forecaster(3, hidden_dim=16, state_dim=4, head_dim=8)
+    count = len(forecaster.weights)
+    with pytest.raises(ValueError, match="does not read. Quantize it .*mode='gptq'"):
+        forecaster.quantize(config=config_of("gptq", byte_tokenizer))
+    assert len(forecaster.weights) == count
