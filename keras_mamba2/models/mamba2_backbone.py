@@ -6,9 +6,9 @@ from keras_mamba2.layers.mamba2_block import Mamba2Block
 from keras_mamba2.layers.mamba2_mixer import Mamba2Mixer
 from keras_mamba2.models.kept_dtypes import set_kept_dtypes
 from keras_mamba2.models.residual_backbone import ResidualBackbone
-from keras_mamba2.models.residual_backbone import check_dtype
 from keras_mamba2.models.residual_backbone import checked_tokens
 from keras_mamba2.models.residual_backbone import embedding
+from keras_mamba2.models.residual_backbone import own_dtype
 
 # What tells one architecture from another.
 ARCHITECTURE = ("num_layers", "hidden_dim", "state_dim", "head_dim", "num_groups", "expansion")
@@ -99,7 +99,7 @@ class Mamba2Backbone(ResidualBackbone):
         dtype=None,
         **kwargs,
     ):
-        check_dtype(dtype)
+        dtype = own_dtype(dtype)
         num_layers = SIZE("num_layers", num_layers)
         unpadded_vocabulary_size = checked_tokens(vocabulary_size, unpadded_vocabulary_size)
 

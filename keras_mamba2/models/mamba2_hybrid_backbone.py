@@ -20,9 +20,9 @@ from keras_mamba2.layers.shared_transformer import SharedTransformer
 from keras_mamba2.layers.sublayer import Sublayer
 from keras_mamba2.models.kept_dtypes import set_kept_dtypes
 from keras_mamba2.models.residual_backbone import ResidualBackbone
-from keras_mamba2.models.residual_backbone import check_dtype
 from keras_mamba2.models.residual_backbone import checked_tokens
 from keras_mamba2.models.residual_backbone import embedding
+from keras_mamba2.models.residual_backbone import own_dtype
 
 # What may stand in a block, by the name that a configuration has for it. A new kind of layer is a
 # `Sublayer` in a file of its own, and a line here.
@@ -121,7 +121,7 @@ class Mamba2HybridBackbone(ResidualBackbone):
         dtype=None,
         **kwargs,
     ):
-        check_dtype(dtype)
+        dtype = own_dtype(dtype)
         unpadded_vocabulary_size = checked_tokens(vocabulary_size, unpadded_vocabulary_size)
         _check_blocks(blocks, sublayers)
         self.embedding_multiplier = embedding_multiplier

@@ -1,3 +1,4 @@
+import copy
 import functools
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -447,10 +448,15 @@ def checked_tokens(vocabulary_size: int, unpadded_vocabulary_size: int | None) -
     return num_tokens
 
 
-def check_dtype(dtype) -> None:
-    """Raises unless a model can be made with `dtype`."""
+def own_dtype(dtype):
+    """`dtype`, or a copy of a map of policies: `quantize` writes in it, for one model alone.
+
+    Raises:
+        ValueError: unless a model can be made with `dtype`.
+    """
     policy = keras.dtype_policies.get(OF_KERAS["dtype"]("dtype", dtype))
     if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+        dtype = copy.deepcopy(policy)
         policy = policy.default_policy
     if policy.quantization_mode is not None:
         raise ValueError(
@@ -461,3 +467,4 @@ def check_dtype(dtype) -> None:
         raise ValueError(
             f"`dtype` must be a floating point dtype or policy. Received: dtype={shown(dtype)}"
         )
+    return dtype

@@ -337,6 +337,16 @@ def test_policies_of_a_user_are_quantized(mode, small_backbone_arguments, tmp_pa
     assert np.array_equal(logits_of(again), logits_of(lm))
 
 
+def test_models_with_the_same_policies_are_quantized_apart(small_backbone_arguments):
+    policies = keras.dtype_policies.DTypePolicyMap("float32")
+    one, other = (
+        keras_mamba2.Mamba2Backbone(**small_backbone_arguments, dtype=policies) for _ in range(2)
+    )
+    one.quantize("int8")
+    assert not policies
+    assert not any(layer.quantization_mode for layer in other._flatten_layers())
+
+
 def test_what_cannot_be_quantized_is_found_before(folder):
     lm = quantized(folder, "int8", filters="in_proj")
     before = values_of(lm)
