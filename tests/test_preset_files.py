@@ -1,5 +1,6 @@
 """Presets by name and folder: what is missing, truncated or foreign is named before loading."""
 
+import functools
 import json
 import shutil
 
@@ -12,6 +13,7 @@ import keras_mamba2
 from keras_mamba2.preset_files import Preset
 from keras_mamba2.preset_files import named_presets
 from keras_mamba2.preset_files import read_sources
+from tests.training import runs
 
 
 @pytest.fixture
@@ -85,6 +87,56 @@ def test_a_file_is_loaded_whole_or_not_at_all(backbone, small_backbone_arguments
         stored["layers/gated_rms_normalization/vars/0"][3] = np.nan
         stored["layers/reversible_embedding/vars/0"][:] = 5
     assert_refused_and_unchanged(backbone, file, r"vars/0 \(1 NaN of 32 in float32\)")
+
+
+# `pytest.warns` repeats what Keras warns of, as from elsewhere.
+ignore_array = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+SKIPPED = "Skipping variable loading for optimizer"  # what Keras says
+
+
+def trained_lm(optimizer, folder) -> keras_mamba2.Mamba2CausalLM:
+    """Its first weight is NaN in the optimizer, and sound in the model."""
+    lm = runs.make_lm(optimizer)
+    lm.fit(runs.TEXTS, verbose=0)
+    lm.save_weights(folder / "a.weights.h5")
+    with h5py.File(folder / "a.weights.h5", "r+") as stored:
+        stored["optimizer/vars/2"][0] = np.nan
+    return lm
+
+
+@ignore_array
+def test_the_state_of_another_optimizer_is_left_out(tmp_path):
+    # With a schedule the first momentum has the place of a learning rate.
+    trained = trained_lm(keras_mamba2.training.adamw_recipe(1e-3, steps=100), tmp_path)
+    fresh = runs.make_lm("sgd")
+    state = [variable.numpy() for variable in fresh.optimizer.variables]
+    with pytest.warns(UserWarning, match=SKIPPED):
+        fresh.load_weights(tmp_path / "a.weights.h5")
+    assert all(map(np.array_equal, trained.get_weights(), fresh.get_weights()))
+    assert state == [variable.numpy() for variable in fresh.optimizer.variables]
+
+
+def test_the_state_of_the_same_optimizer_is_restored(tmp_path):
+    trained, fresh = trained_lm("adam", tmp_path), runs.make_lm("adam")
+    fresh.load_weights(tmp_path / "a.weights.h5")
+    of_trained, of_fresh = (
+        [variable.numpy() for variable in lm.optimizer.variables] for lm in (trained, fresh)
+    )
+    assert np.isnan(of_fresh[2][0]).all()
+    of_trained[2][0] = np.nan
+    assert all(map(functools.partial(np.array_equal, equal_nan=True), of_trained, of_fresh))
+
+
+@ignore_array
+def test_a_trained_classifier_comes_back(preset_folder, tmp_path):
+    load = keras_mamba2.Mamba2TextClassifier.from_preset
+    classifier = load(preset_folder, num_classes=2)
+    classifier.compile(keras_mamba2.training.adamw_recipe(1e-3, steps=100))
+    classifier.fit(["a", "b"], [0, 1], verbose=0)
+    classifier.save_to_preset(tmp_path / "classifier")
+    with pytest.warns(UserWarning, match=SKIPPED):
+        again = load(tmp_path / "classifier")
+    assert all(map(np.array_equal, classifier.get_weights(), again.get_weights()))
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])

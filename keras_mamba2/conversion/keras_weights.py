@@ -83,7 +83,8 @@ def load(model, filepath, skipped: Sequence[Any] = ()) -> bool:
         variables = {name: expected[name] for name in stored if name in expected}
         can_fill = all(isinstance(variable, keras.Variable) for variable in variables.values())
         for name, variable in variables.items():
-            if not can_fill and _kind(_stored_dtype(stored[name])) != "float":
+            is_checked = _is_weight(name) and _kind(_stored_dtype(stored[name])) == "float"
+            if not (can_fill or is_checked):
                 continue
             value = _read(stored[name], getattr(variable, "dtype", "float32"))
             if not is_finite(value):
@@ -177,7 +178,7 @@ def _check(filepath, stored: Mapping[str, h5py.Dataset], expected: Mapping[str, 
             f"In the model, missing in the file: {some(missing)}"
         )
     problems = []
-    for name in sorted(set(stored) & set(expected)):
+    for name in sorted(filter(_is_weight, set(stored) & set(expected))):
         if expected[name] is None:  # a scale, which Keras finds where it loads a quantized layer
             continue
         shapes = stored[name].shape, tuple(expected[name].shape)
