@@ -121,6 +121,13 @@ class Mamba2TextClassifier(
         dropout = RATE("dropout", dropout)
         activation = ACTIVATION("activation", activation)
 
+        # === Config ===
+        # Before `super().__init__`, which compiles with the loss of the activation.
+        self.num_classes = num_classes
+        self.activation = activation
+        self.hidden_dim = hidden_dim
+        self.dropout = dropout
+
         # === Layers ===
         self.backbone = backbone
         self.preprocessor = preprocessor
@@ -148,12 +155,6 @@ class Mamba2TextClassifier(
             x = layer(x)
         super().__init__(inputs=inputs, outputs=self.output_dense(x), **kwargs)
         self.input_spec = None  # as in the backbone, whose own checks name what is wrong
-
-        # === Config ===
-        self.num_classes = num_classes
-        self.activation = activation
-        self.hidden_dim = hidden_dim
-        self.dropout = dropout
 
     @classmethod
     def from_preset(
@@ -193,8 +194,9 @@ class Mamba2TextClassifier(
     def preprocess_samples(self, x, y=None, sample_weight=None):
         samples = super().preprocess_samples(x, y, sample_weight)
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(samples)
+        x = standard_names(x)
         check_batch(self._check_batch, x["token_ids"], x["padding_mask"], y, sample_weight)
-        return samples
+        return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
 
     def fit(self, x=None, y=None, batch_size=None, sample_weight=None, **kwargs):
         self._check_arrays(x, y, sample_weight, with_labels=True)

@@ -124,6 +124,16 @@ def test_ids_outside_the_vocabulary_are_named(classifier):
             use(inputs)
 
 
+def test_the_names_of_transformers_are_taken(classifier):
+    x, y = inputs_of(ROWS, ["right"] * len(ROWS)), np.zeros(len(ROWS))
+    theirs = {"input_ids": x["token_ids"], "attention_mask": x["padding_mask"]}
+    np.testing.assert_array_equal(
+        classifier.predict(theirs, verbose=0), classifier.predict(x, verbose=0)
+    )
+    assert classifier.evaluate(theirs, y, verbose=0) == classifier.evaluate(x, y, verbose=0)
+    classifier.train_on_batch(theirs, y)
+
+
 @pytest.fixture(scope="module")
 def small(byte_tokenizer):
     preprocessor = keras_mamba2.Mamba2TextClassifierPreprocessor(
@@ -175,6 +185,20 @@ def test_labels_are_those_of_the_loss(small):
         model.evaluate(TEXTS, [-2, -1, 2])
     with pytest.raises(ValueError, match="Labels must be numbers.*dtype=<U3"):
         model.evaluate(TEXTS, ["one", "two", "two"])
+
+
+def test_the_loss_is_that_of_the_outputs(small):
+    """Without `compile` too: the mean of `-log p` of the labels, for any activation."""
+    y = np.array([0, 2, 1])
+    for activation in (None, "softmax"):
+        model = keras_mamba2.Mamba2TextClassifier(
+            small.backbone, 3, small.preprocessor, activation=activation
+        )
+        model.output_dense.set_weights([10 * w for w in small.output_dense.get_weights()])
+        p = model.predict(TEXTS, verbose=0)
+        p = p if activation else ops.convert_to_numpy(ops.softmax(p))
+        loss = model.evaluate(TEXTS, y, verbose=0)[0]
+        np.testing.assert_allclose(loss, -np.log(p[range(3), y]).mean(), rtol=16 * EPS)
 
 
 def test_empty_texts_are_named_in_a_pipeline(small):
