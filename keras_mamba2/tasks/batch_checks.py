@@ -125,6 +125,17 @@ def check_weights(weights: np.ndarray) -> None:
     )
 
 
+def check_texts_alone(y, sample_weight) -> None:
+    """Refuses targets and weights beside texts, which the preprocessor would leave out."""
+    given = {"y": y, "sample_weight": sample_weight}
+    if received := [name for name, value in given.items() if value is not None]:
+        raise ValueError(
+            "Texts are their own targets, and go without `y` and `sample_weight`. To set these, "
+            "pass the rows that `preprocessor(texts)` gives, `x`, `y` and `sample_weight`. "
+            f"Received: {' and '.join(received)} beside texts"
+        )
+
+
 def check_samples(x) -> None:
     """Refuses what is no list or array of samples, or has none."""
     parts = tuple(x.values()) if isinstance(x, Mapping) else x if isinstance(x, tuple) else (x,)

@@ -10,6 +10,8 @@ import keras
 import numpy as np
 from keras import tree
 
+from keras_mamba2.tasks.batch_checks import check_texts_alone
+
 # How many documents of a dataset are packed together: enough to fill rows, few enough that the
 # first batch comes soon.
 WINDOW = 1024
@@ -104,7 +106,7 @@ def packed_dataset(dataset, preprocessor: Callable):
 
     Args:
         dataset: a `tf.data.Dataset`, `grain.MapDataset` or `grain.IterDataset` of batches of
-            strings, or of tuples that begin with one.
+            strings, or of tuples of one.
         preprocessor: maps a batch of strings to packed rows.
 
     Returns:
@@ -124,4 +126,8 @@ def packed_dataset(dataset, preprocessor: Callable):
 
 
 def _texts(element):
-    return element[0] if isinstance(element, tuple) else element
+    element = element if isinstance(element, tuple) else (element,)
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(element)
+    if not isinstance(x, Mapping):
+        check_texts_alone(y, sample_weight)
+    return x

@@ -6,6 +6,8 @@ import numpy as np
 from keras import ops
 
 from keras_mamba2._compat.keras_training import evaluates_within_fit
+from keras_mamba2.arguments import SIZE
+from keras_mamba2.arguments import optional
 from keras_mamba2.host.inputs import NAMES
 from keras_mamba2.host.inputs import standard_names
 from keras_mamba2.models.residual_backbone import ResidualBackbone
@@ -13,6 +15,7 @@ from keras_mamba2.tasks.batch_checks import check_batch
 from keras_mamba2.tasks.batch_checks import check_inputs
 from keras_mamba2.tasks.batch_checks import check_labels
 from keras_mamba2.tasks.batch_checks import check_samples
+from keras_mamba2.tasks.batch_checks import check_texts_alone
 from keras_mamba2.tasks.batch_checks import check_weights
 from keras_mamba2.tasks.batch_checks import real_positions
 from keras_mamba2.tasks.packing import first_batch
@@ -33,8 +36,10 @@ class TrainingData:
         self,
         x=None,
         y=None,
+        batch_size: int | None = None,
         sample_weight=None,
         validation_data=None,
+        validation_split: float | None = None,
         shuffle: bool = False,
         **kwargs,
     ) -> keras.callbacks.History:
@@ -47,20 +52,24 @@ class TrainingData:
             x: texts as a list, an array, or a `tf.data` or `grain` dataset of batches of them.
                 Or rows that are preprocessed already, as a dict of `token_ids` and
                 `padding_mask`, or a dataset of them with targets.
-            y: targets of preprocessed rows, `(b t)`.
+            y: targets of preprocessed rows, `(b t)`. Texts are their own targets.
+            batch_size: int, as there, and not for datasets.
             sample_weight: weights of preprocessed rows, `(b t)`. `None` for those that the
                 padding mask gives: 0 at padding, 1 elsewhere. A target without weight is ignored.
             validation_data: as `x`, or a tuple `(x, y)` or `(x, y, sample_weight)`.
+            validation_split: float, as there.
             shuffle: bool, whether arrays and lists are read in another order in every epoch. A
                 dataset keeps its own order. The orders depend on
                 `keras.utils.set_random_seed`; a restarted run begins with the first of them.
             **kwargs: as there.
 
         Raises:
-            ValueError: for data with nothing to learn from, and for token ids and targets outside
-                the vocabulary: in arrays before the first step, in datasets when the batch is
-                read (inside of `tf.data`, TensorFlow wraps it in an error of its own).
+            ValueError: for data with nothing to learn from, for texts with targets or weights,
+                and for token ids and targets outside the vocabulary: in arrays before the first
+                step, in datasets when the batch is read (inside of `tf.data`, TensorFlow wraps it
+                in an error of its own).
         """
+        batch_size = optional(SIZE)("batch_size", batch_size)
         if validation_data is not None:
             if not isinstance(validation_data, tuple):
                 validation_data = (validation_data,)
@@ -68,28 +77,29 @@ class TrainingData:
             validation_data = rows[0] if is_dataset(rows[0]) else rows
         x, y, sample_weight = self._prepared(x, y, sample_weight)
         if shuffle and not is_dataset(x):
-            if kwargs.get("validation_split"):
+            if validation_split:
                 raise ValueError(
                     "`shuffle=True` does not go with `validation_split`. Pass `validation_data`."
                 )
-            x = shuffled_dataset(x, y, sample_weight, kwargs.pop("batch_size", None))
-            y = sample_weight = None
+            x = shuffled_dataset(x, y, sample_weight, batch_size)
+            y = sample_weight = batch_size = None
         return super().fit(
-            x, y, sample_weight=sample_weight, validation_data=validation_data, **kwargs
+            x, y, batch_size, sample_weight, validation_data, validation_split, **kwargs
         )
 
-    def evaluate(self, x=None, y=None, sample_weight=None, **kwargs):
+    def evaluate(self, x=None, y=None, batch_size: int | None = None, sample_weight=None, **kwargs):
         """As `keras_hub.models.CausalLM.evaluate`; inputs as in `fit`."""
+        batch_size = optional(SIZE)("batch_size", batch_size)
         if not evaluates_within_fit(kwargs):  # else `fit` has prepared them
             x, y, sample_weight = self._prepared(x, y, sample_weight)
-        return super().evaluate(x, y, sample_weight=sample_weight, **kwargs)
+        return super().evaluate(x, y, batch_size, sample_weight, **kwargs)
 
-    def predict(self, x=None, **kwargs):
+    def predict(self, x=None, batch_size: int | None = None, **kwargs):
         """As `keras_hub.models.CausalLM.predict`; inputs as in `fit`."""
         if isinstance(x, Mapping):
             x = standard_names(x)
             self._check_batch(*(ops.convert_to_numpy(x[name]) for name in NAMES[:2]))
-        return super().predict(x, **kwargs)
+        return super().predict(x, optional(SIZE)("batch_size", batch_size), **kwargs)
 
     def preprocess_samples(self, x, y=None, sample_weight=None):
         if isinstance(x, Mapping):  # preprocessed already
@@ -98,6 +108,7 @@ class TrainingData:
                 sample_weight = real_positions(x["padding_mask"])
             samples = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
         else:
+            check_texts_alone(y, sample_weight)
             samples = super().preprocess_samples(x, y, sample_weight)
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(samples)
         if isinstance(x, Mapping):
@@ -109,7 +120,7 @@ class TrainingData:
         packing = self.preprocessor is not None and self.preprocessor.packing
         if is_dataset(x):
             if packing:
-                return packed_dataset(x, self.preprocessor), None, None
+                return packed_dataset(x, self.preprocessor), y, sample_weight
             first_batch(x)
         elif isinstance(x, Mapping):
             x = standard_names(x)
@@ -118,6 +129,7 @@ class TrainingData:
             raise ValueError("Without a `preprocessor`, pass a dict of token ids and mask.")
         else:
             check_samples(x)
+            check_texts_alone(y, sample_weight)
             weights = (self.preprocessor(text)[2] for text in x)  # of no more texts than needed
             if not any(np.any(ops.convert_to_numpy(weight)) for weight in weights):
                 raise ValueError(f"No text has two tokens to learn from. Received {len(x)} texts.")

@@ -1,6 +1,7 @@
 """Packed rows: every document whole, next to no padding, and `fit` on every kind of text input."""
 
 import grain
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -86,7 +87,7 @@ DATASETS = {
     "tf.data": lambda texts: tf.data.Dataset.from_tensor_slices(texts).batch(3),
     "grain map": lambda texts: grain.MapDataset.source(texts).batch(3),
     "grain iter": lambda texts: grain.MapDataset.source(texts).to_iter_dataset().batch(3),
-    "with targets": lambda texts: tf.data.Dataset.from_tensor_slices((texts, texts)).batch(3),
+    "tuples": lambda texts: tf.data.Dataset.from_tensor_slices((texts,)).batch(3),
 }
 
 
@@ -114,11 +115,12 @@ def test_fit_takes_texts_and_rows_alike(lm):
     expected = lm.evaluate(TEXTS, **kwargs)
     rows = lm.preprocessor(TEXTS)
     for x in (np.array(TEXTS), tuple(rows)):
-        arguments = x if isinstance(x, tuple) else (x,)
-        assert lm.evaluate(*arguments, **kwargs) == expected
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(x)
+        assert lm.evaluate(x, y, sample_weight=sample_weight, **kwargs) == expected
     history = lm.fit(TEXTS, validation_data=TEXTS, **kwargs).history
     assert history["val_loss"][0] == lm.evaluate(TEXTS, return_dict=True, **kwargs)["loss"]
-    lm.fit(*rows, validation_split=0.5, **kwargs)
+    x, y, sample_weight = rows
+    lm.fit(x, y, sample_weight=sample_weight, validation_split=0.5, **kwargs)
 
 
 def test_nothing_to_train_on_is_refused(lm):

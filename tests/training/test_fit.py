@@ -1,6 +1,7 @@
 """`fit` takes data of any form, goes on after any end, and refuses what teaches nothing."""
 
 import csv
+import inspect
 import json
 import pathlib
 import re
@@ -11,6 +12,7 @@ import sys
 import grain
 import jax
 import keras
+import keras_hub
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -353,14 +355,64 @@ def test_rows_without_a_token_or_a_target_are_refused(lm, rows):
     nothing = np.zeros_like(y)
     for arguments in (
         ({**x, "padding_mask": nothing}, y),
-        (x, y, nothing),
-        ({**x, "padding_mask": nothing}, y, weights),
+        (x, y, None, nothing),
+        ({**x, "padding_mask": nothing}, y, None, weights),
     ):
         with pytest.raises(ValueError, match="No row has a token to learn from. Received 6 rows"):
             lm.evaluate(*arguments)
     for arguments in ((x,), (x, y[:, :3]), (x, y, weights[:, 0])):
         with pytest.raises(ValueError, match=r"one for each position.*token_ids \(6, 8\), y \("):
             lm.fit(*arguments[:2], sample_weight=arguments[2] if arguments[2:] else None)
+
+
+WITH_TEXTS = {
+    "labels": ({"x": TEXTS, "y": [0] * 6}, "Received: y beside texts"),
+    "weights": ({"x": TEXTS, "sample_weight": [1] * 6}, "Received: sample_weight beside texts"),
+    "validation": ({"x": TEXTS, "validation_data": (TEXTS, [0] * 6)}, "y beside texts"),
+    "tf.data": (
+        {"x": tf.data.Dataset.from_tensor_slices((TEXTS, [0] * 6)).batch(2)},
+        "y beside texts",
+    ),
+    "grain": (
+        {"x": grain.MapDataset.source([(text, 0) for text in TEXTS]).batch(2)},
+        "y beside texts",
+    ),
+    "beside a dataset": (
+        {"x": tf.data.Dataset.from_tensor_slices(TEXTS).batch(2), "y": [0] * 6},
+        "do not provide `y`",
+    ),
+}
+
+
+@pytest.mark.parametrize(("data", "message"), WITH_TEXTS.values(), ids=WITH_TEXTS)
+@pytest.mark.parametrize("packing", [False, True])
+def test_what_stands_beside_texts_is_not_lost(lm, data, message, packing):
+    tokenizer = lm.preprocessor.tokenizer
+    lm.preprocessor = keras_mamba2.Mamba2CausalLMPreprocessor(tokenizer, 8, packing=packing)
+    before = runs.weights_of(lm)
+    with pytest.raises(ValueError, match=message):
+        lm.fit(**data, verbose=0)
+    assert_same(runs.weights_of(lm), before)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_arguments_have_the_places_they_have_in_keras_hub(lm, monkeypatch, packing):
+    tokenizer = lm.preprocessor.tokenizer
+    preprocessor = keras_mamba2.Mamba2CausalLMPreprocessor(tokenizer, 8, packing=packing)
+    monkeypatch.setattr(lm, "preprocessor", preprocessor)
+    assert (
+        lm.fit(TEXTS, None, BATCH_SIZE, verbose=0).params["steps"]
+        == len(preprocessor(TEXTS)[1]) // BATCH_SIZE
+    )
+    for name in ("fit", "evaluate", "predict"):
+        ours, theirs = (
+            [*inspect.signature(getattr(cls, name)).parameters]
+            for cls in (keras_mamba2.Mamba2CausalLM, keras_hub.models.CausalLM)
+        )
+        assert [n for n in ours if n in theirs] == theirs
+        assert ours[: len(theirs) - 1] == theirs[:-1]  # before `kwargs`
+    with pytest.raises(ValueError, match="`batch_size` must be"):
+        lm.evaluate(*preprocessor(TEXTS))  # the third is not the weights
 
 
 @pytest.mark.parametrize("packing", [False, True])
