@@ -287,6 +287,11 @@ def test_batches_trained():
     model.fit(*DATA, batch_size=1, verbose=0)
     assert part("keras_training").batches_trained(model.optimizer) == 6
     assert int(model.optimizer.iterations) == 3, "the public number counts batches too"
+    inner = keras.optimizers.SGD()
+    model.compile(keras.optimizers.LossScaleOptimizer(inner), loss="mse")
+    model.fit(*DATA, batch_size=2, verbose=0)
+    assert part("keras_training").batches_trained(model.optimizer) == 3
+    assert int(model.optimizer._iterations) == 0, "a scaled optimizer counts by itself too"
 
 
 def test_evaluates_within_fit():

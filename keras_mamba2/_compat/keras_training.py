@@ -9,12 +9,13 @@ import keras
 
 
 def batches_trained(optimizer: keras.optimizers.Optimizer) -> int:
-    """How many batches `optimizer` has seen.
+    """How many batches `optimizer` has seen; with loss scaling, but for those that overflowed.
 
     `_iterations`, since `iterations` counts those on which gradients were applied, fewer with
-    `gradient_accumulation_steps`. Written for Keras 3.15.
+    `gradient_accumulation_steps`. A `LossScaleOptimizer` counts in the optimizer that it wraps
+    alone, and not what it leaves out. Written for Keras 3.15.
     """
-    return int(optimizer._iterations)
+    return int(getattr(optimizer, "inner_optimizer", optimizer)._iterations)
 
 
 def evaluates_within_fit(arguments: Mapping[str, Any]) -> bool:

@@ -44,7 +44,8 @@ def restore(model: keras.Model, backup: keras.callbacks.BackupAndRestore) -> int
             or that of Keras, whose backup a kill can damage.
 
     Returns:
-        The number of batches that were trained on before the backup; 0 if there is none.
+        The number of batches that were trained on before the backup; 0 if there is none. In
+        mixed_float16, batches whose gradients overflowed were not trained on.
 
     Example:
     ```python

@@ -133,11 +133,19 @@ class StatefulTraining(KeptWeights, keras.Model):
         initial_state = self.lm.backbone.initial_state(self.batch_size)
         tree.map_structure(lambda weight, leaf: weight.assign(leaf), self._state, initial_state)
 
-    def compile(self, optimizer="adamw", loss="auto", **kwargs) -> None:
+    def compile(
+        self, optimizer="adamw", loss="auto", auto_scale_loss: bool = True, **kwargs
+    ) -> None:
         """As `keras.Model.compile`; `"auto"` is the loss of the next token."""
         if loss == "auto":
             loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        super().compile(optimizer=optimizer, loss=loss, **kwargs)
+        optimizer = keras.optimizers.get(optimizer)
+        # Keras would ask the policy of this model, which is not that of `lm`.
+        is_float16 = self.lm.dtype_policy.name == "mixed_float16"
+        is_scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        if auto_scale_loss and is_float16 and not is_scaled:
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+        super().compile(optimizer=optimizer, loss=loss, auto_scale_loss=False, **kwargs)
 
     def call(self, inputs, training=None):
         shape = tuple(inputs["token_ids"].shape)

@@ -9,6 +9,7 @@ from keras import ops
 from keras_mamba2 import Mamba2Backbone
 from keras_mamba2 import Mamba2CausalLM
 from keras_mamba2 import Mamba2HybridBackbone
+from keras_mamba2._compat.keras_training import batches_trained
 from keras_mamba2.training import ConsecutiveWindows
 from keras_mamba2.training import StatefulTraining
 from tests import reference
@@ -113,6 +114,26 @@ def test_dropout_drops_in_training_only():
     assert abs(losses[1] - losses[0]) > 1e-4
     evaluated = [training.evaluate(windows, verbose=0) for _ in range(2)]
     assert evaluated[0] == evaluated[1]
+
+
+def test_float16_has_its_loss_scaled():
+    """As in `lm.fit`: without it, gradients below 6e-8 would be zero."""
+    windows = ConsecutiveWindows(TOKEN_IDS, 3, 16)
+    scaled = keras.optimizers.LossScaleOptimizer
+    for dtype in ("mixed_float16", "float32"):
+        lm = make_lm(dtype=dtype)
+        training = StatefulTraining(lm, batch_size=3)
+        for auto_scale_loss in (True, False):
+            lm.compile("sgd", auto_scale_loss=auto_scale_loss)
+            training.compile("sgd", auto_scale_loss=auto_scale_loss)
+            assert isinstance(training.optimizer, scaled) == isinstance(lm.optimizer, scaled)
+            assert isinstance(lm.optimizer, scaled) == (auto_scale_loss and "mixed" in dtype)
+    training = StatefulTraining(make_lm(dtype="mixed_float16"), batch_size=3)
+    training.compile(scaled(keras.optimizers.SGD(0.1), initial_scale=1024.0))
+    assert not isinstance(training.optimizer.inner_optimizer, scaled)
+    losses = training.fit(windows, epochs=2, verbose=0).history["loss"]
+    assert losses[1] < losses[0]
+    assert batches_trained(training.optimizer) == 2 * len(windows)
 
 
 def test_a_model_with_attention_is_refused():
