@@ -9,6 +9,7 @@ from keras_mamba2._compat.keras_training import backup_paths
 from keras_mamba2.atomic_files import atomic_folder
 from keras_mamba2.atomic_files import clean_up_in
 from keras_mamba2.atomic_files import remove_folder
+from keras_mamba2.training.adapter_values import AdapterValues
 
 
 class BackupAndRestore(keras.callbacks.BackupAndRestore):
@@ -20,6 +21,9 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
     before is removed. So a process may be killed at any moment, and the disk may be full: the
     last complete backup is restored. A power failure is not covered, since nothing waits until
     the disk has written.
+
+    LoRA adapters are kept too, beside the weights that they adapt: Keras writes these merged, and
+    begins with new adapters. Enable LoRA as before, and then restore.
 
     If several processes train one model, the first one writes and all restore, from one folder
     that all can read. When one process dies, the others stop with an error from JAX. Start all of
@@ -41,13 +45,19 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
     def on_train_begin(self, logs=None):
         backups = self._backups()
         while backups:
+            folder = backups.pop()
             try:
-                with backup_at(self, *self._files(backups.pop())):
-                    return super().on_train_begin(logs)
+                adapters = AdapterValues.read(folder, self.model)
+                with backup_at(self, *self._files(folder)):
+                    super().on_train_begin(logs)
+                adapters.assign()
+                return None
             except (OSError, ValueError):  # damaged: the one before it may be whole
                 if not backups:
                     raise
-        return super().on_train_begin(logs)  # a backup of Keras' own callback, or none
+        if pathlib.Path(backup_paths(self)[0]).exists():  # of Keras' own callback
+            AdapterValues.read(pathlib.Path(self.backup_dir), self.model)
+        return super().on_train_begin(logs)
 
     def _save_model(self):
         if keras.config.backend() == "jax":
@@ -64,6 +74,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
             with atomic_folder(pathlib.Path(self.backup_dir) / f"{number:08}") as folder:
                 with backup_at(self, *self._files(folder)):
                     super()._save_model()
+                AdapterValues.of(self.model).write(folder)
         finally:
             keras.distribution.set_distribution(distribution)
         for backup in backups[: -1 if self.double_checkpoint else None]:

@@ -83,6 +83,56 @@ def test_a_backup_of_keras_is_restored(lm, tmp_path):
     assert metadata["epoch"] == EPOCHS
 
 
+def make_adapted_lm(rank=2, mode=None):
+    """Adapters are random, and others each time."""
+    lm = runs.make_lm()
+    if mode:
+        lm.quantize(mode)
+    lm.backbone.enable_lora(rank)
+    rng = np.random.default_rng()
+    for variable in lm.trainable_variables:
+        variable.assign(0.1 * rng.normal(size=variable.shape))
+    lm.compile(optimizer=keras.optimizers.Adam(1e-2), weighted_metrics=[])
+    return lm
+
+
+@pytest.mark.parametrize("mode", [None, pytest.param("int8", marks=pytest.mark.slow)])
+def test_adapters_go_on_as_if_never_stopped(tmp_path, mode):
+    lm = make_adapted_lm(mode=mode)
+    fit(lm, BackupAndRestore(tmp_path / "kept", delete_checkpoint=False), epochs=2)
+    at_backup = runs.weights_of(lm)
+    fit(lm, BackupAndRestore(tmp_path / "other"), epochs=2)
+    in_the_end = runs.weights_of(lm)
+
+    lm.set_weights([np.ones_like(weight) for weight in in_the_end])  # as a new process
+    backup = BackupAndRestore(tmp_path / "kept")
+    keras_mamba2.training.restore(lm, backup)
+    assert all(map(np.array_equal, runs.weights_of(lm), at_backup))
+    assert fit(lm, backup) == [2, 3]
+    assert all(map(np.array_equal, runs.weights_of(lm), in_the_end))
+    assert not all(map(np.array_equal, at_backup, in_the_end))
+
+
+def test_a_backup_with_other_adapters_is_refused(tmp_path):
+    """Without them, too, and one of Keras, which has them merged."""
+    lm = make_adapted_lm()
+    fit(lm, BackupAndRestore(tmp_path / "ours", delete_checkpoint=False), epochs=1)
+    fit(lm, keras.callbacks.BackupAndRestore(tmp_path / "keras", delete_checkpoint=False), epochs=1)
+    other_rank, without = make_adapted_lm(rank=3), runs.make_lm()
+    for model, folder, message in (
+        (without, "ours", "with 2 LoRA adapters, this one has no LoRA adapters"),
+        (other_rank, "ours", "Call `enable_lora` as before"),
+        (other_rank, "keras", "no LoRA adapters, this one has 2 LoRA adapters.*of Keras"),
+    ):
+        before = runs.weights_of(model)
+        with pytest.raises(ValueError, match=message):
+            keras_mamba2.training.restore(model, BackupAndRestore(tmp_path / folder))
+        assert all(map(np.array_equal, runs.weights_of(model), before))
+    (tmp_path / "ours" / "00000001" / "adapters.npz").write_bytes(b"PK nothing")
+    with pytest.raises(ValueError, match="adapters.npz is truncated or damaged"):
+        keras_mamba2.training.restore(lm, BackupAndRestore(tmp_path / "ours"))
+
+
 def test_weights_without_their_epoch_are_no_backup(lm, tmp_path):
     """What a process leaves that died while it wrote: never a new file beside an old one."""
     backup = BackupAndRestore(tmp_path, delete_checkpoint=False)
