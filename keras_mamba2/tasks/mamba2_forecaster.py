@@ -1,3 +1,5 @@
+from collections.abc import Iterable
+from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
@@ -215,7 +217,7 @@ class Mamba2Forecaster(AtomicPreset, AtomicSave, KeptWeights, ModelPreset, keras
 
     def _check_arrays(self, x) -> None:
         """Raises for a row that lacks all values of a feature to forecast. Looks at arrays only."""
-        if not is_dataset(x):
+        if not _gives_batches(x):
             check_samples(x)
         if not all(isinstance(a, np.ndarray) for a in (x.values() if isinstance(x, dict) else [x])):
             return
@@ -274,6 +276,15 @@ class Mamba2Forecaster(AtomicPreset, AtomicSave, KeptWeights, ModelPreset, keras
             }
         )
         return config
+
+
+def _gives_batches(x) -> bool:
+    """Whether `x` is what Keras reads batch by batch: a dataset, a generator, a data loader.
+
+    To look into one would take its batches away, or read all of them.
+    """
+    is_read = is_dataset(x) or isinstance(x, (keras.utils.PyDataset, Iterable))
+    return is_read and not isinstance(x, (Sequence, Mapping)) and not hasattr(x, "shape")
 
 
 def _indices(output_features, num_features: int) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ import jax
 import keras
 import numpy as np
 import pytest
+import torch
 from keras import ops
 
 import keras_mamba2
@@ -255,6 +256,46 @@ def test_rows_without_a_series_are_named(forecaster):
             use({"values": random_rows(), "mask": np.isfinite(x)}, np.zeros((5, 5, 2)))
     with pytest.raises(ValueError, match=r"\(5, 5, 2\). Received: shape=\(5, 5\)"):
         forecaster.evaluate(random_rows(), np.zeros((5, 5)))
+
+
+class Batches(keras.utils.PyDataset):
+    """The rows in batches of one, and which of them were read."""
+
+    def __init__(self, x, y):
+        super().__init__()
+        self.x, self.y, self.read = x, y, []
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        self.read.append(i)
+        return self.x[i : i + 1], self.y[i : i + 1]
+
+
+def generated(x, y):
+    for i in range(len(x)):
+        yield x[i : i + 1], y[i : i + 1]
+
+
+# Keras says it of every dataset whose length it cannot ask for.
+@pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")
+def test_batches_are_read_one_by_one(forecaster):
+    x, y = random_rows(), np.zeros((5, 5, 2), "float32")
+    expected = forecaster.evaluate(x, y, batch_size=1, verbose=0)
+    loader = torch.utils.data.DataLoader(list(zip(x, y, strict=True)))
+    one_by_one = (lambda: Batches(x, y)), (lambda: generated(x, y)), (lambda: loader)
+    for batches in one_by_one:
+        np.testing.assert_allclose(forecaster.evaluate(batches(), verbose=0), expected, rtol=1e-5)
+    assert forecaster.predict(Batches(x, y), verbose=0).shape == y.shape
+
+    dataset, validation = Batches(x, y), Batches(x, y)
+    before = forecaster.get_weights()
+    fitted = forecaster.fit(dataset, validation_data=validation, steps_per_epoch=1, verbose=0)
+    assert np.isfinite(fitted.history["val_loss"]).all()
+    assert len(set(dataset.read)) < 5  # not the whole, to look for its shape
+    forecaster.fit(generated(x, y), steps_per_epoch=2, verbose=0)
+    forecaster.set_weights(before)
 
 
 def waves(count, seed):
