@@ -2,6 +2,7 @@
 
 import pathlib
 import zipfile
+from typing import Any
 
 import keras
 import numpy as np
@@ -21,7 +22,7 @@ class AdapterValues:
         values: arrays, by the same names.
     """
 
-    def __init__(self, variables: dict[str, keras.Variable], values: dict[str, np.ndarray]):
+    def __init__(self, variables: dict[str, keras.Variable], values: dict[str, Any]):
         self._variables = variables
         self._values = values
 
@@ -72,7 +73,7 @@ def _as_numpy(variable: keras.Variable) -> np.ndarray:
     return value.astype("float32") if variable.dtype == "bfloat16" else value
 
 
-def _stored(file: pathlib.Path) -> dict[str, np.ndarray]:
+def _stored(file: pathlib.Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
