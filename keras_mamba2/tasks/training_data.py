@@ -74,7 +74,7 @@ class TrainingData:
             if not isinstance(validation_data, tuple):
                 validation_data = (validation_data,)
             rows = self._prepared(*keras.utils.unpack_x_y_sample_weight(validation_data))
-            validation_data = rows[0] if is_dataset(rows[0]) else rows
+            validation_data = keras.utils.pack_x_y_sample_weight(*rows)
         x, y, sample_weight = self._prepared(x, y, sample_weight)
         if shuffle and not is_dataset(x):
             if validation_split:

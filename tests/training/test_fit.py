@@ -377,6 +377,13 @@ WITH_TEXTS = {
         {"x": grain.MapDataset.source([(text, 0) for text in TEXTS]).batch(2)},
         "y beside texts",
     ),
+    "beside a dataset to validate": (
+        {
+            "x": TEXTS,
+            "validation_data": (tf.data.Dataset.from_tensor_slices(TEXTS).batch(2), [0] * 6),
+        },
+        "do not provide `y`",
+    ),
     "beside a dataset": (
         {"x": tf.data.Dataset.from_tensor_slices(TEXTS).batch(2), "y": [0] * 6},
         "do not provide `y`",
