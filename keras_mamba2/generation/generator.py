@@ -499,14 +499,14 @@ class Generator:
                 f"at most. Received: {(lengths + limits).max()} tokens, prompt included"
             )
         # The loop of a search begins at the end of the shortest prompt, and would score tokens
-        # where longer prompts have their own. So it gets prompts of one length. It goes on until
-        # all rows have stopped, and changes those that have: so with stop tokens it gets one row.
-        groups = [np.flatnonzero(lengths == length) for length in np.unique(lengths)]
-        if stop_token_ids:
-            groups = [group[i : i + 1] for group in groups for i in range(len(group))]
-        for same in groups:
+        # where longer prompts have their own. So it gets prompts of one length.
+        for length in np.unique(lengths):
+            same = np.flatnonzero(lengths == length)
             found = self._search_group([prompts[i] for i in same], limits[same], stop_token_ids)
             for i, new in zip(same, found, strict=True):
+                if len(same) > 1 and np.isin(new, stop_token_ids).any():
+                    # The loop went on until all rows had stopped, and changed those that had.
+                    [new] = self._search_group([prompts[i]], limits[[i]], stop_token_ids)
                 rows[i] = new
         return rows
 

@@ -131,19 +131,19 @@ def sampling_of(sampler: keras_hub.samplers.Sampler, batch_size: int, **override
     """
     overrides = {name: value for name, value in overrides.items() if value is not None}
     if type(sampler) is FilterSampler:
-        parameters = sampler.get_config()
+        parameters = {**sampler.get_config(), **overrides}
     elif not overrides:
         return ()
     elif type(sampler) in PARAMETERS:
         theirs = PARAMETERS[type(sampler)]
         parameters = {ours: getattr(sampler, name) for ours, name in theirs.items()}
-        parameters = {"temperature": 0.0, **parameters}
+        parameters = with_given({"temperature": 0.0, **parameters}, overrides)
     else:
         raise ValueError(
             f"{type(sampler).__name__} does not take {', '.join(overrides)}. Compile the model "
             "with `keras_mamba2.FilterSampler`, or with a sampler of KerasHub that draws."
         )
-    return FilterSampler(**with_given(parameters, overrides)).sampling(batch_size)
+    return FilterSampler(**parameters).sampling(batch_size)
 
 
 def row_parameters(sampler: keras_hub.samplers.Sampler, **overrides) -> dict[str, float]:

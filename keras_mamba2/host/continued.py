@@ -19,16 +19,18 @@ def continued_ids(engine, texts: Sequence[str]) -> list[list[int]]:
         texts: sequence of strings.
     """
 
-    def encode(text: str) -> list[int]:
-        return engine.encode(text, add_special_tokens=False).ids
+    def encode(texts: Sequence[str]) -> list[list[int]]:
+        return [row.ids for row in engine.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def behind_another(text: str) -> list[int]:
-        for sentinel in SENTINELS:
-            before, ids = encode(sentinel), encode(sentinel + text)
-            if ids[: len(before)] == before:
-                return ids[len(before) :]
-        return encode(text)
-
+    rows = encode(list(texts))
     first = engine.encode("a", add_special_tokens=False).tokens[:1]
-    puts_blank = any(token.startswith(BLANKS) for token in first)
-    return list(map(behind_another if puts_blank else encode, texts))
+    if not any(token.startswith(BLANKS) for token in first):
+        return rows
+    left = list(range(len(rows)))
+    for sentinel, before in zip(SENTINELS, encode(SENTINELS), strict=True):
+        behind = zip(left, encode([sentinel + texts[i] for i in left]), strict=True)
+        n = len(before)
+        cut = {i: ids[n:] for i, ids in behind if before and ids[:n] == before}
+        rows = [cut.get(i, row) for i, row in enumerate(rows)]
+        left = [i for i in left if i not in cut]
+    return rows

@@ -18,18 +18,19 @@ KINDS = {
     "min_p": optional(number(at_least=0, at_most=1)),
     "repetition_penalty": number(at_least=1),
 }
-# Of the likeliest token alone they leave what is.
-FILTERS = ("top_k", "top_p", "min_p")
+# Of the likeliest token alone they leave what is. With the value that filters nothing.
+FILTERS = {"top_k": None, "top_p": 1.0, "min_p": 0.0}
 ALL = np.iinfo("int32").max  # a `top_k` that keeps every token
 
 
 def with_given(parameters: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of a sampler, and those that are given for one call.
+    """The parameters of a sampler that is no `FilterSampler`, and those given for one call.
 
     Who asks a greedy sampler for a filter wants tokens to be drawn.
     """
     parameters = dict(parameters)
-    if parameters["temperature"] == 0 and any(name in given for name in FILTERS):
+    filters = any(given.get(name) not in (None, value) for name, value in FILTERS.items())
+    if parameters["temperature"] == 0 and filters:
         parameters["temperature"] = 1.0
     return {**parameters, **given}
 

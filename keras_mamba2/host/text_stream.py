@@ -44,7 +44,7 @@ class TextStream:
         self._stop_strings = tuple(stop_strings)
         # Tokens from the last place where a character ended, with one window of context before,
         # since some tokenizers write a token differently at the start of a text.
-        self._context = self._whole_end(before)
+        self._context = whole_end(self._text_ids(before[-NUM_BEFORE:]), decode)
         self._open: list[int] = []
         self._held = ""  # decoded, but it may begin a stop string
 
@@ -75,12 +75,6 @@ class TextStream:
     def _text_ids(self, token_ids: Iterable[int]) -> list[int]:
         return [int(id) for id in token_ids if int(id) not in self._skip]
 
-    def _whole_end(self, token_ids: Sequence[int] | np.ndarray) -> list[int]:
-        """The last few tokens, none of them part of a character that is not there as a whole."""
-        last = self._text_ids(token_ids[-NUM_BEFORE:])
-        ends = (last[i:] for i in range(len(last)))
-        return next((e for e in ends if UNFINISHED not in self._decode(e)), [])
-
     def _new_text(self) -> str:
         before = self._decode(self._context) if self._context else ""
         return self._decode([*self._context, *self._open])[len(before) :]
@@ -104,8 +98,16 @@ def text_after(
     skip: Sequence[int] = (),
 ) -> str:
     """The text of tokens that continue others, as a `TextStream` gives it."""
-    stream = TextStream(decode, skip, before=before)
-    return stream.push(token_ids) + stream.finish()
+    parts = before[-NUM_BEFORE:], token_ids
+    last, new = ([int(id) for id in part if id not in skip] for part in parts)
+    context = whole_end(last, decode)
+    return decode([*context, *new])[len(decode(context)) if context else 0 :]
+
+
+def whole_end(token_ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[int]:
+    """The end of `token_ids` from where on none is part of a character that is not all there."""
+    ends = (list(token_ids[i:]) for i in range(len(token_ids)))
+    return next((end for end in ends if UNFINISHED not in decode(end)), [])
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -25,6 +25,7 @@ from keras_mamba2.conversion import building
 from keras_mamba2.conversion import load_preset
 from keras_mamba2.conversion import open_preset
 from keras_mamba2.host.inputs import standard_names
+from keras_mamba2.host.room import room_for
 from keras_mamba2.layers.gated_rms_normalization import GatedRMSNormalization
 from keras_mamba2.layers.residual_block import ResidualBlock
 from keras_mamba2.layers.reversible_embedding import ReversibleEmbedding
@@ -151,7 +152,7 @@ class ResidualBackbone(
         length = ops.zeros((b,), "int32") if state is None else state.length
         digest = ops.zeros((b,), "int32") if state is None else state.digest
         if self.stacked is not None and state is None:
-            state = self.initial_state(b, t)
+            state = self.initial_state(b, room_for(t + 1))
         layers = [None] * len(self.blocks) if state is None else state.layers
         x = embeddings = self.embeddings_dropout(self._embed(token_ids))
 

@@ -441,6 +441,8 @@ class Programs:
                 f"{sampler.name}, with which the programs were exported, does not take "
                 f"{', '.join(given)}. Compile the model with `keras_mamba2.FilterSampler` before."
             )
+        if sampler.name == "FilterSampler":
+            return {**sampler.parameters, **given}, 1, GENERATOR_DTYPE
         return with_given(sampler.parameters, given), 1, GENERATOR_DTYPE
 
     def _batches(

@@ -120,7 +120,7 @@ class Prompts:
         )
 
     def stream(self, prompt: Prompt) -> TextStream:
-        before = prompt.token_ids.tolist() if prompt.is_continued else ()
+        before = prompt.token_ids if prompt.is_continued else ()
         return TextStream(self._tokenizer.detokenize, prompt.skip, prompt.stop_strings, before)
 
     def token_text(self, token_id: int) -> str:

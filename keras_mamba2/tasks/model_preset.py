@@ -53,7 +53,9 @@ class ModelPreset:
 
 def _dtype(preset: str, saved, asked):
     """The dtype to load a model in, that was `saved` in one and is `asked` for in another."""
-    if not isinstance(saved, dict) or saved.get("class_name") != "DTypePolicyMap":
+    policy = keras.dtype_policies.get(saved)
+    policies = policy.values() if isinstance(policy, keras.dtype_policies.DTypePolicyMap) else ()
+    if not any(each.quantization_mode for each in policies):
         return saved if asked == "auto" else asked
     if asked not in (None, "auto"):
         raise ValueError(

@@ -1,10 +1,15 @@
-"""What Keras leaves out of a file of weights: LoRA adapters, and the weights that they adapt."""
+"""What Keras leaves out of a file of weights: LoRA adapters, and the weights that they adapt.
+
+Keras writes such a layer with its adapter merged, and reads that as the weights adapted. Here all
+variables of such layers are in a file of their own, one of them in memory at a time.
+"""
 
 import pathlib
 import zipfile
-from typing import Any
+from collections.abc import Iterator
 
 import keras
+import ml_dtypes
 import numpy as np
 
 from keras_mamba2._compat.keras_layers import flatten_layers
@@ -12,49 +17,43 @@ from keras_mamba2._compat.keras_layers import flatten_layers
 FILE = "adapters.npz"
 
 
-class AdapterValues:
-    """The values of all variables in layers with an adapter, each to be assigned to its own.
+def write(model: keras.Model, folder: pathlib.Path) -> None:
+    """Writes the values into the backup `folder`, if there are any."""
+    variables = _variables(model)
+    if not variables:
+        return
+    with zipfile.ZipFile(folder / FILE, "w") as file:
+        for name, variable in variables.items():
+            value = keras.ops.convert_to_numpy(variable)
+            if variable.dtype == "bfloat16":  # files of NumPy have only its bits
+                value = value.view("uint16")
+            with file.open(f"{name}.npy", "w", force_zip64=True) as stream:
+                np.lib.format.write_array(stream, value, allow_pickle=False)
 
-    Keras writes such a layer with its adapter merged, and reads that as the weights adapted.
 
-    Args:
-        variables: of a model, by names that another such model has too.
-        values: arrays, by the same names.
+def check(model: keras.Model, folder: pathlib.Path) -> None:
+    """Raises for a file that is damaged, or of a model with other adapters. Changes nothing.
+
+    Raises:
+        ValueError: that names the folder or the file.
     """
+    variables = _variables(model)
+    expected = {name: tuple(variable.shape) for name, variable in variables.items()}
+    stored = {name: value.shape for name, value in _stored(folder / FILE)}
+    if stored != expected:
+        raise ValueError(
+            f"The backup in {folder} is of a model with {_described(stored)}, this one has "
+            f"{_described(variables)}. Call `enable_lora` as before the backup was made; one "
+            "of Keras, or of an earlier version, has adapters merged and cannot be restored."
+        )
 
-    def __init__(self, variables: dict[str, keras.Variable], values: dict[str, Any]):
-        self._variables = variables
-        self._values = values
 
-    @classmethod
-    def of(cls, model: keras.Model) -> "AdapterValues":
-        variables = _variables(model)
-        return cls(variables, {name: _as_numpy(value) for name, value in variables.items()})
-
-    @classmethod
-    def read(cls, folder: pathlib.Path, model: keras.Model) -> "AdapterValues":
-        """The values in the backup `folder`, for `model`. Changes nothing.
-
-        Raises:
-            ValueError: if the file is damaged, or the model has other adapters.
-        """
-        variables, values = _variables(model), _stored(folder / FILE)
-        expected = {name: tuple(variable.shape) for name, variable in variables.items()}
-        if {name: value.shape for name, value in values.items()} != expected:
-            raise ValueError(
-                f"The backup in {folder} is of a model with {_described(values)}, this one has "
-                f"{_described(variables)}. Call `enable_lora` as before the backup was made; one "
-                "of Keras, or of an earlier version, has adapters merged and cannot be restored."
-            )
-        return cls(variables, values)
-
-    def write(self, folder: pathlib.Path) -> None:
-        if self._values:
-            np.savez(folder / FILE, **self._values)
-
-    def assign(self) -> None:
-        for name, variable in self._variables.items():
-            variable.assign(self._values[name])
+def assign(model: keras.Model, folder: pathlib.Path) -> None:
+    """Assigns the values in the backup `folder`, of which `check` has found no fault."""
+    variables = _variables(model)
+    for name, value in _stored(folder / FILE):
+        is_bits = variables[name].dtype == "bfloat16"
+        variables[name].assign(value.view(ml_dtypes.bfloat16) if is_bits else value)
 
 
 def _variables(model: keras.Model) -> dict[str, keras.Variable]:
@@ -67,18 +66,13 @@ def _variables(model: keras.Model) -> dict[str, keras.Variable]:
     }
 
 
-def _as_numpy(variable: keras.Variable) -> np.ndarray:
-    value = keras.ops.convert_to_numpy(variable)
-    # Files of NumPy have no bfloat16.
-    return value.astype("float32") if variable.dtype == "bfloat16" else value
-
-
-def _stored(file: pathlib.Path) -> dict[str, Any]:
+def _stored(file: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
     if not file.exists():
-        return {}
+        return
     try:
         with np.load(file) as stored:
-            return dict(stored)
+            for name in stored.files:
+                yield name, stored[name]
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{file} is truncated or damaged: {error}") from error
 

@@ -9,7 +9,7 @@ from keras_mamba2._compat.keras_training import backup_paths
 from keras_mamba2.atomic_files import atomic_folder
 from keras_mamba2.atomic_files import clean_up_in
 from keras_mamba2.atomic_files import remove_folder
-from keras_mamba2.training.adapter_values import AdapterValues
+from keras_mamba2.training import adapter_values
 
 
 class BackupAndRestore(keras.callbacks.BackupAndRestore):
@@ -47,16 +47,15 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         while backups:
             folder = backups.pop()
             try:
-                adapters = AdapterValues.read(folder, self.model)
+                adapter_values.check(self.model, folder)
                 with backup_at(self, *self._files(folder)):
                     super().on_train_begin(logs)
-                adapters.assign()
-                return None
+                return adapter_values.assign(self.model, folder)
             except (OSError, ValueError):  # damaged: the one before it may be whole
                 if not backups:
                     raise
         if pathlib.Path(backup_paths(self)[0]).exists():  # of Keras' own callback
-            AdapterValues.read(pathlib.Path(self.backup_dir), self.model)
+            adapter_values.check(self.model, pathlib.Path(self.backup_dir))
         return super().on_train_begin(logs)
 
     def _save_model(self):
@@ -74,7 +73,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
             with atomic_folder(pathlib.Path(self.backup_dir) / f"{number:08}") as folder:
                 with backup_at(self, *self._files(folder)):
                     super()._save_model()
-                AdapterValues.of(self.model).write(folder)
+                adapter_values.write(self.model, folder)
         finally:
             keras.distribution.set_distribution(distribution)
         for backup in backups[: -1 if self.double_checkpoint else None]:

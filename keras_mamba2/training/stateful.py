@@ -141,7 +141,8 @@ class StatefulTraining(KeptWeights, keras.Model):
             loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         optimizer = keras.optimizers.get(optimizer)
         # Keras would ask the policy of this model, which is not that of `lm`.
-        is_float16 = self.lm.dtype_policy.name == "mixed_float16"
+        policy = self.lm.dtype_policy
+        is_float16 = getattr(policy, "default_policy", policy).name == "mixed_float16"
         is_scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
         if auto_scale_loss and is_float16 and not is_scaled:
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)

@@ -145,13 +145,14 @@ class TestParameters:
     def test_of_a_greedy_sampler_draw_only_if_they_say_so(self, greedy):
         """As in transformers without `do_sample`, where a penalty draws nothing either."""
         text = greedy.generate("hello", max_new_tokens=20)
-        assert greedy.generate("hello", max_new_tokens=20, repetition_penalty=1.0) == text
+        for nothing in ({"repetition_penalty": 1.0}, {"top_p": 1.0}, {"min_p": 0.0}):
+            assert greedy.generate("hello", max_new_tokens=20, **nothing) == text
         penalized = [
             greedy.generate("hello", max_new_tokens=20, repetition_penalty=1.5, seed=seed)
             for seed in range(2)
         ]
         assert penalized[0] == penalized[1] != text
-        drawn = [greedy.generate("hello", max_new_tokens=20, min_p=0.0, seed=s) for s in range(2)]
+        drawn = [greedy.generate("hello", max_new_tokens=20, min_p=1e-6, seed=s) for s in range(2)]
         assert drawn[0] != drawn[1]
 
     def test_share_one_program(self, greedy):

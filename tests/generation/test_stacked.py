@@ -1,5 +1,6 @@
 """Models whose blocks are stacked: the same tokens and states, of programs with one block."""
 
+import jax
 import keras
 import numpy as np
 import pytest
@@ -142,6 +143,15 @@ def test_searches_and_files_of_states_are_those_of_blocks_apart(plain, tmp_path)
         )
         lm.compile(sampler="greedy")
     assert found[0] == found[1]
+
+
+def test_a_state_made_in_a_call_has_room_for_more():
+    logits = []
+    for lm in pair_of(MODELS["attention"]):
+        _, _, state = jax.jit(lambda ids, lm=lm: lm.call_with_cache(ids, None))(np.array([[1, 2]]))
+        logits.append(np.asarray(jax.jit(lm.call_with_cache)(np.array([[3]]), state)[0]))
+    np.testing.assert_allclose(*logits, atol=1e-5 * np.abs(logits).max(), rtol=0)
+    assert np.isfinite(logits).all()
 
 
 @pytest.mark.parametrize("steps_a_write", [4, 5])
