@@ -144,6 +144,6 @@ def test_weights_are_loaded_a_tensor_at_a_time(large, files, dtype):
     sums = [np.abs(w.astype("float64")).sum() for w in weights]
     np.testing.assert_allclose(found["sums"], sums, rtol=2e-3)  # of bfloat16
     assert set(found["experts"]) == {"P('model', 'batch', None)"}
-    assert on_device[-1] < 1.05 * total / 8
+    assert on_device[-1] < 1.06 * total / 8  # each has the routers whole, in float32
     # The memory of these devices is the host's.
     assert found["peak"] < sum(on_device) + 4 * found["largest"] + 24e6

@@ -63,8 +63,7 @@ def test_logits_and_state_are_those_of_each_document_alone(lm, documents, left, 
     alone = [lm({"token_ids": d, "padding_mask": np.ones(d.shape)}) for d in documents]
     close(row, ops.concatenate(alone, axis=1))
     _, state = lm.backbone.call_with_state(**inputs)
-    room = inputs["token_ids"].shape[1]  # of keys and values, as for the whole row
-    _, last = lm.backbone.call_with_state(documents[-1], lm.backbone.initial_state(1, room))
+    _, last = lm.backbone.call_with_state(documents[-1])
     jax.tree.map(close, state.layers, last.layers)
     assert state.length == T
 
