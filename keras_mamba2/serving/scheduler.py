@@ -32,6 +32,8 @@ RUN_SECONDS = 0.05
 FIRST_STEPS = 8
 # While sequences run, prompts are read between two runs for at most so many times a run.
 READING_SHARE = 1.5
+# One block is read in any case. It may take so long: a smaller one takes much more time a token.
+BLOCK_SECONDS = 0.1
 # Before any text has begun, nobody's text stops: the first sequences wait so long for others that
 # are soon read, since a token costs much less in a step of many rows.
 GATHERING_SECONDS = 2.0
@@ -108,7 +110,7 @@ class Scheduler:
             def largest(most: float) -> int:
                 return max((s for s in BLOCK_SIZES if seconds[s] <= most), default=min(BLOCK_SIZES))
 
-            self._block_size = largest(READING_SHARE * RUN_SECONDS)
+            self._block_size = largest(BLOCK_SECONDS)
             self._size_alone = max(self._block_size, largest(ALONE_SECONDS))
         self._block_seconds = seconds[self._block_size]
         self._scoring_seconds = max(map(self._seconds_to_score, SCORING_SIZES))
