@@ -46,7 +46,10 @@ class StackedBlocks:
         self.num_layers = len(blocks)
         self._block = blocks[0]
         self._apart = list(zip(*(block.variables for block in blocks), strict=True))
-        self._ids = {id(v) for apart in self._apart for v in apart}
+        # Of each variable of the blocks, which of those here has its value, and where.
+        self._places = {
+            id(v): (k, i) for k, apart in enumerate(self._apart) for i, v in enumerate(apart)
+        }
         with deferred_initialization():
             self.variables = [
                 keras.Variable(
@@ -72,17 +75,14 @@ class StackedBlocks:
 
     def value_of(self, variable: keras.Variable) -> Any:
         """The value of a variable, which may be one of the blocks'."""
-        if id(variable) not in self._ids or has_value(variable):
+        if id(variable) not in self._places or has_value(variable):
             return variable.value
-        for together, apart in zip(self.variables, self._apart, strict=True):
-            for i, theirs in enumerate(apart):
-                if theirs is variable:
-                    return together.value[i]
-        raise AssertionError(variable.path)
+        k, i = self._places[id(variable)]
+        return self.variables[k].value[i]
 
     def in_place_of_theirs(self, variables: Sequence[keras.Variable]) -> list[keras.Variable]:
         """`variables` of a model, without those of the blocks and with these."""
-        return [v for v in variables if id(v) not in self._ids] + self.variables
+        return [v for v in variables if id(v) not in self._places] + self.variables
 
     def together(self, parts: Sequence[Any]) -> Stacked:
         """What there is for each block, stacked."""
