@@ -61,12 +61,11 @@ import keras_mamba2
 # lm = keras_mamba2.Mamba2CausalLM.from_preset("path/to/a/folder")
 # ```
 #
-# The architecture alone needs no weights and, for a name, no network.
+# The architecture alone needs no weights and, for most names, no network.
 
 # %%
 for name, preset in keras_mamba2.Mamba2Backbone.presets.items():
-    metadata = preset["metadata"]
-    print(f"{name:24} {metadata.get('params') or metadata['parameter_count']:>13,}")
+    print(f"{name:28}{preset['metadata'].get('description', 'ships with the package')}")
 
 # %% [markdown]
 # After `keras_mamba2.register()`, KerasHub's own classes find these checkpoints too:

@@ -35,10 +35,10 @@ def atomic_folder(folder) -> Iterator[pathlib.Path]:
     """A temporary folder beside `folder`, which becomes it if nothing is raised.
 
     Raises:
-        ValueError: if `folder` has files in it, or is a file.
+        ValueError: if `folder` has files in it, or as `replaced_folder`.
     """
-    folder = pathlib.Path(os.path.abspath(folder))
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    folder = _replaceable(folder)
+    if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} exists already and is not an empty folder.")
     with _beside(folder) as temporary:
         temporary.mkdir()
@@ -57,6 +57,18 @@ def replaced_folder(folder) -> Iterator[pathlib.Path]:
         ValueError: if `folder` is a file, or a folder that cannot be renamed: the current one, or
             where a file system is mounted.
     """
+    folder = _replaceable(folder)
+    with _beside(folder) as temporary:
+        temporary.mkdir()
+        yield temporary
+        if folder.is_dir() and any(folder.iterdir()):
+            shutil.copymode(folder, temporary)
+            folder.replace(temporary.parent.with_name(OLD))
+        temporary.replace(folder)
+
+
+def _replaceable(folder) -> pathlib.Path:
+    """The folder that a path leads to, through links; it may be missing."""
     folder = pathlib.Path(os.path.realpath(folder))
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, not a folder.")
@@ -65,13 +77,7 @@ def replaced_folder(folder) -> Iterator[pathlib.Path]:
             f"{folder} is the current folder or a mounted file system, which cannot be replaced "
             "as a whole. Name a folder in it."
         )
-    with _beside(folder) as temporary:
-        temporary.mkdir()
-        yield temporary
-        if folder.is_dir() and any(folder.iterdir()):
-            shutil.copymode(folder, temporary)
-            folder.replace(temporary.parent.with_name(OLD))
-        temporary.replace(folder)
+    return folder
 
 
 @contextlib.contextmanager

@@ -156,6 +156,9 @@ def generate(
             session = lm.resume(state)
         else:
             session, prompt = lm.start(prompt), ""
+        if speculation is not None:  # which compiles more than the first token needs
+            tokens = lm.preprocessor.tokenizer(session.text + prompt)
+            lm.warm_up(prompt_lengths=max(len(tokens), 1))
         options = {"max_new_tokens": max_new_tokens, "stop_strings": stop or (), "seed": seed}
         text, seconds = print_more(session, prompt, options)
         if state is not None:

@@ -22,13 +22,13 @@ from keras_mamba2.untrusted import some
 CONFIG_FILE = "config.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 TASK_FILE, PREPROCESSOR_FILE = "task.json", "preprocessor.json"
-SOURCES_FILE = "sources.json"
+METADATA_FILE, SOURCES_FILE = "metadata.json", "sources.json"
 COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
 BACKBONE_NAMES = ("keras_mamba2>Mamba2Backbone", "keras_mamba2>Mamba2HybridBackbone")
 LONGEST_NAME = 100  # that is compared with known ones
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
-# Of each list the first that is there is taken, with the shards that belong to an index.
+# Of each list the first that is there is taken, with the shards that an index names.
 KERAS_WEIGHTS = ("model.weights.h5", "model.weights.json")
 CHECKPOINT_WEIGHTS = (
     "model.safetensors",
@@ -37,18 +37,14 @@ CHECKPOINT_WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-SHARDS = {
-    "model.weights.json": "model_*.weights.h5",
-    "model.safetensors.index.json": "model-*.safetensors",
-    "pytorch_model.bin.index.json": "pytorch_model-*.bin",
-}
 TASK_WEIGHTS = "task.weights.h5"
-KERAS_PARTS = (TASK_FILE, TASK_WEIGHTS, PREPROCESSOR_FILE, "metadata.json")
+KERAS_PARTS = (TASK_FILE, TASK_WEIGHTS, PREPROCESSOR_FILE, METADATA_FILE)
 KERAS_TOKENIZER = ("tokenizer.json", "assets/tokenizer/tokenizer.json")
 CHECKPOINT_TOKENIZER = (
     "tokenizer.json",
     "vocab.json",
     "merges.txt",
+    "added_tokens.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
@@ -63,7 +59,8 @@ def named_presets() -> dict[str, pathlib.Path]:
     # Inside the package once installed, beside it in a source checkout.
     for folder in (package / "presets", package.parent / "presets"):
         if folder.is_dir():
-            return {path.parent.name: path.parent for path in sorted(folder.glob("*/config.json"))}
+            found = sorted(folder.glob(f"*/{METADATA_FILE}"))
+            return {path.parent.name: path.parent for path in found}
     return {}
 
 
@@ -71,7 +68,8 @@ class Preset:
     """The files of a preset, fetched when they are asked for.
 
     A preset is in KerasHub's format, or a checkpoint of transformers or state-spaces. One that
-    is known by name may have its files elsewhere: its `sources.json` says where.
+    is known by name may have its files elsewhere: its `sources.json` says where, also where its
+    architecture is, if it has no `config.json`.
 
     Args:
         name: the name of a preset, a local folder, or a handle `hf://user/name`.
@@ -90,6 +88,8 @@ class Preset:
             # Of our own presets alone: another's could name itself, or what was not asked for.
             if self.name in named_presets() and (self.folder / SOURCES_FILE).is_file():
                 self.sources = read_sources(self.folder / SOURCES_FILE)
+                if not (self.folder / CONFIG_FILE).is_file():  # it has the checkpoint's own
+                    self.folder = Preset(self.sources["weights"]).folder
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
@@ -104,7 +104,7 @@ class Preset:
         """A folder with the configuration and the weights of a checkpoint."""
         if "weights" in self.sources:
             return Preset(self.sources["weights"]).weights_folder()
-        return self._fetch(lambda names: [CONFIG_FILE, *_weights(CHECKPOINT_WEIGHTS, names)])
+        return self._fetch(lambda names: [CONFIG_FILE, *self._weights(CHECKPOINT_WEIGHTS, names)])
 
     def tokenizer_folder(self) -> pathlib.Path:
         """A folder with the tokenizer of a checkpoint, if it has one, and how it is talked to."""
@@ -130,11 +130,22 @@ class Preset:
 
         def choose(files):
             parts = [file for file in (*KERAS_PARTS, *KERAS_TOKENIZER) if file in files]
-            return [CONFIG_FILE, *parts, *(_weights(KERAS_WEIGHTS, files) if weights else [])]
+            return [CONFIG_FILE, *parts, *(self._weights(KERAS_WEIGHTS, files) if weights else [])]
 
         folder = self._fetch(choose)
         check_folder(folder, weights, tokenizer, names)
         return str(folder)
+
+    def _weights(self, kinds: Sequence[str], names: Sequence[str]) -> list[str]:
+        """The weights among the files `names`, with the shards that an index names."""
+        kind = _first(kinds, names)
+        if not kind.endswith(".json"):
+            return [kind]
+        shards = read_json(self._fetch(lambda _: [kind]) / kind).get("weight_map")
+        # The shards of a tensor of Keras may be a list. What is no name is refused by the reader.
+        found = shards.values() if isinstance(shards, dict) else ()
+        flat = [n for part in found for n in (part if isinstance(part, list) else [part])]
+        return [kind, *sorted({name for name in flat if isinstance(name, str)} & set(names))]
 
     def _fetch(self, choose: hub.Choice) -> pathlib.Path:
         return hub.fetch(self.name, choose) if self.name.startswith(hub.PREFIX) else self.folder
@@ -144,7 +155,7 @@ def adapter_folder(name) -> pathlib.Path:
     """A folder with the files of a PEFT adapter: a local one, or from `hf://user/name`."""
 
     def choose(names):
-        return [*_present([ADAPTER_CONFIG_FILE], names), *_weights(ADAPTER_WEIGHTS, names)]
+        return [*_present([ADAPTER_CONFIG_FILE], names), _first(ADAPTER_WEIGHTS, names)]
 
     if str(name).startswith(hub.PREFIX):
         return hub.fetch(str(name), choose)
@@ -192,12 +203,12 @@ def _present(wanted: Sequence[str], names: Sequence[str]) -> list[str]:
     return list(wanted)
 
 
-def _weights(kinds: Sequence[str], names: Sequence[str]) -> list[str]:
-    """The weights among the files `names`, of the first kind that is there."""
-    for kind in kinds:
-        if kind in names:
-            return [kind, *fnmatch.filter(names, SHARDS[kind])] if kind in SHARDS else [kind]
-    raise ValueError(f"No weights. Expected one of: {', '.join(kinds)}.")
+def _first(kinds: Sequence[str], names: Sequence[str]) -> str:
+    """The first of the kinds of weights that is among the files `names`."""
+    found = next((kind for kind in kinds if kind in names), None)
+    if found is None:
+        raise ValueError(f"No weights. Expected one of: {', '.join(kinds)}.")
+    return found
 
 
 def check_folder(
@@ -221,9 +232,16 @@ def check_folder(
     if weights:
         for file in weights_files(folder):
             check_hdf5(file)
-    if tokenizer:
+    if tokenizer and not _is_without_preprocessor(folder):
         check_serialized(folder / KERAS_TOKENIZER[0])
         read_json(folder / KERAS_TOKENIZER[1], LARGEST_TOKENIZER)
+
+
+def _is_without_preprocessor(folder: pathlib.Path) -> bool:
+    """Whether a task was saved that has none, and so no tokenizer."""
+    if not os.path.lexists(folder / TASK_FILE):
+        return False
+    return read_json(folder / TASK_FILE)["config"].get("preprocessor", "missing") is None
 
 
 def check_serialized(file: pathlib.Path) -> None:

@@ -19,6 +19,7 @@ LEAVES = [
     "command_process",
     "compiled_folder",
     "conversion",
+    "devices",
     "hub",
     "portable",
     "preset_files",

@@ -115,10 +115,14 @@ def test_permissions_are_usual_and_stay(tmp_path):
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o750
 
 
-def test_a_link_to_a_folder_stays_one(tmp_path):
-    make(tmp_path / "real", "old")
+@pytest.mark.parametrize("folder_of", [replaced_folder, atomic_folder])
+def test_a_link_to_a_folder_stays_one(tmp_path, folder_of):
+    if folder_of is replaced_folder:
+        make(tmp_path / "real", "old")
+    else:
+        (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
-    with replaced_folder(tmp_path / "link") as new:
+    with folder_of(tmp_path / "link") as new:
         (new / "file").write_text("new")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real" / "file").read_text() == "new"
@@ -126,8 +130,9 @@ def test_a_link_to_a_folder_stays_one(tmp_path):
 
 def test_the_current_folder_and_files_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="current folder"), replaced_folder("."):
-        pass
+    for folder_of in (replaced_folder, atomic_folder):
+        with pytest.raises(ValueError, match="current folder"), folder_of("."):
+            pass
     (tmp_path / "a").touch()
     for folder_of in (replaced_folder, atomic_folder):
         with pytest.raises(ValueError, match="a"), folder_of("a"):

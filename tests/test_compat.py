@@ -9,6 +9,7 @@ import ast
 import functools
 import importlib.util
 import inspect
+import json
 import pathlib
 import pkgutil
 import sys
@@ -227,6 +228,12 @@ def test_has_equal_groups():
     assert found("int4/16_from_float32", 8)
     assert not found("int4/16_from_float32", 40)
     assert not found("int4/-1_from_float32")
+
+
+def test_keras_mask():
+    x = keras.layers.Embedding(3, 2, mask_zero=True)(np.array([[1, 0, 2]]))
+    np.testing.assert_array_equal(part("keras_layers").keras_mask(x), [[True, False, True]])
+    assert part("keras_layers").keras_mask(keras.ops.ones((1, 2))) is None
 
 
 def test_untrack_variable():
@@ -512,12 +519,16 @@ def test_canonicalize_python_token_inputs():
     assert canonicalize(tf.ragged.constant([[3, 4], [5]])) == ([[3, 4], [5]], True)
 
 
+@keras.saving.register_keras_serializable(package="test_compat")
 class Words(keras_hub.tokenizers.Tokenizer):
     """A tokenizer without a way to tokenize."""
 
-    def __init__(self, vocabulary=None):
-        super().__init__()
+    def __init__(self, vocabulary=None, **kwargs):
+        super().__init__(**kwargs)
         self.vocabulary = vocabulary
+
+    def load_preset_assets(self, preset):
+        self.vocabulary = {"a": 0}
 
     def get_vocabulary(self):
         return self.vocabulary
@@ -692,6 +703,41 @@ def test_load_task(other):
     assert all(map(np.array_equal, loaded.get_weights(), backbone.get_weights()))
     with pytest.raises(ValueError, match="Task has no place for the backbone of .*, a Other"):
         load_task(Task, One, preset, True)
+
+
+def test_keras_preset_loader(other):
+    """It tells of another class, and loads what was saved."""
+    backbone, preset = other
+    config = part("keras_hub_presets").load_json(preset, "config.json")
+    loader = part("keras_hub_presets").KerasPresetLoader(preset, config, One)
+    assert loader.check_backbone_class() is One
+    loaded = loader.load_backbone(One, True)
+    assert type(loaded) is Other
+    assert all(map(np.array_equal, loaded.get_weights(), backbone.get_weights()))
+
+
+def test_load_backbone(other):
+    backbone, preset = other
+    load_backbone = part("keras_hub_presets").load_backbone
+    loaded = load_backbone(Family, preset, True)
+    assert type(loaded) is Other
+    assert all(map(np.array_equal, loaded.get_weights(), backbone.get_weights()))
+    assert not np.array_equal(
+        load_backbone(Other, preset, False).get_weights()[0], loaded.get_weights()[0]
+    )
+    with pytest.raises(ValueError, match="is a Other, not a One"):
+        load_backbone(One, preset, True)
+
+
+def test_load_tokenizer(other, tmp_path):
+    load_tokenizer = part("keras_hub_presets").load_tokenizer
+    _, preset = other
+    config = keras.saving.serialize_keras_object(Words(dtype="int32"))
+    (pathlib.Path(preset) / "tokenizer.json").write_text(json.dumps(config))
+    assert load_tokenizer(Words, (One, Other), preset).compute_dtype == "int32"
+    assert load_tokenizer(Words, Family, preset, dtype="int64").compute_dtype == "int64"
+    with pytest.raises(ValueError, match="Words has no place for the backbone of .*, a Other"):
+        load_tokenizer(Words, One, preset)
 
 
 def test_load_preprocessor(other):

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 import keras
+from keras.src.backend.common.masking import get_keras_mask
 from keras.src.quantizers.quantization_config import get_block_size_for_layer
 from keras.src.quantizers.utils import should_quantize_layer
 
@@ -17,6 +18,14 @@ def flatten_layers(
     3.15.
     """
     return layer._flatten_layers(include_self=include_self)
+
+
+def keras_mask(x):
+    """The mask that comes with a tensor from other layers, or `None`.
+
+    `get_keras_mask`. Written for Keras 3.15.
+    """
+    return get_keras_mask(x)
 
 
 def untrack_variable(layer: keras.layers.Layer, variable: keras.Variable) -> None:

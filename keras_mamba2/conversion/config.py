@@ -2,6 +2,7 @@
 
 import contextlib
 import pathlib
+import warnings
 from collections.abc import Iterator
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from keras_mamba2.preset_files import read_json
 from keras_mamba2.untrusted import shortened
 
 LONGEST_ERROR = 1000
+QUANTIZATION_KEYS = ("quantization_config", "quantization")  # of transformers, of MLX
 
 
 def format_of(config: Mapping[str, Any]) -> str:
@@ -49,6 +51,7 @@ def read_constructor_arguments(folder) -> dict[str, Any]:
     file = pathlib.Path(folder) / CONFIG_FILE
     config = read_json(file)
     with errors_naming(file):
+        _check_unquantized(config)
         check_values(config)
         try:
             arguments = constructor_arguments(config)
@@ -56,6 +59,18 @@ def read_constructor_arguments(folder) -> dict[str, Any]:
             raise ValueError(f"the configuration has no `{error.args[0]}`.") from error
         check_arguments(arguments)
     return arguments
+
+
+def _check_unquantized(config: Mapping[str, Any]) -> None:
+    """Raises before weights are fetched: of quantized ones there are many forms."""
+    for key in QUANTIZATION_KEYS:
+        if found := config.get(key):
+            method = found.get("quant_method") if isinstance(found, Mapping) else None
+            raise ValueError(
+                f"the weights are quantized{f' with {method}' if method else ''} (`{key}`), in a "
+                "form that is not read. Take the repository that they were made from, and call "
+                "`quantize` once it is loaded."
+            )
 
 
 @contextlib.contextmanager
@@ -91,6 +106,13 @@ def transformers_config(
         ValueError: for a hybrid of a kind that transformers does not have.
     """
     _, config = exported_as(backbone_config)
+    expansion = config.get("expand", config.get("mamba_expand", 1))
+    if expansion != int(expansion):
+        warnings.warn(
+            f"expansion={expansion} is not a whole number: transformers from version 5 on refuses "
+            "the exported model, older versions load it.",
+            stacklevel=4,
+        )
     return {
         **config,
         "bos_token_id": bos_token_id,

@@ -124,6 +124,7 @@ def _tokenizer_of_checkpoint(files: Preset) -> str:
     if "tokenizer" in files.sources:
         return files.sources["tokenizer"]
     try:
-        return str(CheckpointLoader(files).locate_tokenizer() / TOKENIZER_FILE)
+        folder = CheckpointLoader(files).locate_tokenizer()
+        return str(folder / TOKENIZER_FILE if (folder / TOKENIZER_FILE).is_file() else folder)
     except ValueError as error:
         return f"none: {error}"

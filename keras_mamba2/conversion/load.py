@@ -110,10 +110,15 @@ def _of_the_model(
     targets: Sequence[Target],
     names: Names,
 ) -> dict[str, StoredTensor]:
-    """Drops what is no part of it: the head if it is the embedding once more, and its like."""
+    """Drops what is no part of it: copies of what is shared, as the head may be one, and such."""
     tensors = {
         name: tensor for name, tensor in tensors.items() if not re.fullmatch(names.ignored, name)
     }
+    for copy, original in names.copies.items():
+        for name in [name for name in tensors if name.startswith(copy) and copy != original]:
+            first = original + name.removeprefix(copy)
+            if first in tensors and not _equal(tensors.pop(name), tensors[first]):
+                raise ValueError(f"{folder}: {name} differs from {first}, which the model shares.")
     embedding, has_head = tensors.get(names.embedding), names.head in _names(targets)
     if has_head or names.head not in tensors or embedding is None:
         return tensors

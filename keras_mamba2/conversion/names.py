@@ -5,6 +5,7 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import keras
@@ -84,6 +85,8 @@ class Names(NamedTuple):
         blocks: for each block of a layer, end of a variable path -> `Weight` below `layers`.
         ignored: regular expression for tensors that no model here has.
         renamed: strings, what names begin with in files, and then in transformers' memory.
+        copies: what names of tensors begin with that some files hold again -> what those begin with
+            that they are copies of.
     """
 
     outside: Mapping[str, Weight]
@@ -91,6 +94,7 @@ class Names(NamedTuple):
     blocks: Sequence[Mapping[str, Weight]]
     ignored: str = "(?!)"
     renamed: tuple[str, str] = ("", "")
+    copies: Mapping[str, str] = MappingProxyType({})
 
     def pieces(self, variable: keras.Variable) -> list[Piece]:
         """What fills `variable`.

@@ -10,12 +10,14 @@ from typing import Any
 
 import keras
 
+from keras_mamba2._compat.keras_hub_presets import KerasPresetLoader
 from keras_mamba2._compat.keras_hub_presets import PresetLoader
 from keras_mamba2._compat.keras_hub_presets import ask_for_loader
 from keras_mamba2._compat.keras_hub_presets import check_file_exists
 from keras_mamba2._compat.keras_hub_presets import load_json
 from keras_mamba2.conversion import load
 from keras_mamba2.conversion.architectures import OF_TRANSFORMERS
+from keras_mamba2.conversion.architectures.architecture import HYBRID
 from keras_mamba2.conversion.architectures.architecture import PURE
 from keras_mamba2.conversion.architectures.architecture import backbone_name
 from keras_mamba2.conversion.config import constructor_arguments
@@ -36,6 +38,7 @@ from keras_mamba2.preset_files import TASK_FILE
 from keras_mamba2.preset_files import TASK_WEIGHTS
 from keras_mamba2.preset_files import Preset
 from keras_mamba2.preset_files import is_foreign
+from keras_mamba2.preset_files import named_presets
 from keras_mamba2.preset_files import read_json
 from keras_mamba2.untrusted import some
 
@@ -262,18 +265,24 @@ def keras_arguments(preset: str, arguments: dict) -> dict:
 
 
 def register() -> None:
-    """Lets KerasHub's own `from_preset` load Mamba-2 checkpoints of other libraries.
+    """Lets KerasHub's own `from_preset` load the presets of this package.
 
     `keras_hub.models.CausalLM.from_preset("hf://state-spaces/mamba2-130m")` then finds this
-    package. KerasHub has no hook for that: see `ask_for_loader`.
+    package, and so it does for all names of presets, checkpoints of other libraries, and hybrids.
+    KerasHub has no hook for that: see `ask_for_loader`.
     """
     ask_for_loader(_loader_for)
 
 
-def _loader_for(preset: str) -> CheckpointLoader | None:
-    if is_foreign(preset) or not check_file_exists(preset, CONFIG_FILE):
+def _loader_for(preset: str) -> KerasPresetLoader | CheckpointLoader | None:
+    if preset in named_presets():
+        config = Preset(preset).config
+    elif is_foreign(preset) or not check_file_exists(preset, CONFIG_FILE):
         return None
-    config = load_json(preset, CONFIG_FILE)
+    else:
+        config = load_json(preset, CONFIG_FILE)
+    if config.get("registered_name") == HYBRID:
+        return KerasPresetLoader(preset, config, keras.saving.get_registered_object(PURE))
     own = {architecture.model_type for architecture in OF_TRANSFORMERS}
     if config.get("model_type") in own or "ssm_cfg" in config:
         return CheckpointLoader(Preset(preset))

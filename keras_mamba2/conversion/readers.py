@@ -16,6 +16,7 @@ from keras_mamba2.conversion.pickles import read_bin
 from keras_mamba2.conversion.stored_tensor import MOST_AXES
 from keras_mamba2.conversion.stored_tensor import StoredTensor
 from keras_mamba2.conversion.stored_tensor import check_not_pointer
+from keras_mamba2.host.finite import FLOATS
 from keras_mamba2.preset_files import CHECKPOINT_WEIGHTS
 from keras_mamba2.preset_files import read_json
 from keras_mamba2.untrusted import is_file
@@ -75,9 +76,10 @@ def most_common_dtype(folder) -> str:
     """
     counts: collections.Counter[str] = collections.Counter()
     for tensor in read_tensors(folder).values():
-        counts[str(tensor.dtype)] += tensor.extent
+        if tensor.dtype in FLOATS:  # others are refused when they are loaded
+            counts[str(tensor.dtype)] += tensor.extent
     if not counts:
-        raise ValueError(f"The files of weights in {folder} hold no tensors.")
+        raise ValueError(f"The files of weights in {folder} hold no floating point tensors.")
     return counts.most_common(1)[0][0]
 
 

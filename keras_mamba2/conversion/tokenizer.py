@@ -13,6 +13,8 @@ from keras_mamba2.untrusted import LARGEST_TOKENIZER
 
 TOKENIZER_FILE = "tokenizer.json"
 BYTE_PAIR_FILES = ("vocab.json", "merges.txt")
+BYTE_PAIR_CLASSES = ("GPT2Tokenizer", "GPTNeoXTokenizer")
+ADDED_TOKENS_FILE = "added_tokens.json"
 # Where special tokens are named, the first that names one wins. The ids in config.json come last:
 # those of some exports are placeholders.
 SPECIAL_TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json")
@@ -34,6 +36,7 @@ def tokenizer_arguments(folder: pathlib.Path) -> dict[str, Any]:
     if (folder / TOKENIZER_FILE).is_file():
         arguments: dict[str, Any] = {"tokenizer": _with_added_tokens(folder)}
     else:
+        _check_byte_pairs(folder)
         vocabulary, merges = (str(folder / file) for file in BYTE_PAIR_FILES)
         arguments = {"vocabulary": vocabulary, "merges": merges}
     template = chat_template(folder)
@@ -42,14 +45,31 @@ def tokenizer_arguments(folder: pathlib.Path) -> dict[str, Any]:
     return {**arguments, **special_tokens(folder)}
 
 
+def _check_byte_pairs(folder: pathlib.Path) -> None:
+    """Raises for a tokenizer that its vocabulary and merges do not tell all about."""
+    config = _config(folder)
+    kind = str(config.get("tokenizer_class") or BYTE_PAIR_CLASSES[0])
+    added = [token["content"] for token in (config.get("added_tokens_decoder") or {}).values()]
+    if (folder / ADDED_TOKENS_FILE).is_file():
+        added += read_json(folder / ADDED_TOKENS_FILE)
+    vocabulary = read_json(folder / BYTE_PAIR_FILES[0], LARGEST_TOKENIZER)
+    unknown = [token for token in added if token not in vocabulary]
+    if kind.removesuffix("Fast") not in BYTE_PAIR_CLASSES or unknown:
+        found = f"added tokens such as {unknown[0]!r}" if unknown else f"tokenizer_class={kind!r}"
+        raise ValueError(
+            f"{folder} has a tokenizer of {' and '.join(BYTE_PAIR_FILES)}, with {found}. Make its "
+            f"{TOKENIZER_FILE} with transformers: AutoTokenizer.from_pretrained(folder)"
+            ".save_pretrained(folder)."
+        )
+
+
 def special_tokens(folder: pathlib.Path) -> dict[str, str | None]:
     """`start_token`, `end_token` and `pad_token`, `None` where the checkpoint has none."""
-    named, by_id = _named_tokens(folder), _tokens_by_id(folder)
-    tokens = {}
-    for argument, key in (("start_token", "bos"), ("end_token", "eos"), ("pad_token", "pad")):
-        token = named[f"{key}_token"] if f"{key}_token" in named else by_id.get(f"{key}_token_id")
-        tokens[argument] = _content(token)
-    return tokens
+    keys = {"start_token": "bos_token", "end_token": "eos_token", "pad_token": "pad_token"}
+    named = _named_tokens(folder)
+    if not set(keys.values()) <= set(named):
+        named = {**_tokens_by_id(folder), **named}
+    return {argument: _content(named.get(key)) for argument, key in keys.items()}
 
 
 def chat_template(folder: pathlib.Path) -> ChatTemplate | None:
@@ -123,8 +143,6 @@ def _with_added_tokens(folder: pathlib.Path) -> tokenizers.Tokenizer | str:
     ]
     stored = read_json(file, LARGEST_TOKENIZER) if added else {}
     known = {token["content"] for token in stored.get("added_tokens") or ()}
-    vocabulary = (stored.get("model") or {}).get("vocab") or ()
-    known.update(vocabulary if isinstance(vocabulary, dict) else (token for token, _ in vocabulary))
     missing = {token["content"]: token for token in added if token["content"] not in known}
     if not missing:
         return str(file)
@@ -137,7 +155,7 @@ def _with_added_tokens(folder: pathlib.Path) -> tokenizers.Tokenizer | str:
 
 
 def _tokens_by_id(folder: pathlib.Path) -> dict[str, str]:
-    """The tokens that `config.json` names by id, found among the added tokens."""
+    """The tokens that `config.json` names by id, by their names."""
     if not (folder / CONFIG_FILE).is_file() or not (folder / TOKENIZER_FILE).is_file():
         return {}
     added = read_json(folder / TOKENIZER_FILE, LARGEST_TOKENIZER).get("added_tokens") or []
@@ -146,6 +164,4 @@ def _tokens_by_id(folder: pathlib.Path) -> dict[str, str]:
     ids = {key: config.get(f"{key}_token_id") for key in ("bos", "eos", "pad")}
     # Of several, the first is the end of a text, and the others end a turn.
     ids = {key: id[0] if isinstance(id, list) and id else id for key, id in ids.items()}
-    return {
-        f"{key}_token_id": texts[id] for key, id in ids.items() if type(id) is int and id in texts
-    }
+    return {f"{key}_token": texts[id] for key, id in ids.items() if type(id) is int and id in texts}

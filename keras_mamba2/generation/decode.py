@@ -193,9 +193,13 @@ def inside_loop(variables: list[keras.Variable], function):
 
 
 def logprob(logits, token_ids):
-    """The model's log probabilities `(b)` of `token_ids` `(b)`, before the sampler's filters."""
+    """The model's log probabilities `(...)` of `token_ids` `(...)`, before the sampler's filters.
+
+    In float32, of logits `(... v)` in any dtype.
+    """
     logprobs = ops.log_softmax(ops.cast(logits, "float32"), axis=-1)
-    return ops.take_along_axis(logprobs, token_ids[:, None], axis=-1)[:, 0]
+    token_ids = ops.cast(token_ids, "int32")
+    return ops.take_along_axis(logprobs, token_ids[..., None], axis=-1)[..., 0]
 
 
 def likeliest_tokens(logits, k: int):

@@ -33,6 +33,7 @@ from keras_mamba2.generation.score import block_loss
 from keras_mamba2.generation.search import search
 from keras_mamba2.generation.speculate import speculate
 from keras_mamba2.generation.speculative_decoding import SpeculativeDecoding
+from keras_mamba2.generation.speculative_decoding import choices_of
 from keras_mamba2.host.blocks import BLOCK_SIZES
 from keras_mamba2.host.blocks import LONG_PROMPT
 from keras_mamba2.host.blocks import block_sizes
@@ -69,6 +70,9 @@ MOST_SEARCHED = 1_000_000
 class Generator:
     """The compiled programs of one model and its sampler: KerasHub's `generate_function`.
 
+    The sampler and who proposes tokens are those that the model has been compiled with, also for
+    a stream that goes on while it is compiled anew.
+
     Args:
         model: a `Mamba2CausalLM` after `compile`.
         steps_a_write: int, after how many steps of decoding the state is written. `None` for what
@@ -82,7 +86,7 @@ class Generator:
     block_sizes: tuple[int, ...] | None = None
 
     def __init__(self, model, steps_a_write: int | None = None):
-        self.model = model
+        self.model, self.sampler, self.speculation = model, model.sampler, model.speculation
         # Of programs that are compiled while the caller goes on.
         self.compiling: list[concurrent.futures.Future] = []
 
@@ -108,25 +112,24 @@ class Generator:
             return block_logprobs(model, state, token_ids, targets, padding_mask, num_likely)
 
         # For rows with their own sampling parameters, whatever the model's sampler is.
-        sampler = model.sampler
+        sampler, proposer = self.sampler, self.speculation
         self._filters = sampler if isinstance(sampler, FilterSampler) else FilterSampler()
 
         def decode_rows(rows, num_steps, asked=None, with_logprobs=False, num_likely=0):
             rows = Rows(*rows)
-            sampler = self._filters if rows.sampling else model.sampler
+            picking = self._filters if rows.sampling else sampler
             steps = steps_a_write or default_steps_a_write(rows.remaining.shape[0])
             arguments = num_steps, DECODE_CAPACITY, with_logprobs, steps, num_likely, asked
-            return decode(model, sampler, rows, *arguments)
+            return decode(model, picking, rows, *arguments)
 
         def speculate_rows(rows, num_rounds, num_tokens=1, with_logprobs=False):
             rows = Rows(*rows)
-            proposer = model.speculation
-            sampler = self._filters if rows.sampling else model.sampler
+            picking = self._filters if rows.sampling else sampler
             arguments = proposer, num_tokens, num_rounds, DECODE_CAPACITY, with_logprobs
-            return speculate(model, sampler, rows, *arguments)
+            return speculate(model, picking, rows, *arguments)
 
         def search_rows(token_ids, padding_mask, stop_token_ids):
-            return search(model, model.sampler, token_ids, padding_mask, stop_token_ids)
+            return search(model, sampler, token_ids, padding_mask, stop_token_ids)
 
         self._needs_room = needs_room(model.backbone)
         self._zeros = compiled(model, zeros, static=("room",))
@@ -144,7 +147,7 @@ class Generator:
             speculate_rows,
             donate=True,
             static=("num_tokens", "with_logprobs"),
-            read=lambda: model.speculation.variables,
+            read=lambda: proposer.variables,
         )
         self._put = compiled(model, put, donate=True)
         self._select = compiled(model, select)
@@ -171,8 +174,11 @@ class Generator:
 
     def wait(self) -> None:
         """Until nothing is compiled any more: a call would compile the same program once more."""
-        while self.compiling:
-            self.compiling.pop().result()
+        try:
+            for compiling in list(self.compiling):
+                compiling.result()
+        finally:
+            self.compiling.clear()
 
     def prefill(self, prompts: list[np.ndarray], state: Mamba2State | None = None) -> Mamba2State:
         """The state after `prompts`, rows of token ids of any lengths, that continue `state`.
@@ -186,7 +192,7 @@ class Generator:
         """
         self._check_prompts(prompts, state)
         if state is None:
-            state = self._zeros(np.zeros(len(prompts), "int8"), **self._room(prompts))
+            state = self.empty_state(max(map(len, prompts)), len(prompts))
         else:
             prompts = after_tokens(ops.convert_to_numpy(state.token), prompts)
             state = self._copy(state)  # the programs below reuse the memory of their argument
@@ -195,9 +201,9 @@ class Generator:
         last = np.array([prompt[-1] for prompt in prompts], "int32")
         return state.with_token(last)
 
-    def _room(self, prompts: list[np.ndarray]) -> dict[str, int]:
-        """The room of a new state for `prompts`, if it needs room."""
-        return {"room": room_for(max(map(len, prompts)))} if self._needs_room else {}
+    def _room(self, num_tokens: int) -> dict[str, int]:
+        """The room of a new state for so many tokens, if it needs room."""
+        return {"room": room_for(num_tokens)} if self._needs_room else {}
 
     def with_room(self, state: Mamba2State, num_tokens: int | Sequence[int]) -> Mamba2State:
         """`state` with room for `num_tokens` more in each row."""
@@ -246,7 +252,7 @@ class Generator:
         """
         n = num_return_sequences
         b = len(prompts) * n
-        sampler = self.model.sampler
+        sampler = self.sampler
         sampling = sampling_of(sampler, b, **parameters)
         sampler = self._filters if sampling else sampler
         penalizes = sampling and (sampling.repetition_penalty != 1).any()
@@ -281,20 +287,25 @@ class Generator:
     def _context(self, prompts, state: Mamba2State, history) -> Any:
         """What the proposer of tokens, if there is one, knows of the texts before the first token.
 
-        Of a text that a state stands for it knows what `history` says, or nothing.
+        Of a text that a state stands for it knows what `history` says, or nothing but the last
+        token.
         """
-        if self.model.speculation is None:
+        if self.speculation is None:
             return ()
-        last = ops.convert_to_numpy(state.token)[:, None]
-        texts = [prompt if len(prompt) else row for prompt, row in zip(prompts, last, strict=True)]
+        texts = prompts
         if history is not None:
-            texts = [np.concatenate(pair) for pair in zip(history, texts, strict=True)]
-        return self.model.speculation.start(texts)
+            texts = [np.concatenate(pair) for pair in zip(history, prompts, strict=True)]
+        last = ops.convert_to_numpy(state.token)
+        return self.speculation.start(
+            [
+                text if len(text) and text[-1] == token else np.append(text, token)
+                for text, token in zip(texts, last, strict=True)
+            ]
+        )
 
-    def empty_state(self, num_tokens: int) -> Mamba2State:
-        """The state of one row that has read nothing, with room for `num_tokens`."""
-        room = {"room": room_for(num_tokens)} if self._needs_room else {}
-        return self._zeros(np.zeros(1, "int8"), **room)
+    def empty_state(self, num_tokens: int, batch_size: int = 1) -> Mamba2State:
+        """The state of rows that have read nothing, with room for `num_tokens` in each."""
+        return self._zeros(np.zeros(batch_size, "int8"), **self._room(num_tokens))
 
     def restored(self, state: Mamba2State, num_tokens: int) -> Mamba2State:
         """A copy on the device of a state of `state.host.on_host`, as `empty_state` has room."""
@@ -398,29 +409,38 @@ class Generator:
         They may be called from several threads. On JAX the weights need not be there yet, unless
         tokens are proposed.
         """
-        like, token = np.zeros(batch_size, "int8"), np.zeros(1, "int32")
-        rooms = {tuple(self._room([np.zeros(n)]).items()): n for n in prompt_lengths}
+        like = np.zeros(batch_size, "int8")
+        # One length for each room.
+        rooms = {tuple(self._room(n).items()): n for n in prompt_lengths}.values()
         of_blocks = self._block_sizes(batch_size)
         sizes = {size for n in prompt_lengths for size in block_sizes(n - 1, of_blocks)}
 
-        def prefill(room, size: int) -> None:
+        def rows_after(state: Mamba2State, length: int) -> Rows:
+            prompts, limits = [np.zeros(length, "int32")] * batch_size, np.ones(batch_size)
+            state = state.with_token(np.zeros(batch_size, "int32"))
+            return self.start(prompts, limits, seed=0, after=state)
+
+        def prefill(length: int, size: int) -> None:
             block = np.zeros((batch_size, size), "int32"), np.ones((batch_size, size), bool)
-            prepare(self._prefill_block, prepare(self._zeros, like, **room), *block)
+            state = prepare(self._zeros, like, **self._room(length))
+            prepare(self._prefill_block, state, *block)
 
-        def decode(room) -> None:
-            state = prepare(self._zeros, like, **room).with_token(np.repeat(token, batch_size))
-            prompts, limits = [token] * batch_size, np.ones(batch_size)
-            rows = self.start(prompts, limits, seed=0, after=state)
-            if self.model.speculation is None:
-                prepare(self._decode, rows, np.array(1, "int32"), with_logprobs=False)
-            else:  # the proposer's own programs too
-                state = self._zeros(like, **room).with_token(rows.state.token)
-                self.decode(rows._replace(state=state)).all_tokens()
+        def decode(length: int) -> None:
+            rows = rows_after(prepare(self._zeros, like, **self._room(length)), length)
+            rows = rows._replace(context=())
+            prepare(self._decode, rows, np.array(1, "int32"), with_logprobs=False)
 
-        tasks: list[Callable[[], None]] = []
-        for room in map(dict, rooms):
-            tasks.append(functools.partial(decode, room))
-            tasks += [functools.partial(prefill, room, size) for size in sorted(sizes)[::-1]]
+        def propose(length: int, num_tokens: int) -> None:
+            # Run, and so the proposer's own programs are compiled too.
+            self.speculate(rows_after(self.empty_state(length, batch_size), length), 1, num_tokens)
+
+        tasks = [functools.partial(decode, n) for n in rooms]
+        tasks += [
+            functools.partial(prefill, n, size) for n in rooms for size in sorted(sizes)[::-1]
+        ]
+        if self.speculation is not None:
+            choices = choices_of(self.speculation)
+            tasks += [functools.partial(propose, n, k) for n in prompt_lengths for k in choices]
         return tasks
 
     def advance(self, rows: Rows, num_steps: int, with_logprobs: bool = False):
@@ -464,7 +484,7 @@ class Generator:
         most = min(num_rounds * (num_tokens + 1), DECODE_CAPACITY)
         rows = rows._replace(
             state=self.with_room(rows.state, most),
-            context=self.model.speculation.with_room(rows.context, most),
+            context=self.speculation.with_room(rows.context, most),
         )
         return self._speculate(
             rows, np.array(num_rounds, "int32"), num_tokens=num_tokens, with_logprobs=with_logprobs
@@ -474,7 +494,7 @@ class Generator:
         self, rows: Rows, run_lengths: Iterable[int] = (), with_logprobs: bool = False
     ) -> Decoding:
         """An iterator over the new tokens of the rows, until all have stopped."""
-        if self.model.speculation is not None:
+        if self.speculation is not None:
             return SpeculativeDecoding(self, rows, run_lengths, with_logprobs)
         return Decoding(self, rows, run_lengths, with_logprobs)
 
@@ -482,7 +502,7 @@ class Generator:
         self, prompts: list[np.ndarray], limits: np.ndarray, stop_token_ids: Sequence[int]
     ) -> list[np.ndarray]:
         """The tokens that follow each prompt, at most `limits[i]` of them."""
-        if not picks_tokens(self.model.sampler):
+        if not picks_tokens(self.sampler):
             return self.search(prompts, limits, tuple(stop_token_ids))
         return self.decode(self.start(prompts, limits, stop_token_ids)).all_tokens()
 
@@ -495,7 +515,7 @@ class Generator:
         lengths = np.array([len(prompt) for prompt in prompts])
         if (lengths + limits).max() > MOST_SEARCHED:
             raise ValueError(
-                f"{type(self.model.sampler).__name__} holds whole rows, of {MOST_SEARCHED} tokens "
+                f"{type(self.sampler).__name__} holds whole rows, of {MOST_SEARCHED} tokens "
                 f"at most. Received: {(lengths + limits).max()} tokens, prompt included"
             )
         # The loop of a search begins at the end of the shortest prompt, and would score tokens
@@ -530,7 +550,7 @@ class Generator:
     def loss(self, token_ids: np.ndarray) -> float:
         """The sum of the losses of all tokens after the first, the state carried along."""
         self._check_prompts([token_ids], None)
-        state, total = self._zeros(np.zeros(1, "int8"), **self._room([token_ids])), 0.0
+        state, total = self.empty_state(len(token_ids)), 0.0
         bar = tqdm.auto.tqdm(
             total=len(token_ids), unit=" tokens", disable=len(token_ids) <= LONG_PROMPT
         )

@@ -19,10 +19,13 @@ from keras_mamba2.generation.picking import picks_tokens
 from keras_mamba2.generation.speculate import append
 from keras_mamba2.host.room import room_for
 from keras_mamba2.host.rows import Rows
+from keras_mamba2.models.weights_read import weights_read
 from keras_mamba2.state.digest import digest_after
 
 # More rows than this in one product cost as much as several products.
 MOST_TOKENS = 63
+# Tokens of a text that there is room for at first: each other room is a program.
+LEAST_TEXT = 4096
 
 
 class Proposer:
@@ -78,13 +81,6 @@ class Proposer:
         """The context after the first `count` `(b)` of `tokens` `(b t)` were added to the text."""
         raise NotImplementedError
 
-    def get_config(self) -> dict[str, Any]:
-        return {"num_tokens": self.num_tokens}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "Proposer":
-        return cls(**config)
-
 
 class Text(NamedTuple):
     """All tokens of each row."""
@@ -93,7 +89,6 @@ class Text(NamedTuple):
     length: Any  # int32 (b)
 
 
-@keras.saving.register_keras_serializable(package="keras_mamba2")
 class PromptLookup(Proposer):
     """Proposes what followed the last time that the text was as it is now.
 
@@ -122,10 +117,10 @@ class PromptLookup(Proposer):
         check_attributes(self, max_ngram=SIZE)
 
     def empty(self, batch_size: int) -> Text:
-        return _text([np.zeros(0, "int32")] * batch_size, room_for(0))
+        return _text([np.zeros(0, "int32")] * batch_size, 0)
 
     def start(self, texts: Sequence[np.ndarray]) -> Text:
-        return _text(texts, room_for(max(map(len, texts))))
+        return _text(texts, max(map(len, texts)))
 
     def read(self, context: Text, new: Sequence[np.ndarray]) -> Text:
         old = zip(*map(ops.convert_to_numpy, context), new, strict=True)
@@ -133,7 +128,7 @@ class PromptLookup(Proposer):
 
     def with_room(self, context: Text, num_tokens: int) -> Text:
         needed = int(ops.convert_to_numpy(context.length).max()) + num_tokens
-        width = max(room_for(needed) - context.token_ids.shape[1], 0)
+        width = max(_room(needed) - context.token_ids.shape[1], 0)
         return context._replace(token_ids=ops.pad(context.token_ids, [(0, 0), (0, width)]))
 
     def propose(self, rows: Rows, k: int, sampler, vocabulary_size: int) -> tuple[Any, Text]:
@@ -166,11 +161,7 @@ class PromptLookup(Proposer):
         token_ids, length = drafted
         return Text(append(token_ids, tokens, length, count), length + count)
 
-    def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "max_ngram": self.max_ngram}
 
-
-@keras.saving.register_keras_serializable(package="keras_mamba2")
 class DraftModel(Proposer):
     """A smaller model that proposes what it would write itself.
 
@@ -207,8 +198,7 @@ class DraftModel(Proposer):
         return model_variables(self.model)
 
     def cost(self, model) -> float:
-        sizes = [_bytes_read(lm.backbone) for lm in (self.model, model)]
-        return sizes[0] / sizes[1]
+        return bytes_read(self.model.backbone) / bytes_read(model.backbone)
 
     def check(self, model) -> None:
         ours, theirs = self.model.preprocessor, model.preprocessor
@@ -275,15 +265,6 @@ class DraftModel(Proposer):
         token = ops.where(count > 0, last, context.token)
         return self.model.backbone.commit(context, chunk, count).with_token(token)
 
-    def get_config(self) -> dict[str, Any]:
-        model = keras.saving.serialize_keras_object(self.model)
-        return {"model": model, **super().get_config()}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "DraftModel":
-        model = keras.saving.deserialize_keras_object(config["model"])
-        return cls(model, config["num_tokens"])
-
 
 def check_speculation(speculation: Proposer | None, sampler, model) -> None:
     """Raises if `speculation` cannot propose tokens to `model` with `sampler`."""
@@ -308,8 +289,12 @@ PROPOSER = optional(
 )
 
 
-def _text(rows: Sequence[np.ndarray], room: int) -> Text:
-    token_ids = np.zeros((len(rows), room), "int32")
+def _room(num_tokens: int) -> int:
+    return max(room_for(num_tokens), LEAST_TEXT)
+
+
+def _text(rows: Sequence[np.ndarray], longest: int) -> Text:
+    token_ids = np.zeros((len(rows), _room(longest)), "int32")
     for row, text in zip(token_ids, rows, strict=True):
         row[: len(text)] = text
     return Text(token_ids, np.array([len(row) for row in rows], "int32"))
@@ -323,18 +308,19 @@ def _with_ids(logits, v: int):
     return ops.pad(logits, [(0, 0), (0, v - w)], constant_values=-1e9)
 
 
-def _bytes_read(backbone) -> int:
-    """Of the weights, in a step."""
+def bytes_read(backbone, num_tokens: int = 1) -> float:
+    """Of the weights, in a step of so many tokens."""
     return sum(
-        int(np.prod(variable.shape)) * np.dtype(variable.dtype).itemsize
-        for variable in backbone.variables
+        share * int(np.prod(weight.shape)) * np.dtype(weight.dtype).itemsize
+        for weight, share in weights_read(backbone, num_tokens)
     )
 
 
 def _first_difference(ours, theirs) -> str | None:
     """The first id that stands for something else in two tokenizers."""
+    tokens = [{id: token for token, id in t.get_vocabulary().items()} for t in (ours, theirs)]
     for token_id in range(min(ours.num_ids, theirs.num_ids)):
-        tokens = [tokenizer.id_to_token(token_id) for tokenizer in (ours, theirs)]
-        if tokens[0] != tokens[1]:
-            return f"token {token_id} is {tokens[0]!r} in the draft model and {tokens[1]!r} here"
+        here, there = (of.get(token_id) for of in tokens)
+        if here != there:
+            return f"token {token_id} is {here!r} in the draft model and {there!r} here"
     return None

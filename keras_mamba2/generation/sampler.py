@@ -11,6 +11,7 @@ from keras_mamba2.host.sampling import KINDS
 from keras_mamba2.host.sampling import Sampling
 
 
+@keras.saving.register_keras_serializable(package="keras_mamba2")
 class FilterSampler(keras_hub.samplers.Sampler):
     """Draws from the likeliest tokens, with any combination of the usual filters.
 

@@ -83,9 +83,8 @@ def speculate(
         rows, picked, logits, count, new = one_round(rows)
         tokens = append(tokens, picked, length, count)
         if with_logprobs:
-            ids = ops.maximum(picked, 0)
-            its = [logprob(logits[:, j], ids[:, j]) for j in range(t)]
-            logprobs = append(logprobs, ops.stack(its, axis=1), length, count)
+            its = logprob(logits, ops.maximum(picked, 0))
+            logprobs = append(logprobs, its, length, count)
         outcome = tree.map_structure(ops.add, outcome, new)
         return i + 1, rows, tokens, logprobs, length + count, outcome
 

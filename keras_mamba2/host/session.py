@@ -1,3 +1,6 @@
+import weakref
+from collections.abc import Callable
+from collections.abc import Generator
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,6 +33,7 @@ class Mamba2Session:
         self.text = text
         self._state = state
         self._unread = ""  # text that the state has not seen yet
+        self._running: Callable[[], Generator[str] | None] = lambda: None
 
     @property
     def state(self) -> Any:
@@ -51,29 +55,42 @@ class Mamba2Session:
         return "".join(self.stream(text, **kwargs))
 
     def stream(self, text: str = "", **kwargs) -> Iterator[str]:
-        """As `generate`, piece by piece. If it is left early, the text ends with the last piece."""
-        return self._collect(text, self.lm.stream_on(self, text, **kwargs))
+        """As `generate`, piece by piece. If it is left early, the text ends with the last piece.
 
-    def _collect(self, text: str, streams: TextStreams) -> Iterator[str]:
-        shown, is_whole = "", False
+        It ends, if it is still open, where the text next grows in another way.
+        """
+        self._close()
+        pieces = self._collect(text, self.lm.stream_on(self, text, **kwargs))
+        self._running = weakref.ref(pieces)  # so that it ends with its last reference
+        return pieces
+
+    def _close(self) -> None:
+        """Ends a stream that was left open: what it showed is text."""
+        running = self._running()
+        if running is not None:
+            running.close()
+
+    def _collect(self, text: str, streams: TextStreams) -> Generator[str]:
+        shown, is_over = "", False
         try:
             for [piece] in streams:
                 shown += piece
                 yield piece
-            is_whole = not streams.streams[0].stopped
-        except GeneratorExit:
-            pass
-        if is_whole:
-            self._state = streams.state
-        else:
-            # The loop has gone further than the text: past a stop string, or the last piece. So
-            # the text is read from the former state, but only when the state is next needed, since
-            # an iterator may be closed at any time.
-            self._unread = text + shown
-        self.text += text + shown
+            is_over = True
+        finally:
+            if is_over and not streams.streams[0].stopped:
+                self._state = streams.state
+            elif is_over or shown:
+                # The loop has gone further than the text: past a stop string, or the last piece. So
+                # the text is read from the former state, but only when the state is next needed,
+                # since an iterator may be closed at any time.
+                self._unread = text + shown
+            if is_over or shown:
+                self.text += text + shown
 
     def append(self, text: str) -> None:
         """Appends `text` without generating any."""
+        self._close()
         self._state = self.lm.prefill(text, self.state)
         self.text += text
 

@@ -28,10 +28,12 @@ from keras_mamba2.ops.causal_conv import causal_conv1d_commit
 from keras_mamba2.ops.causal_conv import causal_conv1d_extend
 from keras_mamba2.ops.checks import float32_at_least
 from keras_mamba2.ops.open_chunk import put_tokens
+from keras_mamba2.ops.platform import on_gpu
 from keras_mamba2.ops.rounding import Rounded
 from keras_mamba2.ops.rounding import restored
 from keras_mamba2.ops.rounding import rounded
 from keras_mamba2.ops.segments import documents_of
+from keras_mamba2.ops.segments import runs
 
 KEY_VALUE_DTYPE = optional(choice("int8"))
 
@@ -221,21 +223,27 @@ class Attention(Sublayer):
 
     def call(self, x, mask=None, segment_ids=None):
         t = ops.shape(x)[1]
+        segment_ids = None if segment_ids is None else runs(segment_ids)
         qkv, _ = self._project(x, None, mask, segment_ids)
         q, k, v = self._heads(qkv, documents_of(x, mask, segment_ids).positions)  # (b t . p)
         if keras.config.backend() != "jax":
             repeats = self.num_query_heads // self.num_key_value_heads
             k, v = (ops.repeat(a, repeats, axis=2) for a in (k, v))
+        options = {"scale": self._scale}
+        if keras.config.backend() == "jax" and not on_gpu():
+            # In an eager call on a TPU, Keras 3.15 scales twice, and takes the first row's mask.
+            options["flash_attention"] = False
         if mask is None and segment_ids is None:
-            y = ops.dot_product_attention(q, k, v, scale=self._scale, is_causal=True)
+            y = ops.dot_product_attention(q, k, v, is_causal=True, **options)
         else:
             # A pad sees itself, or its softmax would have nothing to sum.
             seen = _sees(mask, segment_ids, t) | ops.eye(t, dtype="bool")
-            y = ops.dot_product_attention(q, k, v, mask=seen[:, None], scale=self._scale)
+            y = ops.dot_product_attention(q, k, v, mask=seen[:, None], **options)
         return self.output_projection(self._joined(y))
 
     def call_with_state(self, x, state: AttentionState | None = None, mask=None, segment_ids=None):
         b, t = ops.shape(x)[:2]
+        segment_ids = None if segment_ids is None else runs(segment_ids)
         is_first = state is None
         if state is None:  # with room for what comes next: that of one token more, or of many
             state = self.initial_state(b, room_for(t + 1))
@@ -416,8 +424,8 @@ class Attention(Sublayer):
         """The heads side by side."""
         return ops.reshape(y, (*ops.shape(y)[:2], self.query_dim))
 
-    def compute_output_spec(self, x, mask=None, segment_ids=None):
-        return keras.KerasTensor((*x.shape[:-1], self.hidden_dim), dtype=self.compute_dtype)
+    def compute_output_shape(self, x_shape) -> tuple[int | None, ...]:
+        return (*x_shape[:-1], self.hidden_dim)
 
     def get_config(self):
         config = super().get_config()

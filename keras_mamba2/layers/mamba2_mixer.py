@@ -464,9 +464,6 @@ class Mamba2Mixer(Sublayer):
     def _A(self):
         return -ops.exp(ops.convert_to_tensor(self.A_log))
 
-    def compute_output_spec(self, x, mask=None, segment_ids=None):
-        return keras.KerasTensor(x.shape, dtype=self.compute_dtype)
-
     def get_config(self):
         config = super().get_config()
         config.update(

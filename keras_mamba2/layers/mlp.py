@@ -49,9 +49,6 @@ class Stateless(Sublayer):
     def commit(self, state, chunk, count):
         return ()
 
-    def compute_output_spec(self, x, mask=None, segment_ids=None):
-        return keras.KerasTensor(x.shape, dtype=self.compute_dtype)
-
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
 class MLP(Stateless):

@@ -117,9 +117,6 @@ class Parallel(Sublayer):
             for path, axes in sublayer.weight_axes.items()
         }
 
-    def compute_output_spec(self, x, mask=None, segment_ids=None):
-        return keras.KerasTensor(x.shape, dtype=self.compute_dtype)
-
     def get_config(self):
         config = super().get_config()
         config.update(

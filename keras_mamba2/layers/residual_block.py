@@ -4,6 +4,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_mamba2._compat.keras_layers import keras_mask
 from keras_mamba2.arguments import BOOLEAN
 from keras_mamba2.arguments import POSITIVE
 from keras_mamba2.arguments import RATE
@@ -95,10 +96,13 @@ class ResidualBlock(keras.layers.Layer):
             self.sublayer.build(x_shape)
 
     def call(self, x, padding_mask=None, segment_ids=None, embeddings=None):
+        # As that of an `Embedding` with `mask_zero=True`, for a block in another model.
+        padding_mask = keras_mask(x) if padding_mask is None else padding_mask
+
         def inside(x, embeddings):
             return self.branch(x, embeddings, *_standard(padding_mask, segment_ids))
 
-        return self._add(x, self.dropout_layer(self._remat(inside)(x, embeddings)))
+        return self._add(x, self.dropout_layer(self._run(inside, x, embeddings)))
 
     def call_with_state(
         self, x, state=None, padding_mask=None, segment_ids=None, embeddings=None
@@ -109,7 +113,7 @@ class ResidualBlock(keras.layers.Layer):
             masks = _standard(padding_mask, segment_ids)
             return self.branch_with_state(x, state, embeddings, *masks)
 
-        y, state = self._remat(inside)(x, state, embeddings)
+        y, state = self._run(inside, x, state, embeddings)
         return self._add(x, self.dropout_layer(y)), state
 
     def step(self, x, state, mask=None, embeddings=None) -> tuple[Any, Any]:
@@ -160,9 +164,19 @@ class ResidualBlock(keras.layers.Layer):
         """See `Sublayer.projections`."""
         return self.sublayer.projections
 
-    def _remat(self, inside):
+    def _run(self, inside, *args):
+        """`inside(*args)`, computed again in the backward pass if the block does so."""
+        if not self.remat:
+            return inside(*args)
+        given = {i: value for i, value in enumerate(args) if value is not None}
+
+        def inside_of_given(*values):
+            now = dict(zip(given, values, strict=True))
+            return inside(*(now.get(i) for i in range(len(args))))
+
         # Without dropout: a function that may be computed twice must not move a random generator.
-        return keras.remat(inside) if self.remat else inside
+        # Without `None`, which TensorFlow takes for a number.
+        return keras.remat(inside_of_given)(*given.values())
 
     def _add(self, x, y):
         x, y = ops.cast(x, self.residual_dtype), ops.cast(y, self.residual_dtype)
@@ -172,7 +186,12 @@ class ResidualBlock(keras.layers.Layer):
     def residual_dtype(self) -> str:
         return float32_at_least(self.compute_dtype) if self.residual_in_fp32 else self.compute_dtype
 
-    def compute_output_spec(self, x, padding_mask=None, segment_ids=None, embeddings=None):
+    def compute_output_shape(self, x_shape) -> tuple[int | None, ...]:
+        return tuple(x_shape)
+
+    def compute_output_spec(
+        self, x, padding_mask=None, segment_ids=None, embeddings=None, training=None
+    ):
         return keras.KerasTensor(x.shape, dtype=self.residual_dtype)
 
     def get_config(self):

@@ -56,8 +56,8 @@ class ReversibleEmbedding(keras.layers.ReversibleEmbedding):
             return super()._get_embeddings_with_merged_lora()
 
     def _int8_call(self, inputs, reverse: bool = False):
-        if not reverse:
-            return super()._int8_call(inputs)
+        if not reverse or self.logit_soft_cap is not None:
+            return super()._int8_call(inputs, reverse)
         if self.tie_weights:
             kernel, scale = stored_embeddings(self), self.embeddings_scale
         else:
@@ -68,6 +68,8 @@ class ReversibleEmbedding(keras.layers.ReversibleEmbedding):
         in_keras = functools.partial(super()._int4_call, reverse=reverse)
         is_even = self.output_dim % (2 * self.embeddings_scale.shape[-1]) == 0
         if not is_even or not has_equal_groups(self, self.output_dim):
+            return in_keras(inputs)
+        if self.logit_soft_cap is not None:
             return in_keras(inputs)
         if not reverse and self.lora_enabled:
             return in_keras(inputs)

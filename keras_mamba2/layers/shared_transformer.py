@@ -115,8 +115,8 @@ class SharedTransformer(Sublayer):
             for path, axes in part.weight_axes.items()
         }
 
-    def compute_output_spec(self, x, mask=None, segment_ids=None):
-        return keras.KerasTensor((*x.shape[:-1], self.hidden_dim), dtype=self.compute_dtype)
+    def compute_output_shape(self, x_shape) -> tuple[int | None, ...]:
+        return (*x_shape[:-1], self.hidden_dim)
 
     def get_config(self):
         config = super().get_config()

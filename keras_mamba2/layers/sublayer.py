@@ -62,6 +62,12 @@ class Sublayer(keras.layers.Layer):
     def call(self, x, mask=None, segment_ids=None):
         return self.call_with_state(x, mask=mask, segment_ids=segment_ids)[0]
 
+    def compute_output_shape(self, x_shape) -> tuple[int | None, ...]:
+        return tuple(x_shape)
+
+    def compute_output_spec(self, x, mask=None, segment_ids=None, training=None):
+        return keras.KerasTensor(self.compute_output_shape(x.shape), dtype=self.compute_dtype)
+
     def call_with_state(self, x, state=None, mask=None, segment_ids=None) -> tuple[Any, Any]:
         """Returns the output for `x` `(b t d)` after `state`, and the state after `x`."""
         raise NotImplementedError

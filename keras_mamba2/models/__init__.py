@@ -14,7 +14,7 @@ Mamba2Tokenizer.backbone_cls = Mamba2Backbone
 
 _PRESETS: dict[str, dict[str, Any]] = {
     name: {
-        "metadata": preset_files.read_json(folder / "metadata.json"),
+        "metadata": preset_files.read_json(folder / preset_files.METADATA_FILE),
         "kaggle_handle": str(folder),
     }
     for name, folder in preset_files.named_presets().items()

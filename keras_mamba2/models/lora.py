@@ -46,12 +46,19 @@ def enable(backbone, adapters: Mapping[AnyProjection, tuple[int, float]]) -> Non
         ValueError: before anything changes, if there are adapters already, or for a layer that
             is quantized in a mode that Keras does not train adapters on.
     """
-    check_apart(backbone)
     if adapted_projections(backbone):
         raise ValueError(
             "LoRA is enabled already. `merge_lora()` makes the adapters part of the weights."
         )
-    check_trainable(adapters)
+    replace(backbone, adapters)
+
+
+def replace(backbone, adapters: Mapping[AnyProjection, tuple[int, float]]) -> None:
+    """As `enable`, in the place of the adapters that there are, which are given up."""
+    check_apart(backbone)
+    _check_trainable(adapters)
+    for layer in adapted_projections(backbone):
+        _remove_adapter(layer)
     backbone.trainable = True
     for layer in flatten_layers(backbone, include_self=False):
         layer.trainable = False
@@ -63,7 +70,7 @@ def enable(backbone, adapters: Mapping[AnyProjection, tuple[int, float]]) -> Non
     _remember(backbone)
 
 
-def check_trainable(layers) -> None:
+def _check_trainable(layers) -> None:
     for layer in layers:
         if layer.quantization_mode not in LORA_MODES:
             raise ValueError(
@@ -99,14 +106,6 @@ def merge(backbone) -> None:
             _remove_adapter(layer)
     finally:  # after an error outputs are the same, and the rest can still be merged
         _remember(backbone)
-    backbone.trainable = True
-
-
-def remove(backbone) -> None:
-    """Gives the adapters up, and leaves the weights that they adapted."""
-    for layer in adapted_projections(backbone):
-        _remove_adapter(layer)
-    _remember(backbone)
     backbone.trainable = True
 
 

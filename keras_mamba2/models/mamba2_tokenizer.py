@@ -16,6 +16,7 @@ from keras_mamba2._compat.keras_hub_preprocessing import preprocessing_function
 from keras_mamba2._compat.keras_hub_preprocessing import restore_outer_shape
 from keras_mamba2._compat.keras_hub_preprocessing import update_special_token_ids
 from keras_mamba2._compat.keras_hub_preprocessing import uses_tensorflow
+from keras_mamba2._compat.keras_hub_presets import load_tokenizer
 from keras_mamba2.arguments import STRING
 from keras_mamba2.arguments import Kind
 from keras_mamba2.arguments import check_keywords
@@ -27,6 +28,7 @@ from keras_mamba2.arguments import several
 from keras_mamba2.arguments import shown
 from keras_mamba2.chat import ChatTemplate
 from keras_mamba2.conversion import open_preset
+from keras_mamba2.preset_files import BACKBONE_NAMES
 from keras_mamba2.saving import TOKENIZER_FILES
 from keras_mamba2.saving import AtomicPreset
 
@@ -134,7 +136,8 @@ class Mamba2Tokenizer(AtomicPreset, keras_hub.tokenizers.Tokenizer):
         loader, preset = open_preset(preset, weights=False)
         if loader is not None:
             return loader.load_tokenizer(cls, **kwargs)
-        return super().from_preset(preset, **kwargs)
+        backbones = tuple(map(keras.saving.get_registered_object, BACKBONE_NAMES))
+        return load_tokenizer(cls, backbones, preset, **kwargs)
 
     def set_vocabulary_and_merges(
         self, vocabulary: Mapping[str, int] | str, merges: Sequence[str] | str
@@ -172,6 +175,10 @@ class Mamba2Tokenizer(AtomicPreset, keras_hub.tokenizers.Tokenizer):
         """The ids of the tokens that are marked as no text, such as those between messages."""
         added = self.engine.get_added_tokens_decoder()
         return [id for id, token in added.items() if token.special]
+
+    @property
+    def has_vocabulary(self) -> bool:
+        return self._engine is not None
 
     @property
     def num_ids(self) -> int:

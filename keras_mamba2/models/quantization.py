@@ -1,6 +1,7 @@
 """What `quantize` needs to know of a backbone, beside what Keras does."""
 
 from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -8,6 +9,8 @@ from keras.dtype_policies import DTypePolicyMap
 
 from keras_mamba2._compat.keras_layers import flatten_layers
 from keras_mamba2._compat.keras_layers import is_chosen
+from keras_mamba2._compat.keras_layers import stored_embeddings
+from keras_mamba2._compat.keras_layers import stored_kernel
 from keras_mamba2.arguments import instance
 from keras_mamba2.arguments import optional
 from keras_mamba2.arguments import shown
@@ -15,6 +18,7 @@ from keras_mamba2.layers.experts_projection import AnyProjection
 from keras_mamba2.layers.projection import CALIBRATED_MODES
 from keras_mamba2.layers.projection import Projection
 from keras_mamba2.layers.reversible_embedding import ReversibleEmbedding
+from keras_mamba2.models.layout import check_layout
 from keras_mamba2.models.lora import projections
 from keras_mamba2.models.stacked_blocks import check_apart
 
@@ -52,7 +56,8 @@ def checked_filters(model, config, filters) -> Callable[[keras.layers.Layer], bo
     def is_in(layer) -> bool:
         return isinstance(layer, AnyProjection | ReversibleEmbedding) and is_chosen(layer, filters)
 
-    for layer in filter(is_in, flatten_layers(model)):
+    chosen = list(filter(is_in, flatten_layers(model)))
+    for layer in chosen:
         if layer.quantization_mode is not None:
             raise ValueError(
                 f"Layer {layer.path!r} is already quantized with mode={layer.quantization_mode!r}. "
@@ -61,7 +66,33 @@ def checked_filters(model, config, filters) -> Callable[[keras.layers.Layer], bo
             )
         if isinstance(layer, Projection):
             layer.check_mode(config.mode)
+    if config.mode in ("int8", "int4"):
+        check_layout(dict(part for layer in chosen for part in _rounded_axes(layer, config.mode)))
     return is_in
+
+
+def _rounded_axes(layer, mode: str) -> Iterator[tuple[str, dict[str, int]]]:
+    """The variables of a layer, and their axes as they are in `mode`, for `check_layout`."""
+
+    def halved(size: int) -> int:
+        return size if mode == "int8" else -(-size // 2)
+
+    if isinstance(layer, ReversibleEmbedding):
+        vocabulary, hidden = layer.input_dim, halved(layer.output_dim)
+        path = stored_embeddings(layer).path
+        yield path, {"vocabulary_size": vocabulary, "packed hidden_dim": hidden}
+        if not layer.tie_weights:
+            axes = {"packed hidden_dim": hidden, "vocabulary_size": vocabulary}
+            yield layer.reverse_embeddings.path, axes
+        return
+    kernel = stored_kernel(layer) if isinstance(layer, Projection) else layer.kernel
+    *experts, rows, columns = kernel.shape
+    axes = {"inputs": rows, "packed outputs": halved(columns)}
+    if experts:
+        axes = {"num_experts": experts[0], **axes}
+    elif mode == "int8":
+        axes = {"outputs": columns, "inputs": rows}
+    yield kernel.path, axes
 
 
 def layer_structure(backbone, mode: str) -> dict[str, Any] | None:

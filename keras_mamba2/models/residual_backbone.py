@@ -10,6 +10,7 @@ import keras
 import keras_hub
 from keras import ops
 
+from keras_mamba2._compat.keras_hub_presets import load_backbone
 from keras_mamba2.arguments import BOOLEAN
 from keras_mamba2.arguments import OF_KERAS
 from keras_mamba2.arguments import RATE
@@ -292,7 +293,7 @@ class ResidualBackbone(
                     "`from_preset` of that class."
                 )
             return loader.load_backbone(cls, load_weights, **kwargs)
-        load = functools.partial(super().from_preset, preset)
+        load = functools.partial(load_backbone, cls, preset)
         return load_preset(load, preset, load_weights, kwargs)
 
     @classmethod

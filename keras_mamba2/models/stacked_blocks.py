@@ -181,4 +181,5 @@ def _check(blocks: Sequence[ResidualBlock]) -> None:
 
 def _described(block: ResidualBlock) -> tuple[Any, ...]:
     config = {k: v for k, v in block.get_config().items() if k != "name"}
-    return type(block), config, [(v.shape, v.dtype) for v in block.variables]
+    adapters = [(layer.lora_rank, layer.lora_alpha) for layer in block.projections]
+    return type(block), config, adapters, [(v.shape, v.dtype) for v in block.variables]

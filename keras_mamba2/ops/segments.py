@@ -3,6 +3,7 @@
 from typing import Any
 from typing import NamedTuple
 
+import keras
 from keras import ops
 
 
@@ -22,9 +23,9 @@ def document_segments(segment_ids, mask=None):
         segment_ids: int tensor `(b t)`, whose values at padding do not matter.
         mask: optional boolean tensor `(b t)`, true at real tokens.
     """
-    changed = segment_ids[:, 1:] != segment_ids[:, :-1]
     if mask is None:
-        return ops.pad(ops.cumsum(ops.cast(changed, "int32"), axis=1), [(0, 0), (1, 0)])
+        return runs(segment_ids)
+    changed = segment_ids[:, 1:] != segment_ids[:, :-1]
     changed = ops.pad(ops.logical_or(changed, ops.logical_not(mask[:, :-1])), [(0, 0), (1, 0)])
     seen = ops.cumsum(ops.cast(mask, "int32"), axis=1)
     begins = ops.logical_and(ops.logical_and(changed, mask), seen > 1)
@@ -55,11 +56,9 @@ def documents_of(x, mask=None, segment_ids=None, length=None) -> Documents:
     real = ops.ones((b, t), "int32") if mask is None else ops.cast(mask, "int32")
     segments = ops.zeros((b, t), "int32") if segment_ids is None else segment_ids
     before = ops.cumsum(real, axis=1) - real
-    begins = ops.pad(segments[:, 1:] != segments[:, :-1], [(0, 0), (1, 0)])
-    start = ops.where(begins, before, 0)  # of the document, counted in tokens
-    start = ops.associative_scan(ops.maximum, start, axis=1)
     continues = segments == segments[:, :1]
     last = ops.cast(segments == segments[:, -1:], "int32") * real
+    start = 0 if segment_ids is None else _starts(segments, before)
     return Documents(
         positions=before - start + ops.where(continues, length[:, None], 0),
         continues=continues,
@@ -67,3 +66,13 @@ def documents_of(x, mask=None, segment_ids=None, length=None) -> Documents:
         first=ops.cast(ops.argmax(last, axis=1), "int32"),
         new=ops.sum(last, axis=1),
     )
+
+
+def _starts(segments, before):
+    """How many tokens of the row are before each position's document, `(b t)`."""
+    if keras.config.backend() == "jax":
+        begins = ops.pad(segments[:, 1:] != segments[:, :-1], [(0, 0), (1, 0)])
+        return ops.associative_scan(ops.maximum, ops.where(begins, before, 0), axis=1)
+    # Keras' scan has no static rank in a graph of TensorFlow, and leaves the GPU of torch.
+    same = segments[:, :, None] == segments[:, None, :]
+    return ops.min(ops.where(same, before[:, None], ops.max(before)), axis=2)

@@ -22,15 +22,13 @@ def platform_of(manifest: Manifest, folder: pathlib.Path) -> str:
             f"of the calling convention of `jax.export`. JAX {jax.__version__} reads {oldest} to "
             f"{newest}. {COMPATIBILITY}"
         )
-    backend = jax.default_backend()
-    names = ("cuda", "rocm") if backend == "gpu" else (backend,)
-    found = [name for name in names if name in manifest.platforms]
-    if not found:
+    platform = export.default_export_platform()
+    if platform not in manifest.platforms:
         raise ValueError(
-            f"{folder} has programs for {', '.join(manifest.platforms)}, and JAX runs on {backend} "
-            "here. Export them for it, or set JAX_PLATFORMS."
+            f"{folder} has programs for {', '.join(manifest.platforms)}, and JAX runs on "
+            f"{platform} here. Export them for it, or set JAX_PLATFORMS."
         )
-    return found[0]
+    return platform
 
 
 def read_weights(manifest: Manifest, folder: pathlib.Path) -> list[Any]:

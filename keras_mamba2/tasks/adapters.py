@@ -24,14 +24,13 @@ class Adapters:
 
         Raises:
             ValueError: before anything changes, for an adapter of another kind than LoRA, with
-                weights that have no place in the model, or of another architecture or size.
+                weights that have no place in the model, or of another architecture or size, and
+                for stacked blocks.
         """
         adapters = read_peft_adapter(
             lora.projections(self.backbone), self.backbone.get_config(), preset
         )
-        lora.check_trainable(adapters)
-        lora.remove(self.backbone)
-        lora.enable(self.backbone, {layer: (a.rank, a.alpha) for layer, a in adapters.items()})
+        lora.replace(self.backbone, {layer: (a.rank, a.alpha) for layer, a in adapters.items()})
         for layer, adapter in adapters.items():
             adapter.assign_to(layer)
         # Compiled programs contain the scale of the former adapters.

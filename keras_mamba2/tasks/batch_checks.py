@@ -110,8 +110,12 @@ def check_labels(
 
 
 def _takes_class_numbers(loss) -> bool:
+    while isinstance(loss, (list, tuple)) and len(loss) == 1:
+        [loss] = loss
+    if isinstance(loss, (str, type)):
+        loss = keras.losses.get(loss)
     return isinstance(loss, keras.losses.SparseCategoricalCrossentropy) or (
-        loss == "sparse_categorical_crossentropy"
+        loss is keras.losses.sparse_categorical_crossentropy
     )
 
 
@@ -136,10 +140,19 @@ def check_texts_alone(y, sample_weight) -> None:
         )
 
 
+def parts_of(x) -> tuple:
+    """The arrays of a dict, or the segments of a tuple; anything else is one part."""
+    return tuple(x.values()) if isinstance(x, Mapping) else x if isinstance(x, tuple) else (x,)
+
+
 def check_samples(x) -> None:
     """Refuses what is no list or array of samples, or has none."""
-    parts = tuple(x.values()) if isinstance(x, Mapping) else x if isinstance(x, tuple) else (x,)
-    for part in parts or (x,):
+    if isinstance(x, keras.utils.PyDataset):  # whose batches would all be read
+        raise ValueError(
+            "Data are a list, arrays, or a dataset of `tf.data` or `grain`; windows of one long "
+            f"text are for `keras_mamba2.training.StatefulTraining`. Received: {type(x).__name__}"
+        )
+    for part in parts_of(x) or (x,):
         if not hasattr(part, "__len__") or isinstance(part, (str, bytes)) or not np.shape(part):
             raise ValueError(f"Samples must be a list or an array. Received: x={shown(x)}")
         if not len(part):

@@ -14,6 +14,7 @@ from keras_mamba2.atomic_files import atomic_folder
 from keras_mamba2.conversion.export import StoredWeight
 from keras_mamba2.conversion.export import write_safetensors
 from keras_mamba2.conversion.names import Weight
+from keras_mamba2.devices import undistributed
 from keras_mamba2.generation import FilterSampler
 from keras_mamba2.generation import picks_tokens
 from keras_mamba2.generation import row_parameters
@@ -88,7 +89,8 @@ class ProgramExport:
         manifest = self._manifest(
             tuple(dict.fromkeys(platforms)), tuple(sorted(set(batch_sizes))), weights
         )
-        with atomic_folder(folder) as temporary:
+        # Programs run where the devices of a distribution are not.
+        with undistributed(), atomic_folder(folder) as temporary:
             self._write_programs(temporary, manifest)
             if weights == "beside":
                 variables = self.weights

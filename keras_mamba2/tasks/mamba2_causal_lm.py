@@ -37,8 +37,8 @@ from keras_mamba2.saving import AtomicPreset
 from keras_mamba2.saving import AtomicSave
 from keras_mamba2.tasks.adapters import Adapters
 from keras_mamba2.tasks.chatting import Chatting
+from keras_mamba2.tasks.compile_config import compile_config
 from keras_mamba2.tasks.compile_config import compile_from_config
-from keras_mamba2.tasks.compile_config import with_optimizer_built
 from keras_mamba2.tasks.exporting import ProgramExport
 from keras_mamba2.tasks.mamba2_causal_lm_preprocessor import Mamba2CausalLMPreprocessor
 from keras_mamba2.tasks.push_to_hub import PushToHub
@@ -159,6 +159,8 @@ class Mamba2CausalLM(
 
         def complete(lm):
             set_kept_dtypes(lm.backbone, **kept)
+            if options and lm.preprocessor is None:
+                raise ValueError(f"{preset} has no preprocessor to set {', '.join(options)} on.")
             for name, value in options.items():
                 setattr(lm.preprocessor, name, value)
             if stacked:
@@ -303,10 +305,11 @@ class Mamba2CausalLM(
     @property
     def num_tokens(self) -> int:  # type: ignore[override]
         """Ids below it may be generated: model and tokenizer, if there is one, have them."""
-        num_tokens = self.backbone.unpadded_vocabulary_size
-        if self.preprocessor is None:
-            return num_tokens
-        return min(num_tokens, self.preprocessor.tokenizer.num_ids)
+        # A tokenizer made from a configuration has no vocabulary before its files are loaded.
+        if self.preprocessor is None or not self.preprocessor.tokenizer.has_vocabulary:
+            return self.backbone.unpadded_vocabulary_size
+        # It knows best: tokens may have been added, in rows that were padding.
+        return min(self.backbone.vocabulary_size, self.preprocessor.tokenizer.num_ids)
 
     def compile(
         self,
@@ -337,14 +340,15 @@ class Mamba2CausalLM(
         is_auto = isinstance(sampler, str) and sampler == "auto"
         sampler = sampler_of("top_k" if is_auto else sampler)
         check_speculation(speculation, sampler, self)
-        self.has_own_sampler = not is_auto
-        self.speculation = speculation
         if compilation_cache is not None:
             use_compilation_cache(compilation_cache)
         super().compile(*args, sampler=sampler, **kwargs)
+        self.has_own_sampler = not is_auto
+        self.speculation = speculation
 
     def get_compile_config(self) -> dict:
-        return with_optimizer_built(super().get_compile_config(), self)
+        sampler = {"sampler": self.sampler} if self.has_own_sampler else {}
+        return compile_config(super().get_compile_config(), self, **sampler)
 
     def compile_from_config(self, config: dict) -> None:
         compile_from_config(self, config)

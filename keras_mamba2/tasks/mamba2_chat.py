@@ -1,6 +1,8 @@
 import copy
 import json
+import weakref
 from collections.abc import Callable
+from collections.abc import Generator
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -76,6 +78,7 @@ class Mamba2Chat:
         self.usage: ChatUsage | None = None
         self._messages = checked_messages(messages) if len(messages) else []
         self._known = KnownPrefixes(KEPT_STATES)
+        self._running: Callable[[], Generator[str] | None] = lambda: None
         ChatOptions.checked(lm, **options)
 
     @property
@@ -99,17 +102,28 @@ class Mamba2Chat:
     ) -> Iterator[str]:
         """As `send`, piece by piece. Left early, the reply is what was given of it.
 
+        It ends, if it is still open, where the next turn begins or the last is taken back.
+
         Raises:
             ValueError: as `Mamba2CausalLM.chat`, before the first piece is asked for. The
                 conversation then stays as it was.
         """
         checked = ChatOptions.checked(self.lm, **{**self.options, **options})
+        self._close()
         messages = self._with(message)
         prompt, known, cached = self._read(messages, checked)
         streams = self.lm.stream_reply(
             prompt[len(known.token_ids) :], checked, known.token_ids, known.state
         )
-        return self._collect(messages, prompt, cached, streams)
+        pieces = self._collect(messages, prompt, cached, streams)
+        self._running = weakref.ref(pieces)  # so that it ends with its last reference
+        return pieces
+
+    def _close(self) -> None:
+        """Ends a reply that was left open: what it showed is said."""
+        running = self._running()
+        if running is not None:
+            running.close()
 
     def _with(self, message) -> list[dict[str, Any]]:
         """The conversation with what is new."""
@@ -152,19 +166,19 @@ class Mamba2Chat:
         prompt: np.ndarray,
         cached: int,
         streams: TextStreams,
-    ) -> Iterator[str]:
-        text, is_whole = "", False
+    ) -> Generator[str]:
+        text, is_over = "", False
         try:
             for [piece] in streams:
                 text += piece
                 yield piece
-            # Behind a stop string, the loop is ahead of the text.
-            is_whole = not streams.streams[0].stopped
+            is_over = True
         finally:
             [new] = streams.decoding.tokens()
-            if is_whole:
+            # Behind a stop string, the loop is ahead of the text.
+            if is_over and not streams.streams[0].stopped:
                 self._known.add(np.concatenate([prompt, new]), streams.decoding.rows.state)
-            if is_whole or text:
+            if is_over or text:
                 self._messages = [*messages, {"role": "assistant", "content": text}]
             self.usage = ChatUsage(len(prompt), cached, len(new))
 
@@ -177,6 +191,7 @@ class Mamba2Chat:
         Raises:
             ValueError: if the user has not said anything yet.
         """
+        self._close()
         users = [i for i, message in enumerate(self._messages) if message["role"] == "user"]
         if not users:
             raise ValueError("There is no turn to take back: the user has not said anything.")

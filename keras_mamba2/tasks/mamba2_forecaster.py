@@ -1,3 +1,4 @@
+import math
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -7,7 +8,9 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_mamba2._compat.keras_training import evaluates_within_fit
 from keras_mamba2.arguments import SIZE
+from keras_mamba2.arguments import check_elements
 from keras_mamba2.arguments import check_keywords
 from keras_mamba2.arguments import check_numeric
 from keras_mamba2.arguments import integer
@@ -22,8 +25,10 @@ from keras_mamba2.saving import AtomicPreset
 from keras_mamba2.saving import AtomicSave
 from keras_mamba2.tasks.batch_checks import check_samples
 from keras_mamba2.tasks.batch_checks import check_weights
+from keras_mamba2.tasks.batch_checks import parts_of
+from keras_mamba2.tasks.datasets import check_batches_of
+from keras_mamba2.tasks.datasets import is_dataset
 from keras_mamba2.tasks.model_preset import ModelPreset
-from keras_mamba2.tasks.packing import is_dataset
 from keras_mamba2.training.kept_weights import KeptWeights
 
 
@@ -194,35 +199,41 @@ class Mamba2Forecaster(AtomicPreset, AtomicSave, KeptWeights, ModelPreset, keras
             )
         return values, mask
 
-    def fit(self, x=None, y=None, *args, **kwargs):
-        self._check_arrays(x)
-        self._check_targets(x, y, kwargs.get("sample_weight"))
-        return super().fit(x, y, *args, **kwargs)
+    def fit(self, x=None, y=None, batch_size: int | None = None, *args, **kwargs):
+        validation_data = kwargs.get("validation_data")
+        if isinstance(validation_data, tuple):
+            rows = keras.utils.unpack_x_y_sample_weight(validation_data)
+            rows = self._checked(*rows, kwargs.get("validation_batch_size") or batch_size)
+            kwargs["validation_data"] = keras.utils.pack_x_y_sample_weight(*rows)
+        x, y, _ = self._checked(x, y, kwargs.get("sample_weight"), batch_size)
+        return super().fit(x, y, batch_size, *args, **kwargs)
 
-    def evaluate(self, x=None, y=None, *args, **kwargs):
-        self._check_arrays(x)
-        self._check_targets(x, y, kwargs.get("sample_weight"))
-        return super().evaluate(x, y, *args, **kwargs)
+    def evaluate(self, x=None, y=None, batch_size: int | None = None, *args, **kwargs):
+        if not evaluates_within_fit(kwargs):  # else `fit` has checked them
+            x, y, _ = self._checked(x, y, kwargs.get("sample_weight"), batch_size)
+        return super().evaluate(x, y, batch_size, *args, **kwargs)
 
-    def predict(self, x=None, *args, **kwargs):
-        self._check_arrays(x)
-        return super().predict(x, *args, **kwargs)
+    def predict(self, x=None, batch_size: int | None = None, *args, **kwargs):
+        return super().predict(self._checked_inputs(x, batch_size), batch_size, *args, **kwargs)
 
-    @staticmethod
-    def _check_targets(x, y, sample_weight) -> None:
+    def _checked(self, x, y, sample_weight, batch_size: int | None):
+        """The data, whole numbers as floats, for which JAX has more room. Looks at arrays only."""
+        x = self._checked_inputs(x, batch_size)
         if y is None and isinstance(x, (np.ndarray, dict)):
             raise ValueError("Targets are missing. Received: y=None")
         if sample_weight is not None:
             check_weights(ops.convert_to_numpy(sample_weight))
+        return x, _as_floats("Targets", y), sample_weight
 
-    def _check_arrays(self, x) -> None:
-        """Raises for a row that lacks all values of a feature to forecast. Looks at arrays only."""
+    def _checked_inputs(self, x, batch_size: int | None):
+        """Raises for a row that lacks all values of a feature to forecast."""
         if not _gives_batches(x):
             check_samples(x)
-        if not all(isinstance(a, np.ndarray) for a in (x.values() if isinstance(x, dict) else [x])):
-            return
+            check_batches_of(x, batch_size)
+        if not all(isinstance(part, np.ndarray) for part in parts_of(x)):
+            return x
         values, mask = self._values_and_mask(x)
-        check_numeric("Values", values)
+        values = _as_floats("Values", values)
         observed = np.isfinite(values) & (True if mask is None else mask.astype(bool))
         missing = np.argwhere(~observed[:, :, self.output_features].any(axis=1))
         if len(missing):
@@ -232,6 +243,7 @@ class Mamba2Forecaster(AtomicPreset, AtomicSave, KeptWeights, ModelPreset, keras
                 f"is nothing to forecast it from. Leave out such rows: there are "
                 f"{len(np.unique(missing[:, 0]))} in {len(values)}."
             )
+        return {**x, "values": values} if isinstance(x, dict) else values
 
     def quantize(self, mode: str | None = None, config=None, filters=None, **kwargs) -> None:
         """Quantizes the projections of the blocks, as `Mamba2CausalLM.quantize`.
@@ -249,20 +261,22 @@ class Mamba2Forecaster(AtomicPreset, AtomicSave, KeptWeights, ModelPreset, keras
         quantization.remember_policies(self)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        return super().compute_loss(x, self._filled(y, y_pred), y_pred, sample_weight, training)
+        y, y_pred = self._known(y, y_pred)
+        return super().compute_loss(x, y, y_pred, sample_weight, training)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
-        return super().compute_metrics(x, self._filled(y, y_pred), y_pred, sample_weight)
+        return super().compute_metrics(x, *self._known(y, y_pred), sample_weight)
 
-    def _filled(self, y, y_pred):
-        """The targets, with the forecasts, as constants, where values are missing."""
+    def _known(self, y, y_pred):
+        """Targets and forecasts, both the forecasts as constants where targets are missing."""
         if tuple(y.shape[1:]) != tuple(y_pred.shape[1:]):  # or they would be broadcast
             raise ValueError(
                 "Targets must have shape (b horizon o), as the outputs, "
                 f"{tuple(y_pred.shape)}. Received: shape={tuple(y.shape)}"
             )
-        y = ops.cast(y, y_pred.dtype)
-        return ops.where(ops.isfinite(y), y, ops.stop_gradient(y_pred))
+        y, constant = ops.cast(y, y_pred.dtype), ops.stop_gradient(y_pred)
+        is_known = ops.isfinite(y)
+        return ops.where(is_known, y, constant), ops.where(is_known, y_pred, constant)
 
     def get_config(self):
         config = super().get_config()
@@ -285,6 +299,18 @@ def _gives_batches(x) -> bool:
     """
     is_read = is_dataset(x) or isinstance(x, (keras.utils.PyDataset, Iterable))
     return is_read and not isinstance(x, (Sequence, Mapping)) and not hasattr(x, "shape")
+
+
+def _as_floats(what: str, array):
+    """An array of numbers that Keras keeps: those beyond float32 would be others, or infinite."""
+    if not isinstance(array, np.ndarray):
+        return array
+    check_numeric(what, array)
+    with np.errstate(over="ignore"):
+        floats = array.astype("float32")
+    too_large = np.isfinite(array) & ~np.isfinite(floats)
+    check_elements(array, ~too_large, f"{what} must be below {np.finfo('float32').max:.2g}.")
+    return array if array.dtype.kind == "f" else floats
 
 
 def _indices(output_features, num_features: int) -> tuple[int, ...]:
@@ -314,10 +340,18 @@ def _standardize(values, observed):
     """
     count = ops.sum(ops.cast(observed, values.dtype), axis=1, keepdims=True)
     count = ops.maximum(count, 1)
-    mean = ops.sum(values, axis=1, keepdims=True) / count
-    centered = ops.where(observed, values - mean, ops.zeros_like(values))
+    # First to between 0 and 1, so that sums of large values, or of large squares, lose nothing. The
+    # result depends neither on `least` nor on `unit`, so they need no gradient.
+    least = ops.min(ops.where(observed, values, math.inf), axis=1, keepdims=True)
+    least = ops.stop_gradient(ops.where(ops.isfinite(least), least, 0.0))
+    shifted = ops.where(observed, values - least, 0.0)
+    unit = ops.stop_gradient(ops.max(shifted, axis=1, keepdims=True))
+    varies = unit > 0
+    unit = ops.where(varies, unit, 1.0)
+    shifted = shifted / unit
+    mean = ops.sum(shifted, axis=1, keepdims=True) / count
+    centered = ops.where(observed, shifted - mean, 0.0)
     variance = ops.sum(ops.square(centered), axis=1, keepdims=True) / count
-    varies = variance > 0
     # Ones before the root and the division: the derivatives of both are infinite at 0.
-    scale = ops.sqrt(ops.where(varies, variance, ops.ones_like(variance)))
-    return centered / scale, mean, ops.where(varies, scale, ops.zeros_like(scale))
+    scale = ops.sqrt(ops.where(varies, variance, 1.0))
+    return centered / scale, least + mean * unit, ops.where(varies, scale * unit, 0.0)

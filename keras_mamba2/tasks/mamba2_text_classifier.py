@@ -31,10 +31,12 @@ from keras_mamba2.tasks.batch_checks import check_labels
 from keras_mamba2.tasks.batch_checks import check_rows
 from keras_mamba2.tasks.batch_checks import check_samples
 from keras_mamba2.tasks.batch_checks import check_weights
+from keras_mamba2.tasks.compile_config import compile_config
 from keras_mamba2.tasks.compile_config import compile_from_config
-from keras_mamba2.tasks.compile_config import with_optimizer_built
+from keras_mamba2.tasks.datasets import arguments_of_fit
+from keras_mamba2.tasks.datasets import check_batches_of
+from keras_mamba2.tasks.datasets import is_dataset
 from keras_mamba2.tasks.mamba2_text_classifier_preprocessor import Mamba2TextClassifierPreprocessor
-from keras_mamba2.tasks.packing import is_dataset
 from keras_mamba2.tasks.push_to_hub import PushToHub
 from keras_mamba2.training.kept_weights import KeptWeights
 
@@ -198,19 +200,51 @@ class Mamba2TextClassifier(
         check_batch(self._check_batch, x["token_ids"], x["padding_mask"], y, sample_weight)
         return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
 
-    def fit(self, x=None, y=None, batch_size=None, sample_weight=None, **kwargs):
+    def fit(
+        self,
+        x=None,
+        y=None,
+        batch_size: int | None = None,
+        sample_weight=None,
+        validation_data=None,
+        validation_split: float | None = None,
+        shuffle: bool = False,
+        validation_batch_size: int | None = None,
+        **kwargs,
+    ) -> keras.callbacks.History:
+        """As `keras_hub.models.TextClassifier.fit`.
+
+        Args:
+            x: texts, tuples of them, or rows that are preprocessed already; or a dataset.
+            y: labels.
+            batch_size: int, as there, like the following.
+            sample_weight: as there.
+            validation_data: as there.
+            validation_split: as there.
+            shuffle: bool, whether arrays and lists are read in another order in every epoch.
+            validation_batch_size: int, of `validation_data` that is no dataset. `None` for
+                `batch_size`.
+            **kwargs: as there.
+        """
         self._check_arrays(x, y, sample_weight, with_labels=True)
-        if isinstance(kwargs.get("validation_data"), tuple):
-            self._check_arrays(*kwargs["validation_data"])
-        return super().fit(x, y, batch_size, sample_weight, **kwargs)
+        if isinstance(validation_data, tuple):
+            validation_data = keras.utils.unpack_x_y_sample_weight(validation_data)
+            self._check_arrays(*validation_data, with_labels=True)
+        rows = x, y, sample_weight
+        arguments = arguments_of_fit(
+            rows, validation_data, batch_size, validation_split, shuffle, validation_batch_size
+        )
+        return super().fit(**arguments, **kwargs)
 
     def evaluate(self, x=None, y=None, batch_size=None, sample_weight=None, **kwargs):
         self._check_arrays(x, y, sample_weight, with_labels=True)
+        check_batches_of(x, batch_size)
         return super().evaluate(x, y, batch_size, sample_weight, **kwargs)
 
-    def predict(self, x=None, *args, **kwargs):
+    def predict(self, x=None, batch_size=None, **kwargs):
         self._check_arrays(x)
-        return super().predict(x, *args, **kwargs)
+        check_batches_of(x, batch_size)
+        return super().predict(x, batch_size, **kwargs)
 
     def _check_arrays(self, x, y=None, sample_weight=None, with_labels: bool = False) -> None:
         # All of them at once: KerasHub's pipeline would find the first wrong batch in `tf.data`,
@@ -243,7 +277,7 @@ class Mamba2TextClassifier(
         check_labels(labels, self.loss, self.num_classes)
 
     def get_compile_config(self) -> dict:
-        return with_optimizer_built(super().get_compile_config(), self)
+        return compile_config(super().get_compile_config(), self)
 
     def compile_from_config(self, config: dict) -> None:
         compile_from_config(self, config)

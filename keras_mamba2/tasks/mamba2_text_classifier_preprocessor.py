@@ -35,7 +35,8 @@ class Mamba2TextClassifierPreprocessor(
         **kwargs: see `keras.layers.Layer`.
 
     Call arguments:
-        x: a string, a batch of strings, or a tuple of batches of segments.
+        x: a string, a batch of strings, or a tuple of batches of segments. KerasHub takes a tuple
+            alone for `(x, y)`: with segments and no labels, pass `y=None` too.
         y: labels, passed through.
         sample_weight: passed through.
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import grain
 import keras
 import numpy as np
-from keras import tree
 
 from keras_mamba2.tasks.batch_checks import check_texts_alone
+from keras_mamba2.tasks.datasets import first_batch
 
 # How many documents of a dataset are packed together: enough to fill rows, few enough that the
 # first batch comes soon.
@@ -63,42 +63,6 @@ def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
         rows[row].append(i)
         bisect.insort(free, (left - lengths[i], row))
     return sorted(sorted(row) for row in rows)  # in the order of the documents
-
-
-def is_dataset(x) -> bool:
-    """Whether `x` is a `tf.data.Dataset` or a `grain` dataset."""
-    return hasattr(x, "element_spec") or isinstance(x, (grain.MapDataset, grain.IterDataset))
-
-
-def first_batch(dataset):
-    """The first element of a dataset, which must have one."""
-    first = next(iter(dataset), None)
-    if first is None:
-        raise ValueError("The dataset is empty.")
-    return first
-
-
-class _Rows:
-    """Arrays of equal length, in any structure, as a source of `grain`."""
-
-    def __init__(self, rows):
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(tree.flatten(self._rows)[0])
-
-    def __getitem__(self, index: int):
-        return tree.map_structure(lambda part: part[index], self._rows)
-
-
-def shuffled_dataset(x, y, sample_weight, batch_size: int | None) -> grain.MapDataset:
-    """Batches of texts or preprocessed rows, in another order each time it is repeated."""
-    if not isinstance(x, Mapping):
-        x = np.array(list(x), object)
-    rows = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
-    rows = _Rows(tree.map_structure(np.asarray, rows))
-    seed = int(np.random.randint(2**31))  # noqa: NPY002, what `set_random_seed` sets
-    return grain.MapDataset.source(rows).seed(seed).shuffle().batch(batch_size or 32)
 
 
 def packed_dataset(dataset, preprocessor: Callable):

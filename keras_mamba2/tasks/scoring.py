@@ -3,13 +3,13 @@ from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
 
-import keras
 from keras import ops
 
 from keras_mamba2.arguments import choice
 from keras_mamba2.arguments import integer
 from keras_mamba2.arguments import optional
 from keras_mamba2.generation import Generator
+from keras_mamba2.generation.decode import logprob
 from keras_mamba2.host.texts import is_one_text
 from keras_mamba2.host.texts import texts_of
 from keras_mamba2.models.residual_backbone import ResidualBackbone
@@ -81,7 +81,7 @@ class Scoring:
             target_ids: int tensor `(b t)`, needed for `"loss"`.
 
         Returns:
-            Logits `(b t v)`, or the loss of each target `(b t)`.
+            Logits `(b t v)`, or the loss of each target `(b t)`, in float32.
 
         Raises:
             ValueError: for an unknown mode, and for token ids and targets out of range. In a
@@ -101,4 +101,4 @@ class Scoring:
         logits = self.logits(x)
         if scoring_mode == "logits":
             return logits
-        return keras.losses.sparse_categorical_crossentropy(target_ids, logits, from_logits=True)
+        return -logprob(logits, target_ids)

@@ -35,8 +35,8 @@ from keras_mamba2.models import Mamba2State
 from keras_mamba2.models.residual_backbone import ResidualBackbone
 from keras_mamba2.state import STATE
 from keras_mamba2.state import files as state_files
+from keras_mamba2.tasks.datasets import batches
 from keras_mamba2.tasks.generation_options import GenerationOptions
-from keras_mamba2.tasks.prompts import batches
 
 
 class TextGeneration:
@@ -281,10 +281,15 @@ class TextGeneration:
                 JAX the weights need not be there yet: see `from_preset(on_built=...)`.
 
         Raises:
-            ValueError: for arguments out of range, and where tokens are proposed, which needs
-                weights, with `wait=False`.
+            ValueError: for arguments out of range, for a sampler that searches whole texts, and
+                where tokens are proposed, which needs weights, with `wait=False`.
         """
         BOOLEAN("wait", wait)
+        if not picks_tokens(self.sampler):
+            raise ValueError(
+                f"{type(self.sampler).__name__} searches with a loop of its own, which is compiled "
+                "for each length of prompt and text. Compile with a sampler that draws to warm up."
+            )
         if self.speculation is not None and not wait:
             raise ValueError("With `speculation` a warm-up needs weights. Received: wait=False")
         lengths = [prompt_lengths] if isinstance(prompt_lengths, int) else prompt_lengths

@@ -18,10 +18,11 @@ from keras_mamba2.tasks.batch_checks import check_samples
 from keras_mamba2.tasks.batch_checks import check_texts_alone
 from keras_mamba2.tasks.batch_checks import check_weights
 from keras_mamba2.tasks.batch_checks import real_positions
-from keras_mamba2.tasks.packing import first_batch
-from keras_mamba2.tasks.packing import is_dataset
+from keras_mamba2.tasks.datasets import arguments_of_fit
+from keras_mamba2.tasks.datasets import check_batches_of
+from keras_mamba2.tasks.datasets import first_batch
+from keras_mamba2.tasks.datasets import is_dataset
 from keras_mamba2.tasks.packing import packed_dataset
-from keras_mamba2.tasks.packing import shuffled_dataset
 
 
 class TrainingData:
@@ -41,6 +42,7 @@ class TrainingData:
         validation_data=None,
         validation_split: float | None = None,
         shuffle: bool = False,
+        validation_batch_size: int | None = None,
         **kwargs,
     ) -> keras.callbacks.History:
         """As `keras_hub.models.CausalLM.fit`; texts share rows if the preprocessor packs.
@@ -61,6 +63,8 @@ class TrainingData:
             shuffle: bool, whether arrays and lists are read in another order in every epoch. A
                 dataset keeps its own order. The orders depend on
                 `keras.utils.set_random_seed`; a restarted run begins with the first of them.
+            validation_batch_size: int, of `validation_data` that is no dataset. `None` for
+                `batch_size`.
             **kwargs: as there.
 
         Raises:
@@ -73,25 +77,20 @@ class TrainingData:
         if validation_data is not None:
             if not isinstance(validation_data, tuple):
                 validation_data = (validation_data,)
-            rows = self._prepared(*keras.utils.unpack_x_y_sample_weight(validation_data))
-            validation_data = keras.utils.pack_x_y_sample_weight(*rows)
-        x, y, sample_weight = self._prepared(x, y, sample_weight)
-        if shuffle and not is_dataset(x):
-            if validation_split:
-                raise ValueError(
-                    "`shuffle=True` does not go with `validation_split`. Pass `validation_data`."
-                )
-            x = shuffled_dataset(x, y, sample_weight, batch_size)
-            y = sample_weight = batch_size = None
-        return super().fit(
-            x, y, batch_size, sample_weight, validation_data, validation_split, **kwargs
+            rows = keras.utils.unpack_x_y_sample_weight(validation_data)
+            validation_data = self._prepared(*rows)
+        rows = self._prepared(x, y, sample_weight)
+        arguments = arguments_of_fit(
+            rows, validation_data, batch_size, validation_split, shuffle, validation_batch_size
         )
+        return super().fit(**arguments, **kwargs)
 
     def evaluate(self, x=None, y=None, batch_size: int | None = None, sample_weight=None, **kwargs):
         """As `keras_hub.models.CausalLM.evaluate`; inputs as in `fit`."""
         batch_size = optional(SIZE)("batch_size", batch_size)
         if not evaluates_within_fit(kwargs):  # else `fit` has prepared them
             x, y, sample_weight = self._prepared(x, y, sample_weight)
+            check_batches_of(x, batch_size)
         return super().evaluate(x, y, batch_size, sample_weight, **kwargs)
 
     def predict(self, x=None, batch_size: int | None = None, **kwargs):
@@ -99,7 +98,9 @@ class TrainingData:
         if isinstance(x, Mapping):
             x = standard_names(x)
             self._check_batch(*(ops.convert_to_numpy(x[name]) for name in NAMES[:2]))
-        return super().predict(x, optional(SIZE)("batch_size", batch_size), **kwargs)
+        batch_size = optional(SIZE)("batch_size", batch_size)
+        check_batches_of(x, batch_size)
+        return super().predict(x, batch_size, **kwargs)
 
     def preprocess_samples(self, x, y=None, sample_weight=None):
         if isinstance(x, Mapping):  # preprocessed already

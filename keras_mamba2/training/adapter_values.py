@@ -15,6 +15,7 @@ import numpy as np
 from keras_mamba2._compat.keras_layers import flatten_layers
 
 FILE = "adapters.npz"
+BITS = np.dtype("uint16")  # which no variable of Keras' layers has
 
 
 def write(model: keras.Model, folder: pathlib.Path) -> None:
@@ -26,7 +27,7 @@ def write(model: keras.Model, folder: pathlib.Path) -> None:
         for name, variable in variables.items():
             value = keras.ops.convert_to_numpy(variable)
             if variable.dtype == "bfloat16":  # files of NumPy have only its bits
-                value = value.view("uint16")
+                value = value.view(BITS)
             with file.open(f"{name}.npy", "w", force_zip64=True) as stream:
                 np.lib.format.write_array(stream, value, allow_pickle=False)
 
@@ -52,8 +53,9 @@ def assign(model: keras.Model, folder: pathlib.Path) -> None:
     """Assigns the values in the backup `folder`, of which `check` has found no fault."""
     variables = _variables(model)
     for name, value in _stored(folder / FILE):
-        is_bits = variables[name].dtype == "bfloat16"
-        variables[name].assign(value.view(ml_dtypes.bfloat16) if is_bits else value)
+        # By what was stored: a model may go on in another dtype.
+        value = value.view(ml_dtypes.bfloat16) if value.dtype == BITS else value
+        variables[name].assign(value)
 
 
 def _variables(model: keras.Model) -> dict[str, keras.Variable]:

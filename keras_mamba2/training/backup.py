@@ -9,6 +9,7 @@ from keras_mamba2._compat.keras_training import backup_paths
 from keras_mamba2.atomic_files import atomic_folder
 from keras_mamba2.atomic_files import clean_up_in
 from keras_mamba2.atomic_files import remove_folder
+from keras_mamba2.devices import undistributed
 from keras_mamba2.training import adapter_values
 
 
@@ -26,8 +27,9 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
     begins with new adapters. Enable LoRA as before, and then restore.
 
     If several processes train one model, the first one writes and all restore, from one folder
-    that all can read. When one process dies, the others stop with an error from JAX. Start all of
-    them again: they go on from the last backup.
+    that all can read. So each process must have all of the weights: cut between processes, they
+    are for `keras.callbacks.OrbaxCheckpoint`. When one process dies, the others stop with an error
+    from JAX. Start all of them again: they go on from the last backup.
 
     Args:
         backup_dir: path of a local folder, for this training alone. A backup of Keras' callback
@@ -43,6 +45,13 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
     """
 
     def on_train_begin(self, logs=None):
+        """As there.
+
+        Raises:
+            ValueError: for weights that are cut between processes, and a backup of a model with
+                other adapters.
+        """
+        _check_whole(self.model)
         backups = self._backups()
         while backups:
             folder = backups.pop()
@@ -67,15 +76,11 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         backups = self._backups()
         number = int(backups[-1].name) + 1 if backups else 1
         # Keras makes an optimizer while it saves: not on devices that all processes share.
-        distribution = keras.distribution.distribution()
-        keras.distribution.set_distribution(None)
-        try:
+        with undistributed():
             with atomic_folder(pathlib.Path(self.backup_dir) / f"{number:08}") as folder:
                 with backup_at(self, *self._files(folder)):
                     super()._save_model()
                 adapter_values.write(self.model, folder)
-        finally:
-            keras.distribution.set_distribution(distribution)
         for backup in backups[: -1 if self.double_checkpoint else None]:
             remove_folder(backup)
 
@@ -109,6 +114,20 @@ class SharedBackupAndRestore(BackupAndRestore):
             stacklevel=2,
         )
         super().__init__(*args, **kwargs)
+
+
+def _check_whole(model: keras.Model) -> None:
+    """Raises unless this process has all of each variable: the first one writes them."""
+    if keras.config.backend() != "jax":
+        return
+    for variable in model.variables:
+        value = variable.value
+        if not (value.is_fully_addressable or value.is_fully_replicated):
+            raise ValueError(
+                f"{variable.path!r} is cut between processes, and a backup is written by one that "
+                "has all of it. Cut weights between the devices of one process, or use "
+                "`keras.callbacks.OrbaxCheckpoint`."
+            )
 
 
 def _is_first_process() -> bool:

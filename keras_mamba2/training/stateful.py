@@ -171,7 +171,7 @@ class StatefulTraining(KeptWeights, keras.Model):
     def fit(self, x=None, *args, callbacks=None, **kwargs) -> keras.callbacks.History:
         """As `keras.Model.fit`, in order: `x` is not shuffled."""
         self._check_windows(x)
-        callbacks = [*(callbacks or ()), _ResetState(self)]
+        callbacks = [*tree.flatten(callbacks or []), _ResetState(self)]
         return super().fit(x, *args, callbacks=callbacks, **{**kwargs, "shuffle": False})
 
     def evaluate(self, x=None, *args, **kwargs):

@@ -13,6 +13,8 @@ from keras_mamba2.conversion import constructor_arguments
 from keras_mamba2.conversion import format_of
 from keras_mamba2.conversion import read_constructor_arguments
 from keras_mamba2.conversion import transformers_config
+from keras_mamba2.conversion.architectures.values import vocabulary
+from keras_mamba2.conversion.architectures.values import written_vocabulary
 
 # state-spaces/mamba2-130m
 ORIGINAL = {
@@ -102,6 +104,38 @@ def test_a_time_step_limit_that_is_no_pair(limit):
         constructor_arguments({**TRANSFORMERS, "time_step_limit": limit})
 
 
+def test_names_of_flash_linear_attention_are_read():
+    config = {**TRANSFORMERS, "norm_eps": 1e-6, "dt_limit": [0.001, 0.1]}
+    for key in ("layer_norm_epsilon", "time_step_limit"):
+        config.pop(key, None)
+    arguments = constructor_arguments(config)
+    assert arguments["layer_norm_epsilon"] == 1e-6
+    assert arguments["time_step_limit"] == (0.001, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("quantized", "message"),
+    [
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantized with bitsandbytes"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, r"are quantized \(`quantization`\)"),
+    ],
+)
+def test_quantized_weights_are_refused_before_they_are_fetched(tmp_path, quantized, message):
+    (tmp_path / "config.json").write_text(json.dumps({**TRANSFORMERS, **quantized}))
+    with pytest.raises(ValueError, match=f"config.json: .*{message}.*Take the repository"):
+        read_constructor_arguments(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**TRANSFORMERS, "quantization_config": None}))
+    read_constructor_arguments(tmp_path)
+
+
+def test_a_vocabulary_that_was_made_smaller_has_no_padding():
+    arguments = vocabulary({"vocab_size": 40, "unpadded_vocab_size": 50})
+    assert arguments == {"vocabulary_size": 40, "unpadded_vocabulary_size": 40}
+    assert written_vocabulary(arguments) == {"vocab_size": 40}
+    padded = {"vocabulary_size": 48, "unpadded_vocabulary_size": 41}
+    assert vocabulary(written_vocabulary(padded)) == padded
+
+
 def test_heads_tell_the_inner_size():
     arguments = constructor_arguments({**TRANSFORMERS, "num_heads": 18, "expand": 2})
     assert arguments["expansion"] == 1.5
@@ -127,6 +161,7 @@ def test_back_to_transformers_and_again(expansion):
     [
         ({"model_type": "llama", "hidden_size": 8}, "Unknown `model_type`. Expected: 'mamba2'"),
         ({"model_type": "mamba", "hidden_size": 8}, "is a Mamba-1 model.*model_type='mamba'"),
+        ({"model_type": "gpt2", "n_layer": 12, "n_embd": 768}, "Unknown `model_type`.*'gpt2'"),
         ({**ORIGINAL, "ssm_cfg": {}}, "is a Mamba-1 model"),
         ({**ORIGINAL, "ssm_cfg": {"layer": "Mamba1"}}, "is a Mamba-1 model"),
         ({**ORIGINAL, "attn_layer_idx": [99]}, "`attn_layer_idx` has 99, but n_layer="),

@@ -125,6 +125,35 @@ def test_tokens_of_the_configuration_are_added(tmp_path):
     assert ours.token_to_id("<new>") in ours.control_token_ids
 
 
+def test_a_token_of_the_vocabulary_is_one_where_the_configuration_names_it(tmp_path):
+    """Though `tokenizer.json` does not list it among those that are matched in texts."""
+    engine = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1, "<end>": 2}, []))
+    engine.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    ours = keras_mamba2.Mamba2Tokenizer(**tokenizer_arguments(tmp_path))
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert ours("ab<end>a").tolist() == theirs("ab<end>a")["input_ids"] == [0, 1, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("config", "added", "message"),
+    [
+        ({}, {"[PAD]": 2}, r"added tokens such as '\[PAD\]'"),
+        ({"added_tokens_decoder": {"2": {"content": "<im>"}}}, {}, "such as '<im>'"),
+        ({"tokenizer_class": "Qwen2TokenizerFast"}, {}, "tokenizer_class='Qwen2TokenizerFast'"),
+    ],
+)
+def test_a_vocabulary_that_does_not_tell_all_is_refused(tmp_path, config, added, message):
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1}')
+    (tmp_path / "merges.txt").write_text("")
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert tokenizer_arguments(tmp_path)["vocabulary"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    with pytest.raises(ValueError, match=f"{message}.*AutoTokenizer"):
+        tokenizer_arguments(tmp_path)
+
+
 def test_a_large_tokenizer_and_several_ends_of_a_text_are_read(tmp_path):
     """That of Nemotron 3 has 17 MB; Granite's and others' configurations may name several ids."""
     folder = family_tokenizers.save("granite", tmp_path)

@@ -12,12 +12,14 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
 import keras_mamba2
 from keras_mamba2 import preset_files
 from keras_mamba2._compat.keras_variables import has_value
 from keras_mamba2._compat.keras_variables import pending_initializations
+from keras_mamba2.conversion import describe
 from keras_mamba2.conversion import preset_loader
 from tests.conftest import SHARED_DATA
 from tests.conversion import checkpoints
@@ -143,6 +145,35 @@ def test_shards_come_with_their_index(model, hub, tmp_path):
     checkpoints.assert_same_weights(backbone, checkpoints.load(sharded))
 
 
+def test_shards_may_have_any_names(model, hub, tmp_path):
+    sharded = checkpoints.save_transformers(model, tmp_path / "sharded", max_shard_size="20KB")
+    files = {file.name: file.read_bytes() for file in sharded.iterdir()}
+    index = "model.safetensors.index.json"
+    renamed = {name: name.replace("model-", "ft-model-") for name in files}
+    for old, new in renamed.items():
+        files[index] = files[index].replace(old.encode(), new.encode())
+    files = {renamed[name] if name != index else name: data for name, data in files.items()}
+    files["model-00001-of-00009.safetensors"] = b"not to be read"
+    hub.repositories["user/renamed"] = files
+    backbone = keras_mamba2.Mamba2Backbone.from_preset("hf://user/renamed")
+    checkpoints.assert_same_weights(backbone, checkpoints.load(sharded))
+    names = {path.rsplit("/", 1)[1] for path in hub.downloads()}
+    assert {"config.json", index} < names
+    assert not any(name.startswith("model-") for name in names)
+
+
+def test_tokens_that_were_added_are_generated(folders, tmp_path, byte_tokenizer):
+    """In rows that were padding, of a vocabulary that says so no more."""
+    shutil.copytree(folders["original"], tmp_path / "more")
+    engine = tokenizers.Tokenizer.from_str(byte_tokenizer.engine.to_str())
+    engine.add_special_tokens(["<|im_end|>"])
+    engine.save(str(tmp_path / "more" / "tokenizer.json"))
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(tmp_path / "more")
+    assert (lm.backbone.unpadded_vocabulary_size, lm.num_tokens) == (257, 258)
+    bias = lm.logits(np.eye(1, lm.backbone.hidden_dim))[0]
+    assert bias[257] > -1e8 > bias[258]
+
+
 def test_all_four_classes(folders):
     folder = folders["transformers"]
     tokenizer = keras_mamba2.Mamba2Tokenizer.from_preset(folder)
@@ -164,12 +195,62 @@ def test_without_weights_only_the_architecture_is_needed(folders, tmp_path):
         keras_mamba2.Mamba2Backbone.from_preset(tmp_path)
 
 
-def test_keras_hub_finds_us_after_register(folders, monkeypatch):
+@pytest.fixture
+def registered(monkeypatch):
     for name, module in list(sys.modules.items()):  # to put it back afterwards
         if name.startswith("keras_hub.") and "get_preset_loader" in vars(module):
             monkeypatch.setattr(module, "get_preset_loader", module.get_preset_loader)
     keras_mamba2.register()
     keras_mamba2.register()
+
+
+def test_keras_hub_finds_named_presets_after_register(
+    registered, hub, folders, tmp_path, monkeypatch
+):
+    sources = {"weights": "hf://user/original", "tokenizer": "hf://user/transformers"}
+    (tmp_path / "sources.json").write_text(json.dumps(sources))
+    monkeypatch.setattr(preset_files, "named_presets", lambda: {"mamba2_named": tmp_path})
+    monkeypatch.setattr(preset_loader, "named_presets", preset_files.named_presets)
+    lm = keras_hub.models.CausalLM.from_preset("mamba2_named")
+    assert isinstance(lm, keras_mamba2.Mamba2CausalLM)
+
+
+def test_keras_hub_finds_saved_hybrids_after_register(registered, byte_tokenizer, tmp_path):
+    keras.utils.set_random_seed(0)
+    backbone = keras_mamba2.Mamba2HybridBackbone(
+        vocabulary_size=257,
+        hidden_dim=16,
+        blocks=["mamba2", "mlp"],
+        sublayers={"mamba2": {"state_dim": 8, "head_dim": 8}, "mlp": {"intermediate_dim": 24}},
+    )
+    preprocessor = keras_mamba2.Mamba2CausalLMPreprocessor(byte_tokenizer, sequence_length=17)
+    keras_mamba2.Mamba2CausalLM(backbone, preprocessor).save_to_preset(tmp_path / "hybrid")
+    for find in (keras_hub.models.CausalLM, keras_mamba2.Mamba2CausalLM):
+        lm = find.from_preset(str(tmp_path / "hybrid"))
+        assert isinstance(lm, keras_mamba2.Mamba2CausalLM)
+        assert lm.preprocessor.sequence_length == 17
+        assert all(map(np.array_equal, lm.get_weights(), backbone.get_weights()))
+    for find in (keras_hub.models.Backbone, keras_mamba2.Mamba2HybridBackbone):
+        found = find.from_preset(str(tmp_path / "hybrid"))
+        assert isinstance(found, keras_mamba2.Mamba2HybridBackbone)
+        assert all(map(np.array_equal, found.get_weights(), backbone.get_weights()))
+    for find in (keras_hub.tokenizers.Tokenizer, keras_mamba2.Mamba2Tokenizer):
+        tokenizer = find.from_preset(str(tmp_path / "hybrid"))
+        assert tokenizer("to be").tolist() == [*b"to be"]
+    find = keras_hub.models.CausalLMPreprocessor
+    assert find.from_preset(str(tmp_path / "hybrid")).sequence_length == 17
+    with pytest.raises(ValueError, match="call `from_preset` of that class"):
+        keras_mamba2.Mamba2Backbone.from_preset(tmp_path / "hybrid")
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64"])
+@pytest.mark.parametrize("name", ["keras", "transformers"])
+def test_a_tokenizer_has_the_dtype_that_is_asked_for(folders, name, dtype):
+    tokenizer = keras_mamba2.Mamba2Tokenizer.from_preset(folders[name], dtype=dtype)
+    assert tokenizer("to be").dtype == dtype
+
+
+def test_keras_hub_finds_us_after_register(registered, folders):
     lm = keras_hub.models.CausalLM.from_preset(str(folders["original"]))
     assert isinstance(lm, keras_mamba2.Mamba2CausalLM)
     lm.compile(sampler="greedy")
@@ -247,6 +328,30 @@ def test_the_preset_of_a_name_may_lie_on_a_hub(hub, folders, tmp_path, monkeypat
     assert backbone.vocabulary_size == 272
     assert not hub.asked
     assert generate("mamba2_named") == generate(folders["original"])
+
+
+def test_the_architecture_may_come_with_the_weights(hub, folders, tmp_path, monkeypatch):
+    folder = tmp_path / "named"
+    folder.mkdir()
+    sources = {"weights": "hf://user/original", "tokenizer": "hf://user/transformers"}
+    (folder / "sources.json").write_text(json.dumps(sources))
+    monkeypatch.setattr(preset_files, "named_presets", lambda: {"mamba2_named": folder})
+    assert describe("mamba2_named")["vocabulary"] == "257 tokens, 272 rows"
+    backbone = keras_mamba2.Mamba2Backbone.from_preset("mamba2_named", load_weights=False)
+    assert backbone.vocabulary_size == 272
+    assert {
+        path.rpartition("/")[2] for way, path in hub.asked if way == "GET" and "resolve" in path
+    } == {"config.json"}
+    assert generate("mamba2_named") == generate(folders["original"])
+
+
+@pytest.mark.parametrize("name", ["falcon_h1_3b", "zamba2_7b"])
+def test_a_preset_without_an_architecture_asks_its_repository(hub, name):
+    weights = preset_files.read_sources(preset_files.named_presets()[name] / "sources.json")[
+        "weights"
+    ]
+    with pytest.raises(ValueError, match=weights.removeprefix("hf://")):
+        keras_mamba2.Mamba2CausalLM.from_preset(name)
 
 
 def test_a_pinned_preset_is_loaded_from_its_commit(hub, folders, tmp_path, monkeypatch):

@@ -3,11 +3,13 @@
 import functools
 import inspect
 import json
+import shutil
 
 import jax
 import keras
 import numpy as np
 import pytest
+import torch
 import transformers
 
 import keras_mamba2
@@ -355,6 +357,52 @@ def test_weights_left_over_or_missing_are_listed(name, folder_of, tmp_path):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"extra.weight(.|\n)*{lost}"):
         keras_mamba2.Mamba2HybridBackbone.from_preset(tmp_path / "model")
+
+
+def test_a_file_may_hold_what_is_shared_again(tmp_path):
+    """As `torch.save` of a Zamba2 does, at each layer that shares it."""
+    model = hybrids.random_model("zamba, two blocks")
+    tensors = {name: value.clone() for name, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "plain")
+    (tmp_path / "copies").mkdir()
+    shutil.copy(tmp_path / "plain" / "config.json", tmp_path / "copies")
+    torch.save(tensors, tmp_path / "copies" / "pytorch_model.bin")
+    plain, copies = (
+        keras_mamba2.Mamba2HybridBackbone.from_preset(tmp_path / name)
+        for name in ("plain", "copies")
+    )
+    assert_same_weights(copies, plain)
+    shared = [name for name in tensors if ".shared_transformer.input_layernorm." in name]
+    assert len(shared) > 2
+    tensors[shared[-1]] += 1
+    torch.save(tensors, tmp_path / "copies" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=f"{shared[-1]} differs from .*, which the model shares"):
+        keras_mamba2.Mamba2HybridBackbone.from_preset(tmp_path / "copies")
+
+
+def test_whole_multipliers_of_falcon_are_floats_in_the_file():
+    """transformers takes no int for them."""
+    for option, config in changed_models("falcon"):
+        config = json.loads(json.dumps(config))
+        for sublayer in (config, *config["sublayers"].values()):
+            for key in [key for key in sublayer if key.endswith("_multiplier")]:
+                sublayer[key] = 2
+        written = exported(config)
+        if isinstance(written, str):
+            continue
+        multipliers = {key: value for key, value in written.items() if "multiplier" in key}
+        assert len(multipliers) > 6, option
+        numbers = [n for v in multipliers.values() for n in (v if isinstance(v, list) else [v])]
+        assert all(isinstance(number, float) for number in numbers), option
+
+
+@pytest.mark.parametrize("kind", ["granite", "bamba"])
+def test_an_expansion_that_is_not_whole_is_warned_of(kind):
+    mixer = {"head_dim": 8, "expansion": 1.5}
+    attention = {**SMALL["sublayers"]["attention"], "rotary_dim": 4 if kind == "bamba" else 0}
+    sublayers = {**SMALL["sublayers"], "mamba2": mixer, "attention": attention}
+    with pytest.warns(UserWarning, match="expansion=1.5 is not a whole number"):
+        config_of(sublayers=sublayers)
 
 
 @cases

@@ -47,9 +47,12 @@ PUBLISHED_USED = {
     "granite_4.0_h_small": "9",
     "nemotron_3_nano_30b_a3b": "3.6",
 }
-FOLDERS = {
+ELSEWHERE = {
     name: folder for name, folder in named_presets().items() if (folder / "sources.json").is_file()
 }
+FOLDERS = {n: folder for n, folder in ELSEWHERE.items() if (folder / "config.json").is_file()}
+# Published in billions too, the architecture only with the weights.
+WITH_THE_WEIGHTS = {"falcon_h1_3b": "3", "zamba2_7b": "7.4"}
 BASES = [name for name in FOLDERS if name.startswith("granite") and name.endswith("_base")]
 
 
@@ -60,6 +63,7 @@ def rounded(count, published):
 
 def test_every_preset_with_published_weights_is_measured():
     assert {*PUBLISHED, *PUBLISHED_BILLIONS, *BASES} == set(FOLDERS)
+    assert set(WITH_THE_WEIGHTS) == set(ELSEWHERE) - set(FOLDERS)
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED, *PUBLISHED_BILLIONS])
@@ -105,9 +109,8 @@ def test_what_is_described_of_each_kind_is_how_often_it_is_there():
 
 def test_hybrids_are_presets_of_their_own_class_too():
     hybrids = keras_mamba2.Mamba2HybridBackbone.presets
-    assert set(hybrids) == {
-        name for name in FOLDERS if "blocks" in constructor_arguments(Preset(name).config)
-    }
+    of_blocks = {name for name in FOLDERS if "blocks" in constructor_arguments(Preset(name).config)}
+    assert set(hybrids) == of_blocks | set(WITH_THE_WEIGHTS)
     assert set(hybrids) < set(keras_mamba2.Mamba2CausalLM.presets)
 
 
@@ -131,3 +134,5 @@ def test_the_readme_lists_every_preset_with_its_size():
         count = read_json(FOLDERS[name] / "metadata.json")["params"]
         size = f"{count / 1e6:.0f}M" if count < 1e9 else f"{count / 1e9:#.3g}B"
         assert listed[name].split()[0] == size
+    for name, size in WITH_THE_WEIGHTS.items():
+        assert listed[name] == f"{size}B"

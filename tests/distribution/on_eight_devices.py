@@ -11,6 +11,7 @@ import functools
 import os
 import re
 import sys
+import tempfile
 
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
@@ -31,6 +32,7 @@ from keras.distribution import list_devices
 from keras_mamba2 import Mamba2Backbone
 from keras_mamba2 import Mamba2CausalLM
 from keras_mamba2 import Mamba2HybridBackbone
+from keras_mamba2 import load_programs
 from keras_mamba2.ops.ssd_jax import ssd
 from keras_mamba2.ops.ssd_sequence_parallel import ssd_sequence_parallel
 from tests import reference
@@ -300,6 +302,45 @@ def check_bad_meshes_are_refused():
     ):
         with model_parallel(*shape).scope(), pytest.raises(ValueError, match=message):
             make_lm(**changes)
+
+
+def check_what_devices_cannot_share_is_refused():
+    """Before anything has changed: the model goes on as it was."""
+    x, y = data()
+    with model_parallel(1, 8).scope():
+        lm = make_lm()
+        before = lm.get_weights()
+        with pytest.raises(ValueError, match="The 8 devices .* packed outputs=84.*in_proj/kernel"):
+            lm.quantize("int4")
+        assert lm.backbone.quantization_mode is None
+        for weight, other in zip(lm.get_weights(), before, strict=True):
+            np.testing.assert_array_equal(weight, other)
+        lm.quantize("int8")
+        lm.evaluate(x, y, batch_size=3, verbose=0)
+    with model_parallel(2, 4).scope():
+        lm = make_lm()
+        odd = {name: rows[:15] for name, rows in x.items()}
+        for use in (
+            lambda: lm.fit(odd, y[:15], batch_size=8, verbose=0),
+            lambda: lm.fit(x, y, batch_size=8, validation_data=(odd, y[:15]), verbose=0),
+            lambda: lm.evaluate(x, y, batch_size=3, verbose=0),
+            lambda: lm.predict(odd, verbose=0),
+        ):
+            with pytest.raises(ValueError, match="2 devices share the rows of a batch"):
+                use()
+
+
+def check_programs_for_one_device():
+    """What is exported in a distribution runs without it."""
+    x, _ = data()
+    prompts = {"token_ids": x["token_ids"][:2, :8], "padding_mask": np.ones((2, 8))}
+    with tempfile.TemporaryDirectory() as folder, model_parallel(2, 4).scope():
+        lm = make_lm()
+        expected = lm.generate(prompts, max_new_tokens=6, stop_token_ids=None)["token_ids"]
+        lm.export_programs(f"{folder}/programs", platforms=["cpu"], batch_sizes=[2])
+        programs = load_programs(f"{folder}/programs")
+        found = programs.generate(prompts, max_new_tokens=6, stop_token_ids=None)["token_ids"]
+        np.testing.assert_array_equal(found, expected)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ OF_MODELS = [
     "check_memory",
     "check_prefill_of_one_long_sequence",
     "check_hybrids",
+    "check_what_devices_cannot_share_is_refused",
+    "check_programs_for_one_device",
 ]
 
 

@@ -1,12 +1,13 @@
 """What generation gives on the backend of this process, and a step of training.
 
-`python -m tests.generation.on_backend FOLDER`
+`python -m tests.generation.on_backend KIND FOLDER`, of `pure` and `hybrid`
 """
 
 import json
 import sys
 import tempfile
 
+import keras
 import numpy as np
 
 import keras_mamba2
@@ -52,5 +53,31 @@ def results(folder) -> dict:
     return found
 
 
+def results_of_hybrid(folder) -> dict:
+    """Of a model with every kind of layer: in a graph, and with lengths that are not known."""
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(folder)
+    lm.compile(sampler="greedy")
+    found = {"ragged": lm.generate(PROMPTS, max_new_tokens=8)}
+    state = lm.prefill(["to ", "or not to be, that "])
+    found["continued"] = lm.generate(["be", "is the question"], state=state, max_new_tokens=8)
+    rng = np.random.default_rng(0)
+    token_ids = rng.integers(1, 250, (2, 24))
+    inputs = {"token_ids": token_ids, "padding_mask": np.arange(24) < [[24], [19]]}
+    packed = {**inputs, "segment_ids": np.arange(24)[None] // np.array([[7], [5]])}
+    for name, x in (("rows", inputs), ("packed", packed)):
+        found[name] = np.asarray(keras.ops.convert_to_numpy(lm(x)))[0, ::5, :9].tolist()
+    for remat in (False, True):
+        config = lm.get_config()
+        config["backbone"]["config"]["remat"] = remat
+        again = keras_mamba2.Mamba2CausalLM.from_config(config)
+        again.set_weights(lm.get_weights())
+        again.compile(optimizer=keras.optimizers.SGD(0.1), weighted_metrics=[])
+        rows = packed, np.roll(token_ids, -1, axis=1), np.ones((2, 24))
+        losses = again.fit(*rows[:2], sample_weight=rows[2], epochs=2, verbose=0).history["loss"]
+        found[f"loss, remat={remat}"] = losses
+    return found
+
+
 if __name__ == "__main__":
-    print(json.dumps(results(sys.argv[1])))
+    kind, folder = sys.argv[1:]
+    print(json.dumps({"pure": results, "hybrid": results_of_hybrid}[kind](folder)))

@@ -377,7 +377,9 @@ def ours(names):
     return [name for name in names if name.startswith("jit(keras_mamba2_")]
 
 
-@pytest.mark.parametrize("speculation", [None, keras_mamba2.PromptLookup(3)])
+@pytest.mark.parametrize(
+    "speculation", [None, keras_mamba2.PromptLookup(3), keras_mamba2.PromptLookup()]
+)
 def test_after_a_warm_up_nothing_is_compiled(preset_folder, speculation, compilations):
     lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder, preprocessor=None)
     lm.compile(sampler="greedy", speculation=speculation)
@@ -418,6 +420,14 @@ def test_what_goes_wrong_meanwhile_is_raised(lm, monkeypatch):
     with pytest.raises(MemoryError, match="none left"):
         lm.prefill({"token_ids": [[1, 2]], "padding_mask": [[1, 1]]})
     lm.prefill({"token_ids": [[1, 2]], "padding_mask": [[1, 1]]})
+
+
+@pytest.mark.parametrize("sampler", ["beam", "contrastive"])
+def test_a_search_cannot_be_warmed_up(preset_folder, sampler):
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder)
+    lm.compile(sampler=sampler)
+    with pytest.raises(ValueError, match="compiled for each length"):
+        lm.warm_up()
 
 
 @pytest.mark.parametrize("arguments", [(0, 9), (1, 0), (1, [9, -1]), (1, "a"), (1.5, 9)])

@@ -1,5 +1,7 @@
 """Models whose blocks are stacked: the same tokens and states, of programs with one block."""
 
+import tempfile
+
 import jax
 import keras
 import numpy as np
@@ -212,6 +214,14 @@ def test_a_preset_is_stacked_when_it_is_loaded(preset_folder):
     assert not any(has_value(v) for block in stacked.backbone.blocks for v in block.variables)
 
 
+def load_adapter(lm):
+    with tempfile.TemporaryDirectory() as folder:
+        other = keras_mamba2.Mamba2CausalLM.from_config(lm.get_config())
+        other.backbone.enable_lora(2, ["in_proj"])
+        other.save_peft_adapter(folder)
+        lm.load_peft_adapter(folder)
+
+
 REFUSED = {
     "call": lambda lm, folder: lm({"token_ids": np.ones((1, 4)), "padding_mask": np.ones((1, 4))}),
     "fit": lambda lm, folder: lm.fit(["Hello you"]),
@@ -224,6 +234,7 @@ REFUSED = {
     "save_to_preset": lambda lm, folder: lm.save_to_preset(folder / "preset"),
     "export": lambda lm, folder: lm.export_to_transformers(folder / "transformers"),
     "programs": lambda lm, folder: lm.export_programs(folder / "programs", platforms=["cpu"]),
+    "load_peft_adapter": lambda lm, folder: load_adapter(lm),
     "load_weights": lambda lm, folder: lm.load_weights(folder / "a.weights.h5"),
     "set_weights": lambda lm, folder: lm.set_weights([np.zeros(v.shape) for v in lm.weights]),
 }
@@ -251,6 +262,14 @@ def test_blocks_that_differ_are_refused():
     with pytest.raises(ValueError, match=r"Only blocks that .* Received: block_0 and block_1"):
         lm.stack_blocks()
     assert lm.backbone.stacked is None
+
+
+def test_adapters_that_differ_are_refused():
+    lm = keras_mamba2.Mamba2CausalLM(mamba2(), preprocessor=None)
+    lm.backbone.enable_lora(2)
+    lm.backbone.blocks[1].projections[0].lora_alpha = 8
+    with pytest.raises(ValueError, match="Only blocks that are all alike"):
+        lm.stack_blocks()
 
 
 def test_other_backends_are_refused(monkeypatch):

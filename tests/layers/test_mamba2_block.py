@@ -52,6 +52,21 @@ def dtype_of(tensor):
     return keras.backend.standardize_dtype(tensor.dtype)
 
 
+@pytest.mark.parametrize("arguments", [{}, {"remat": True}])
+@pytest.mark.parametrize("with_segments", [False, True])
+def test_the_mask_of_an_embedding_is_a_padding_mask(arguments, with_segments):
+    block = random_block(**arguments)
+    ids = np.array([[0, 0, 1, 2, 3, 4], [5, 4, 3, 2, 1, 1]])
+    x = keras.layers.Embedding(6, 8, mask_zero=True)(ids)
+    segments = np.array([[0, 0, 0, 0, 1, 1]] * 2) if with_segments else None
+    found = block(x, segment_ids=segments)
+    plain = ops.convert_to_tensor(ops.convert_to_numpy(x))
+    expected = block(plain, padding_mask=ids != 0, segment_ids=segments)
+    np.testing.assert_array_equal(found[0, 2:], expected[0, 2:])
+    np.testing.assert_array_equal(found[1], expected[1])
+    assert not np.array_equal(block(plain, segment_ids=segments)[0, 2:], expected[0, 2:])
+
+
 class Mamba2BlockTest(TestCase):
     def test_layer(self):
         self.run_layer_test(

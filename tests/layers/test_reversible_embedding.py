@@ -42,6 +42,18 @@ def test_gradients_are_not_rounded_and_hidden_states_to_int8(mode, tie_weights):
         assert (np.abs(np.asarray(actual) - a @ b) <= bound).all()
 
 
+@pytest.mark.parametrize("tie_weights", [True, False])
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_logits_stay_capped(mode, tie_weights):
+    x = 100 * np.random.default_rng(0).normal(size=(3, 8)).astype("float32")
+    free, capped = (
+        np.asarray(quantized(mode, tie_weights=tie_weights, logit_soft_cap=cap)(x, reverse=True))
+        for cap in (None, 0.5)
+    )
+    assert np.abs(free).max() > 1
+    np.testing.assert_allclose(capped, 0.5 * np.tanh(free / 0.5), atol=0.02)
+
+
 def test_modes_for_matrix_products_leave_it_as_it_is():
     layer = quantized("float8")
     assert layer.quantization_mode is None

@@ -486,3 +486,29 @@ def test_sublayers_side_by_side_have_names_that_differ():
     """Otherwise files of weights would hold two variables under one path."""
     with pytest.raises(ValueError, match="names that differ.*Received: 'a', 'b', 'a'"):
         Parallel([MLP(D, intermediate_dim=4, name=name) for name in "aba"])
+
+
+@every
+def test_shapes_are_known_before_anything_runs(name):
+    layer = layer_of(name)
+    width = 2 * D if "shared" in name else D
+    spec = (
+        layer(keras.Input((None, width)), training=True)
+        if name in STATELESS
+        else layer(keras.Input((None, width)))
+    )
+    assert spec.shape == (None, None, D)
+    assert layer.compute_output_shape((2, 3, width)) == (2, 3, D)
+
+
+@pytest.mark.parametrize("name", ["attention", "attention, rotary", "mixer", "parallel"])
+def test_the_number_of_a_document_may_come_back(name):
+    """It is another document then, in a call and after a state."""
+    layer = layer_of(name)
+    x = np.random.default_rng(0).normal(size=(1, T, D)).astype("float32")
+    back = np.array([[5, 5, 7, 7, 7, 5, 5, 5, 5]])
+    apart = np.array([[0, 0, 1, 1, 1, 2, 2, 2, 2]])
+    np.testing.assert_array_equal(layer(x, segment_ids=back), layer(x, segment_ids=apart))
+    found, expected = (layer.call_with_state(x, segment_ids=ids) for ids in (back, apart))
+    for ours, theirs in zip(tree.flatten(found), tree.flatten(expected), strict=True):
+        np.testing.assert_array_equal(ours, theirs)

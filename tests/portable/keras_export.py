@@ -47,13 +47,15 @@ if __name__ == "__main__":
     folder, *formats = sys.argv[1:]
     expected = keras.ops.convert_to_numpy(backbone(inputs))
     is_token = inputs["padding_mask"].astype(bool)
-    signature = {
-        name: keras.InputSpec(shape=array.shape, dtype=array.dtype, name=name)
-        for name, array in inputs.items()
-    }
+    any_length = keras.config.backend() == "tensorflow"
+    shapes = {"tf_saved_model": (None, None if any_length else LENGTH), "onnx": (2, LENGTH)}
     ends = {"tf_saved_model": "", "onnx": ".onnx"}
     found = {}
     for format in formats:
+        signature = {
+            name: keras.InputSpec(shape=shapes[format], dtype=array.dtype, name=name)
+            for name, array in inputs.items()
+        }
         file = str(pathlib.Path(folder) / f"{format}{ends[format]}")
         backbone.export(file, format=format, input_signature=[signature], verbose=False)
         difference = np.abs(globals()[format](file) - expected)[is_token]

@@ -242,6 +242,25 @@ class TestReplies:
         chat.send("So?")
         assert chat.messages[-1]["content"] == whole(letters, chat, **options)
 
+    def test_a_reply_ends_where_the_next_turn_begins(self, letters):
+        chat = letters.start_chat(seed=4, max_new_tokens=40)
+        pieces = chat.stream(HELLO)
+        reply = next(pieces) + next(pieces)
+        chat.send("So?")
+        said = [HELLO, {"role": "assistant", "content": reply}, {"role": "user", "content": "So?"}]
+        assert chat.messages[:-1] == said
+        pieces = chat.stream("More?")
+        next(pieces)
+        assert [message["role"] for message in chat.undo()] == ["user", "assistant"]
+        assert list(pieces) == []
+        assert chat.messages[:-1] == said
+
+    def test_a_reply_that_stops_at_once_is_a_reply(self, letters):
+        chat = letters.start_chat(seed=4, max_new_tokens=40)
+        first = letters.chat([HELLO], seed=4, max_new_tokens=40)[0]
+        assert chat.send(HELLO, stop_strings=first) == ""
+        assert chat.messages == [HELLO, {"role": "assistant", "content": ""}]
+
     def test_messages_of_any_role_are_sent(self, letters):
         chat = letters.start_chat(max_new_tokens=3, seed=0)
         chat.send([HELLO, {"role": "tool", "content": "7"}])

@@ -149,6 +149,53 @@ def test_a_saved_preset_is_the_same_model(preset_folder, tmp_path, task):
     assert again.preprocessor.sequence_length == lm.preprocessor.sequence_length
 
 
+def test_a_model_without_a_preprocessor_is_saved_and_loaded(preset_folder, tmp_path):
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder, preprocessor=None)
+    lm.save_to_preset(tmp_path / "bare")
+    again = keras_mamba2.Mamba2CausalLM.from_preset(tmp_path / "bare")
+    assert again.preprocessor is None
+    assert all(map(np.array_equal, again.get_weights(), lm.get_weights()))
+    with pytest.raises(ValueError, match="no preprocessor to set sequence_length on"):
+        keras_mamba2.Mamba2CausalLM.from_preset(tmp_path / "bare", sequence_length=9)
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
+        keras_mamba2.Mamba2Tokenizer.from_preset(tmp_path / "bare")
+
+
+IDS = {"token_ids": np.arange(9)[None], "padding_mask": np.ones((1, 9), "int32")}
+
+
+def test_a_clone_is_compiled_as_the_model(preset_folder):
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder)
+    lm.compile(keras.optimizers.AdamW(0.5), sampler=keras_mamba2.FilterSampler(top_k=3))
+    lm.fit(["to be, or not to be"], verbose=0)
+    clone = keras.models.clone_model(lm)
+    assert clone.optimizer.get_config() == lm.optimizer.get_config()
+    assert clone(IDS).shape == lm(IDS).shape
+
+
+@pytest.mark.parametrize(
+    "sampler", ["greedy", keras_mamba2.FilterSampler(temperature=0.5, min_p=0.1, seed=3)]
+)
+def test_a_file_of_a_model_says_how_it_samples(preset_folder, tmp_path, sampler):
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder)
+    lm.save(tmp_path / "auto.keras")
+    assert not keras.models.load_model(tmp_path / "auto.keras").has_own_sampler
+    lm.compile(sampler=sampler)
+    lm.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert again.has_own_sampler
+    assert keras_hub.samplers.serialize(again.sampler) == keras_hub.samplers.serialize(lm.sampler)
+    texts = [model.generate("to be", max_new_tokens=20) for model in (lm, again)]
+    assert texts[0] == texts[1]
+
+
+def test_a_model_of_a_configuration_can_be_called(preset_folder):
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder)
+    made = keras_mamba2.Mamba2CausalLM.from_config(lm.get_config())
+    made.set_weights(lm.get_weights())
+    np.testing.assert_array_equal(made(IDS), lm(IDS))
+
+
 class PresetTest(TestCase):
     @pytest.fixture(autouse=True)
     def _folder(self, preset_folder):

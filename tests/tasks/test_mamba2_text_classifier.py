@@ -1,5 +1,7 @@
 """The classifier reads each row at its last real token, wherever the row and its padding are."""
 
+import inspect
+
 import jax
 import keras
 import keras_hub
@@ -10,6 +12,7 @@ from keras_hub.src.tests.test_case import TestCase
 
 import keras_mamba2
 from keras_mamba2.models.mamba2_tokenizer import byte_vocabulary
+from keras_mamba2.tasks.batch_checks import check_labels
 from tests import reference
 from tests.conversion import checkpoints
 
@@ -211,6 +214,72 @@ def test_bad_arguments_are_named(small, arguments):
     name, value = list(arguments.items())[-1]
     with pytest.raises(ValueError, match=f"{name}={value}"):
         keras_mamba2.Mamba2TextClassifier(small.backbone, **arguments)
+
+
+def test_arguments_of_fit_have_the_order_of_keras_hub(small):
+    ours, theirs = (
+        [*inspect.signature(cls.fit).parameters]
+        for cls in (keras_mamba2.Mamba2TextClassifier, keras_hub.models.TextClassifier)
+    )
+    assert ours[: len(theirs) - 1] == theirs[:-1]  # before `kwargs`
+    texts, labels = ["a", "b"], np.array([0, 1])
+    small.fit(texts, labels, 2, None, (texts, labels), verbose=0)
+    with pytest.raises(ValueError, match="Labels must be"):
+        small.fit(texts, labels, 2, None, (texts, labels + 9), verbose=0)
+
+
+def test_validation_data_need_labels(small):
+    before = small.get_weights()
+    with pytest.raises(ValueError, match="Labels are missing"):
+        small.fit(TEXTS, np.array([0, 1, 0]), validation_data=(TEXTS,), verbose=0)
+    assert all(map(np.array_equal, small.get_weights(), before))
+
+
+def test_shuffled_texts_and_validation_batches(small, monkeypatch):
+    """In another order in each epoch; 8 validation texts in batches of 3."""
+    texts, labels = [f"{i} abc" for i in range(8)], np.arange(8) % 2
+    seen, sizes = [], []
+    preprocess = small.preprocess_samples
+
+    def keep(x, y=None, sample_weight=None):
+        seen.extend(x if isinstance(x, list) else [])
+        sizes.append(len(x))
+        return preprocess(x, y, sample_weight)
+
+    monkeypatch.setattr(small, "preprocess_samples", keep)
+    validation = (["v"] * 8, labels)
+    small.fit(
+        texts,
+        labels,
+        4,
+        None,
+        validation,
+        shuffle=True,
+        validation_batch_size=3,
+        epochs=2,
+        verbose=0,
+    )
+    read = [text for text in seen if text != "v"]
+    assert set(read) == set(texts)
+    assert read[:8] != texts or read[8:16] != texts
+    assert set(sizes) == {2, 3, 4}
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "sparse_categorical_crossentropy",
+        "SparseCategoricalCrossentropy",
+        keras.losses.sparse_categorical_crossentropy,
+        keras.losses.SparseCategoricalCrossentropy,
+        keras.losses.SparseCategoricalCrossentropy(),
+        ["sparse_categorical_crossentropy"],
+    ],
+)
+def test_labels_are_class_numbers_however_the_loss_is_named(loss):
+    check_labels(np.array([0, 1]), loss, 2)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        check_labels(np.array([0, 7]), loss, 2)
 
 
 def same_weights(a, b):

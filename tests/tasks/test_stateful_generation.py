@@ -207,16 +207,24 @@ class TestSession:
             " and", max_new_tokens=9
         )
 
-    @pytest.mark.parametrize("how", ["left", "stopped"])
+    @pytest.mark.parametrize("how", ["left", "forgotten", "interrupted", "stopped"])
     def test_text_and_state_stay_together(self, letters, how):
         """Also where the loop was ahead of the text: the next words are those of the text."""
         session = letters.start("Once upon a time")
         options = {"max_new_tokens": 50, "seed": 0}
-        if how == "left":
+        if how != "stopped":
             pieces = session.stream(" there", **options)
             for _ in range(3):
                 next(pieces)
-            pieces.close()
+            if how == "left":
+                pieces.close()
+            elif how == "interrupted":
+                with pytest.raises(KeyboardInterrupt):
+                    pieces.throw(KeyboardInterrupt)
+            else:
+                session.append("")
+                with pytest.raises(StopIteration):
+                    next(pieces)
         else:
             free = letters.generate("Once upon a time there", strip_prompt=True, **options)
             stop = free[17:19]
@@ -226,6 +234,32 @@ class TestSession:
         assert len(session.text) < len("Once upon a time there") + 50
         expected = letters.generate(session.text + " so", strip_prompt=True, **options)
         assert session.generate(" so", **options) == expected
+
+    def test_a_stream_ends_where_the_next_begins(self, letters):
+        session, options = letters.start("Once upon"), {"max_new_tokens": 30, "seed": 0}
+        for text in (" a time", " there", " was"):
+            pieces = session.stream(text, **options)  # the former one still has a name
+            new = next(pieces) + next(pieces)
+        assert session.text.startswith("Once upon a time")
+        text = session.text + " was" + new
+        assert session.generate(" so", **options) == letters.generate(
+            text + " so", strip_prompt=True, **options
+        )
+
+    def test_what_never_began_leaves_no_trace(self, letters):
+        session, options = letters.start("Once upon"), {"max_new_tokens": 9, "seed": 0}
+        unread = session.stream(" a time", **options)
+        assert session.generate(" there", **options) == letters.generate(
+            "Once upon there", strip_prompt=True, **options
+        )
+        assert list(unread) == []
+
+    def test_text_that_stops_at_once_is_said_all_the_same(self, letters):
+        session = letters.start("Once upon")
+        options = {"max_new_tokens": 9, "seed": 0}
+        first = letters.generate("Once upon a", strip_prompt=True, **options)[0]
+        assert session.generate(" a", stop_strings=first, **options) == ""
+        assert session.text == "Once upon a"
 
     def test_a_penalty_on_repetition_knows_the_whole_text(self, lm):
         """Token for token: pieces of the text may end in half a character."""
@@ -286,6 +320,17 @@ class TestScore:
         logs = np.log(lm.perplexity(pieces))
         expected = np.exp(np.average(logs, weights=counts))
         assert lm.perplexity(TEXT, stride=16) == pytest.approx(expected, rel=1e-6)
+
+    def test_the_loss_is_float32_whatever_the_model_is(self, preset_folder):
+        lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder, dtype="bfloat16")
+        ids = np.array([lm.preprocessor.tokenizer(TEXT)])
+        losses = lm.score(ids[:, :-1], scoring_mode="loss", target_ids=ids[:, 1:])
+        assert losses.dtype == "float32"
+        logits = np.asarray(lm.score(ids[:, :-1]), np.float64)
+        truth = (
+            np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, ids[:, 1:, None], 2)[..., 0]
+        )
+        np.testing.assert_allclose(losses, truth, rtol=1e-5)
 
     def test_score_can_look_between_the_blocks(self, lm):
         token_ids = np.array([list(b"to be or not")])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -83,9 +84,9 @@ def test_a_backup_of_keras_is_restored(lm, tmp_path):
     assert metadata["epoch"] == EPOCHS
 
 
-def make_adapted_lm(rank=2, mode=None):
+def make_adapted_lm(rank=2, mode=None, dtype=None):
     """Adapters are random, and others each time."""
-    lm = runs.make_lm()
+    lm = runs.make_lm(dtype=dtype)
     if mode:
         lm.quantize(mode)
     lm.backbone.enable_lora(rank)
@@ -111,6 +112,36 @@ def test_adapters_go_on_as_if_never_stopped(tmp_path, mode):
     assert fit(lm, backup) == [2, 3]
     assert all(map(np.array_equal, runs.weights_of(lm), in_the_end))
     assert not all(map(np.array_equal, at_backup, in_the_end))
+
+
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_adapters_go_on_in_another_dtype(tmp_path, dtypes):
+    values = {}
+    for dtype in dtypes:
+        lm = make_adapted_lm(dtype=dtype)
+        backup = BackupAndRestore(tmp_path, delete_checkpoint=False)
+        if not values:
+            fit(lm, backup, epochs=1)
+        else:
+            keras_mamba2.training.restore(lm, backup)
+        values[dtype] = {
+            v.path: np.float32(keras.ops.convert_to_numpy(v)) for v in lm.backbone.weights
+        }
+    first, second = values.values()
+    assert all(first[path].shape == second[path].shape for path in first)
+    for path, value in first.items():
+        np.testing.assert_allclose(second[path], value, rtol=2**-8, err_msg=path)
+
+
+def test_weights_that_are_cut_between_processes_are_refused():
+    """Before the first step; `whole` is on each process."""
+    whole = SimpleNamespace(is_fully_addressable=False, is_fully_replicated=True)
+    part = SimpleNamespace(is_fully_addressable=False, is_fully_replicated=False)
+    variables = [SimpleNamespace(path=f"w{i}", value=v) for i, v in enumerate((whole, part))]
+    backup = BackupAndRestore("never_written")
+    backup.set_model(SimpleNamespace(variables=variables))
+    with pytest.raises(ValueError, match="'w1' is cut between processes.*OrbaxCheckpoint"):
+        backup.on_train_begin()
 
 
 def test_a_backup_with_other_adapters_is_refused(tmp_path):

@@ -456,6 +456,41 @@ def test_shuffle_is_another_order_in_every_epoch(lm, monkeypatch, packing):
     assert sorted(plain[0]) == sorted(first)
 
 
+def test_windows_are_not_for_fit(lm):
+    windows = keras_mamba2.training.ConsecutiveWindows(np.arange(1, 200) % 200, 2, 8)
+    for use in (lm.fit, lm.evaluate):
+        with pytest.raises(ValueError, match="StatefulTraining.*Received: ConsecutiveWindows"):
+            use(windows)
+
+
 def test_shuffle_does_not_go_with_a_split(lm):
-    with pytest.raises(ValueError, match="validation_split"):
-        lm.fit(TEXTS, shuffle=True, validation_split=0.5)
+    for arguments in ({"shuffle": True}, {"validation_batch_size": 2}):
+        with pytest.raises(ValueError, match="validation_split"):
+            lm.fit(TEXTS, validation_split=0.5, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "size"),
+    [
+        ({"batch_size": 2}, 2),
+        ({"batch_size": 2, "shuffle": True}, 2),
+        ({"batch_size": 2, "validation_batch_size": 3}, 3),
+        ({"batch_size": 2, "shuffle": True, "validation_batch_size": 3}, 3),
+    ],
+)
+def test_validation_has_batches_of_the_size_that_is_asked_for(lm, arguments, size):
+    lm.compile(optimizer=keras.optimizers.SGD(0.0))
+    shapes, test_step = [], lm.test_step
+
+    def keep(state, data):
+        shapes.append(data[0]["token_ids"].shape[0])
+        return test_step(state, data)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm, "test_step", keep)
+        lm.test_function = None
+        history = lm.fit(TEXTS[:2], verbose=0, validation_data=TEXTS, **arguments).history
+    lm.test_function = None
+    assert max(shapes) == size < len(TEXTS)
+    expected = lm.evaluate(TEXTS, batch_size=size, verbose=0, return_dict=True)["loss"]
+    np.testing.assert_allclose(history["val_loss"], [expected], rtol=1e-5)

@@ -36,7 +36,9 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
         ValueError: for Mamba-1, another model type, and a configuration of neither
             transformers nor state-spaces.
     """
-    if "hidden_size" not in config and ("ssm_cfg" in config or "n_layer" in config):
+    if "hidden_size" not in config and (
+        "ssm_cfg" in config or ("n_layer" in config and "model_type" not in config)
+    ):
         # The reference takes Mamba-1 where the configuration names no layer.
         layer = (config.get("ssm_cfg") or {}).get("layer", "Mamba1")
         if layer != "Mamba2":

@@ -1,17 +1,17 @@
 """Pure Mamba-2 of transformers."""
 
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from keras_mamba2.conversion import names
 from keras_mamba2.conversion.architectures.architecture import Architecture
-from keras_mamba2.conversion.architectures.values import UNPADDED_KEY
 from keras_mamba2.conversion.architectures.values import limits
 from keras_mamba2.conversion.architectures.values import only
+from keras_mamba2.conversion.architectures.values import vocabulary
 from keras_mamba2.conversion.architectures.values import whole
 from keras_mamba2.conversion.architectures.values import written_limits
+from keras_mamba2.conversion.architectures.values import written_vocabulary
 
 # What `transformers.Mamba2Config` takes for a key that `config.json` does not have.
 DEFAULTS = {
@@ -34,9 +34,11 @@ DEFAULTS = {
     "tie_word_embeddings": False,
 }
 
+# Names of flash-linear-attention, whose files are the same otherwise.
+ALIASES = {"norm_eps": "layer_norm_epsilon", "dt_limit": "time_step_limit"}
+
 # Constructor argument -> key of `Mamba2Config`, where the value is the same.
 KEYS = {
-    "vocabulary_size": "vocab_size",
     "num_layers": "num_hidden_layers",
     "hidden_dim": "hidden_size",
     "state_dim": "state_size",
@@ -56,35 +58,27 @@ KEYS = {
 
 def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     only(config, "hidden_act", "silu", "swish")
-    config = {**DEFAULTS, **config}
+    aliased = {new: config[old] for old, new in ALIASES.items() if old in config}
+    config = {**DEFAULTS, **aliased, **config}
     arguments = {argument: config[key] for argument, key in KEYS.items()}
     # `expand` is not read: in some exports it disagrees with the heads, which fit the tensors.
     arguments["expansion"] = whole(config["num_heads"] * config["head_dim"] / config["hidden_size"])
     arguments["time_step_limit"] = limits(config["time_step_limit"])
-    arguments["unpadded_vocabulary_size"] = config.get(UNPADDED_KEY, config["vocab_size"])
-    return arguments
+    return {**vocabulary(config), **arguments}
 
 
 def config(backbone_config: Mapping[str, Any]) -> dict[str, Any]:
     expansion, hidden_dim = backbone_config["expansion"], backbone_config["hidden_dim"]
-    if expansion != int(expansion):
-        warnings.warn(
-            f"expansion={expansion} is not a whole number: transformers from version 5 on refuses "
-            "the exported model, older versions load it.",
-            stacklevel=4,
-        )
     config = {
         "architectures": ["Mamba2ForCausalLM"],
         "model_type": "mamba2",
+        **written_vocabulary(backbone_config),
         **{key: backbone_config[argument] for argument, key in KEYS.items()},
         "expand": whole(expansion),
         "num_heads": round(expansion * hidden_dim) // backbone_config["head_dim"],
         "hidden_act": "silu",
         "chunk_size": 256,
     }
-    unpadded = backbone_config["unpadded_vocabulary_size"]
-    if unpadded not in (None, backbone_config["vocabulary_size"]):
-        config[UNPADDED_KEY] = unpadded
     written = written_limits(backbone_config["time_step_limit"])
     if written != [0.0, math.inf]:  # left out when it is the default: JSON has no infinity
         config["time_step_limit"] = written

@@ -8,7 +8,6 @@ from keras_mamba2.conversion.architectures import sublayers
 from keras_mamba2.conversion.architectures.architecture import Architecture
 from keras_mamba2.conversion.architectures.values import ATTENTION_LAYERS
 from keras_mamba2.conversion.architectures.values import MAMBA_LAYERS
-from keras_mamba2.conversion.architectures.values import UNPADDED_KEY
 from keras_mamba2.conversion.architectures.values import limits
 from keras_mamba2.conversion.architectures.values import only
 from keras_mamba2.conversion.architectures.values import required
@@ -16,6 +15,7 @@ from keras_mamba2.conversion.architectures.values import vocabulary
 from keras_mamba2.conversion.architectures.values import whole
 from keras_mamba2.conversion.architectures.values import written_least
 from keras_mamba2.conversion.architectures.values import written_limits
+from keras_mamba2.conversion.architectures.values import written_vocabulary
 
 EXPERTS = "experts+shared_expert"
 PATTERN = {"M": "mamba2", "*": "attention", "-": "mlp", "E": EXPERTS}
@@ -149,8 +149,7 @@ def config(backbone_config: Mapping[str, Any]) -> dict[str, Any] | None:
     config = {
         "architectures": ["NemotronHForCausalLM"],
         "model_type": "nemotron_h",
-        "vocab_size": backbone_config["vocabulary_size"],
-        UNPADDED_KEY: backbone_config["unpadded_vocabulary_size"],
+        **written_vocabulary(backbone_config),
         "hidden_size": backbone_config["hidden_dim"],
         "num_hidden_layers": len(blocks),
         "hybrid_override_pattern": "".join(letters[name] for name in blocks),

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
-from keras_mamba2.conversion.architectures.values import UNPADDED_KEY
 from keras_mamba2.conversion.architectures.values import limits
 from keras_mamba2.conversion.architectures.values import rope_theta
 from keras_mamba2.conversion.architectures.values import whole
 from keras_mamba2.conversion.architectures.values import written_limits
+from keras_mamba2.conversion.architectures.values import written_vocabulary
 
 # Argument of `Mamba2Mixer` -> key, and what transformers takes without it.
 MIXER_KEYS = {
@@ -80,8 +80,7 @@ def alternate(blocks: Sequence[str]) -> bool:
 def written_outside(backbone_config: Mapping[str, Any]) -> dict[str, Any]:
     """What is not of one layer."""
     return {
-        "vocab_size": backbone_config["vocabulary_size"],
-        UNPADDED_KEY: backbone_config["unpadded_vocabulary_size"],
+        **written_vocabulary(backbone_config),
         "hidden_size": backbone_config["hidden_dim"],
         "hidden_act": "silu",
         "rms_norm_eps": backbone_config["layer_norm_epsilon"],

@@ -76,10 +76,20 @@ def rope_theta(config: Mapping[str, Any], default: float = 10_000.0) -> float:
 def vocabulary(config: Mapping[str, Any]) -> dict[str, int]:
     required(config, "vocab_size")
     size = config["vocab_size"]
+    # transformers keeps a key that it does not know, also where it makes a vocabulary smaller.
     return {
         "vocabulary_size": size,
-        "unpadded_vocabulary_size": config.get(UNPADDED_KEY, size),
+        "unpadded_vocabulary_size": min(config.get(UNPADDED_KEY, size), size),
     }
+
+
+def written_vocabulary(backbone_config: Mapping[str, Any]) -> dict[str, int]:
+    """`vocabulary` reversed."""
+    size, unpadded = (
+        backbone_config[key] for key in ("vocabulary_size", "unpadded_vocabulary_size")
+    )
+    written = {} if unpadded in (None, size) else {UNPADDED_KEY: unpadded}
+    return {"vocab_size": size, **written}
 
 
 def check_length(config: Mapping[str, Any], key: str, length: int) -> None:

@@ -8,7 +8,6 @@ from keras_mamba2.conversion import names
 from keras_mamba2.conversion.architectures import sublayers
 from keras_mamba2.conversion.architectures.architecture import Architecture
 from keras_mamba2.conversion.architectures.values import MAMBA_LAYERS
-from keras_mamba2.conversion.architectures.values import UNPADDED_KEY
 from keras_mamba2.conversion.architectures.values import check_length
 from keras_mamba2.conversion.architectures.values import limits
 from keras_mamba2.conversion.architectures.values import only
@@ -18,13 +17,10 @@ from keras_mamba2.conversion.architectures.values import vocabulary
 from keras_mamba2.conversion.architectures.values import whole
 from keras_mamba2.conversion.architectures.values import written_least
 from keras_mamba2.conversion.architectures.values import written_limits
+from keras_mamba2.conversion.architectures.values import written_vocabulary
 
-# Older names of keys.
-ALIASES = {
-    "use_shared_block_lora": "use_shared_attention_adapter",
-    "lora_rank": "adapter_rank",
-    "layer_types": "layers_block_type",
-}
+# Other names of keys.
+ALIASES = {"layer_types": "layers_block_type"}
 EPSILON = 1e-5  # of the gated norm, whatever the configuration says
 
 
@@ -115,8 +111,7 @@ def config(backbone_config: Mapping[str, Any]) -> dict[str, Any] | None:
     return {
         "architectures": ["Zamba2ForCausalLM"],
         "model_type": "zamba2",
-        "vocab_size": backbone_config["vocabulary_size"],
-        UNPADDED_KEY: backbone_config["unpadded_vocabulary_size"],
+        **written_vocabulary(backbone_config),
         "hidden_size": d,
         "num_hidden_layers": len(blocks),
         "layers_block_type": ["hybrid" if ">" in name else "mamba" for name in blocks],
@@ -145,7 +140,7 @@ def config(backbone_config: Mapping[str, Any]) -> dict[str, Any] | None:
 def weight_names(backbone_config: Mapping[str, Any]) -> names.Names:
     """What is shared stands in the file at the first layer that has it, adapters of all too."""
     firsts: dict[str, int] = {}
-    tables, site = [], 0
+    tables, site, copies = [], 0, {}
     for i, block in enumerate(backbone_config["blocks"]):
         transformer, _, mixer = block.rpartition(">")
         layer = f"model.layers.{i}"
@@ -156,12 +151,14 @@ def weight_names(backbone_config: Mapping[str, Any]) -> names.Names:
         }
         if transformer:
             first = firsts.setdefault(transformer, i)
-            table |= _shared(f"model.layers.{first}.shared_transformer", site)
+            shared = f"model.layers.{first}.shared_transformer"
+            copies[f"{layer}.shared_transformer."] = f"{shared}."
+            table |= _shared(shared, site)
             table |= names.linear("shared_transformer/linear", f"{layer}.linear")
             site += 1
         tables.append(table)
     outside = names.outside("model.embed_tokens.weight", "model.final_layernorm.weight")
-    return names.Names(outside, "", tables)
+    return names.Names(outside, "", tables, copies=copies)
 
 
 def _shared(name: str, site: int) -> dict[str, names.Weight]:
