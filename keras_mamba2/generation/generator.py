@@ -434,7 +434,7 @@ class Generator:
             # Run, and so the proposer's own programs are compiled too.
             self.speculate(rows_after(self.empty_state(length, batch_size), length), 1, num_tokens)
 
-        tasks = [functools.partial(decode, n) for n in rooms]
+        tasks: list[Callable[[], None]] = [functools.partial(decode, n) for n in rooms]
         tasks += [
             functools.partial(prefill, n, size) for n in rooms for size in sorted(sizes)[::-1]
         ]

@@ -99,12 +99,13 @@ def arguments_of_fit(
             "`validation_data`."
         )
     if isinstance(validation_data, tuple):
-        check_batches_of(validation_data[0], size)
+        x, y, sample_weight = validation_data
+        check_batches_of(x, size)
         # KerasHub batches it as `x`, and a dataset has no size of batches to tell.
-        if (shuffle or validation_batch_size) and not is_dataset(validation_data[0]):
-            validation_data = batched_dataset(*validation_data, size)
+        if (shuffle or validation_batch_size) and not is_dataset(x):
+            validation_data = batched_dataset(x, y, sample_weight, size)
         else:
-            validation_data = keras.utils.pack_x_y_sample_weight(*validation_data)
+            validation_data = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
     x, y, sample_weight = rows
     if not validation_split:
         check_batches_of(x, batch_size)

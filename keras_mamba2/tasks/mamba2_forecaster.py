@@ -202,8 +202,9 @@ class Mamba2Forecaster(AtomicPreset, AtomicSave, KeptWeights, ModelPreset, keras
     def fit(self, x=None, y=None, batch_size: int | None = None, *args, **kwargs):
         validation_data = kwargs.get("validation_data")
         if isinstance(validation_data, tuple):
-            rows = keras.utils.unpack_x_y_sample_weight(validation_data)
-            rows = self._checked(*rows, kwargs.get("validation_batch_size") or batch_size)
+            vx, vy, weights = keras.utils.unpack_x_y_sample_weight(validation_data)
+            size = kwargs.get("validation_batch_size") or batch_size
+            rows = self._checked(vx, vy, weights, size)
             kwargs["validation_data"] = keras.utils.pack_x_y_sample_weight(*rows)
         x, y, _ = self._checked(x, y, kwargs.get("sample_weight"), batch_size)
         return super().fit(x, y, batch_size, *args, **kwargs)

@@ -228,8 +228,9 @@ class Mamba2TextClassifier(
         """
         self._check_arrays(x, y, sample_weight, with_labels=True)
         if isinstance(validation_data, tuple):
-            validation_data = keras.utils.unpack_x_y_sample_weight(validation_data)
-            self._check_arrays(*validation_data, with_labels=True)
+            vx, vy, weights = keras.utils.unpack_x_y_sample_weight(validation_data)
+            self._check_arrays(vx, vy, weights, with_labels=True)
+            validation_data = vx, vy, weights
         rows = x, y, sample_weight
         arguments = arguments_of_fit(
             rows, validation_data, batch_size, validation_split, shuffle, validation_batch_size
