@@ -146,6 +146,8 @@ def generate(
 
         def prepare(lm: Mamba2CausalLM) -> None:
             lm.compile(sampler=sampler, speculation=speculation)
+            if lm.preprocessor is None:
+                raise ValueError(f"{preset} has no tokenizer, and a prompt is text.")
             if speculation is None and keras.config.backend() == "jax":
                 # While the weights are read.
                 [tokens] = lm.preprocessor.prompts([prompt], continued=False)
@@ -353,7 +355,7 @@ def serve(
         limits = Limits(body_bytes=max_body_mb * 2**20, seconds=timeout)
         hosts = allowed_host or (LOOPBACK if host in LOOPBACK else ("*",))
         folder = pathlib.Path(preset)
-        name = name or (folder.name if folder.is_dir() else preset.removeprefix("hf://"))
+        name = name or (folder.resolve().name if folder.is_dir() else preset.removeprefix("hf://"))
         web = create_app(engine, name, limits, api_key, hosts)
         run(web, host, port, drain_seconds, most_connections=max_waiting + max_sequences + 64)
 

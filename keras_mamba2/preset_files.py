@@ -118,7 +118,11 @@ class Preset:
         return self._fetch(choose)
 
     def keras_folder(
-        self, weights: bool = True, tokenizer: bool = True, names: Sequence[str] = BACKBONE_NAMES
+        self,
+        weights: bool = True,
+        tokenizer: bool = True,
+        names: Sequence[str] = BACKBONE_NAMES,
+        bare: bool = False,
     ) -> str:
         """A folder in KerasHub's format. What will be read of it is there, and is sound.
 
@@ -126,6 +130,7 @@ class Preset:
             weights: bool, whether the weights will be read.
             tokenizer: bool, whether the tokenizer will be read.
             names: sequence of strings, the registered names of which the model has one.
+            bare: bool, whether a task that was saved without a preprocessor needs no tokenizer.
         """
 
         def choose(files):
@@ -133,6 +138,7 @@ class Preset:
             return [CONFIG_FILE, *parts, *(self._weights(KERAS_WEIGHTS, files) if weights else [])]
 
         folder = self._fetch(choose)
+        tokenizer = tokenizer and not (bare and _is_without_preprocessor(folder))
         check_folder(folder, weights, tokenizer, names)
         return str(folder)
 
@@ -232,7 +238,7 @@ def check_folder(
     if weights:
         for file in weights_files(folder):
             check_hdf5(file)
-    if tokenizer and not _is_without_preprocessor(folder):
+    if tokenizer:
         check_serialized(folder / KERAS_TOKENIZER[0])
         read_json(folder / KERAS_TOKENIZER[1], LARGEST_TOKENIZER)
 
@@ -241,7 +247,8 @@ def _is_without_preprocessor(folder: pathlib.Path) -> bool:
     """Whether a task was saved that has none, and so no tokenizer."""
     if not os.path.lexists(folder / TASK_FILE):
         return False
-    return read_json(folder / TASK_FILE)["config"].get("preprocessor", "missing") is None
+    config = read_json(folder / TASK_FILE).get("config")
+    return isinstance(config, dict) and config.get("preprocessor", "missing") is None
 
 
 def check_serialized(file: pathlib.Path) -> None:

@@ -51,7 +51,6 @@ def read_constructor_arguments(folder) -> dict[str, Any]:
     file = pathlib.Path(folder) / CONFIG_FILE
     config = read_json(file)
     with errors_naming(file):
-        _check_unquantized(config)
         check_values(config)
         try:
             arguments = constructor_arguments(config)
@@ -61,8 +60,8 @@ def read_constructor_arguments(folder) -> dict[str, Any]:
     return arguments
 
 
-def _check_unquantized(config: Mapping[str, Any]) -> None:
-    """Raises before weights are fetched: of quantized ones there are many forms."""
+def check_unquantized(config: Mapping[str, Any]) -> None:
+    """Raises for quantized weights, of which there are many forms, before they are fetched."""
     for key in QUANTIZATION_KEYS:
         if found := config.get(key):
             method = found.get("quant_method") if isinstance(found, Mapping) else None

@@ -73,7 +73,7 @@ KINDS = (
         """vocab_size unpadded_vocab_size hidden_size num_heads head_dim state_size n_groups
         conv_kernel num_attention_heads num_key_value_heads attention_head_dim intermediate_size
         shared_intermediate_size mamba_n_heads mamba_d_ssm mamba_d_state mamba_n_groups mamba_d_conv
-        n_mamba_heads mamba_ngroups num_mem_blocks adapter_rank lora_rank num_heads_kv
+        n_mamba_heads mamba_ngroups num_mem_blocks adapter_rank num_heads_kv
         mamba_num_heads mamba_head_dim ssm_state_size moe_intermediate_size n_routed_experts
         moe_shared_expert_intermediate_size n_group topk_group moe_latent_size
         d_model pad_vocab_size_multiple d_state headdim ngroups
@@ -125,7 +125,7 @@ KINDS = (
         mamba_norm_before_gate norm_topk_prob rmsnorm norm_before_gate D_has_hdim rms_norm
         use_output_bias gated normalize_weights remat causal qkv_proj_bias out_proj_bias
         rotary_emb_interleaved add_bias_linear use_mem_rope use_long_context
-        use_shared_attention_adapter use_shared_block_lora""",
+        use_shared_attention_adapter""",
     ),
     Kind(
         "a text",

@@ -20,6 +20,7 @@ from keras_mamba2.conversion.architectures import OF_TRANSFORMERS
 from keras_mamba2.conversion.architectures.architecture import HYBRID
 from keras_mamba2.conversion.architectures.architecture import PURE
 from keras_mamba2.conversion.architectures.architecture import backbone_name
+from keras_mamba2.conversion.config import check_unquantized
 from keras_mamba2.conversion.config import constructor_arguments
 from keras_mamba2.conversion.config import errors_naming
 from keras_mamba2.conversion.config import read_constructor_arguments
@@ -76,6 +77,9 @@ class CheckpointLoader(PresetLoader):
         return keras.saving.get_registered_object(PURE)
 
     def load_backbone(self, cls, load_weights: bool = True, **kwargs):
+        if load_weights:
+            with errors_naming(self.files.folder / CONFIG_FILE):
+                check_unquantized(self.files.config)
         folder = self.files.weights_folder() if load_weights else self.files.folder
         if kwargs.get("dtype") == AUTO:
             kwargs["dtype"] = most_common_dtype(folder) if load_weights else self.config_dtype()
@@ -148,7 +152,7 @@ class CheckpointLoader(PresetLoader):
 
 
 def open_preset(
-    preset, weights: bool = True, tokenizer: bool = True
+    preset, weights: bool = True, tokenizer: bool = True, bare: bool = False
 ) -> tuple[CheckpointLoader | None, str]:
     """Finds out who loads `preset`.
 
@@ -156,6 +160,7 @@ def open_preset(
         preset: the name of a preset, a local folder, or a handle.
         weights: bool, whether the weights will be read.
         tokenizer: bool, whether the tokenizer will be read.
+        bare: bool, whether a task that was saved without a preprocessor needs no tokenizer.
 
     Returns:
         Tuple `(loader, preset)`: a loader for a checkpoint of another library, else `None` and
@@ -166,7 +171,7 @@ def open_preset(
     files = Preset(preset)
     if files.is_checkpoint:
         return CheckpointLoader(files), files.name
-    folder = pathlib.Path(files.keras_folder(weights, tokenizer))
+    folder = pathlib.Path(files.keras_folder(weights, tokenizer, bare=bare))
     for file in (CONFIG_FILE, TASK_FILE):
         if (folder / file).is_file():
             with errors_naming(folder / file):

@@ -87,6 +87,8 @@ class Generator:
 
     def __init__(self, model, steps_a_write: int | None = None):
         self.model, self.sampler, self.speculation = model, model.sampler, model.speculation
+        # For `SpeculativeDecoding`, by the number of rows: to count weights takes milliseconds.
+        self.costs_of_rounds: dict[int, tuple[dict[int, float], float]] = {}
         # Of programs that are compiled while the caller goes on.
         self.compiling: list[concurrent.futures.Future] = []
 

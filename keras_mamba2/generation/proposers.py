@@ -19,7 +19,7 @@ from keras_mamba2.generation.picking import picks_tokens
 from keras_mamba2.generation.speculate import append
 from keras_mamba2.host.room import room_for
 from keras_mamba2.host.rows import Rows
-from keras_mamba2.models.weights_read import weights_read
+from keras_mamba2.models.weights_read import bytes_read
 from keras_mamba2.state.digest import digest_after
 
 # More rows than this in one product cost as much as several products.
@@ -48,8 +48,8 @@ class Proposer:
         """What `propose` reads."""
         return []
 
-    def cost(self, model) -> float:
-        """What a proposed token costs, in steps of `model`."""
+    def cost(self, model, batch_size: int) -> float:
+        """What a proposed token of each row costs, in steps of `model`."""
         return 0.0
 
     def check(self, model) -> None:
@@ -197,8 +197,9 @@ class DraftModel(Proposer):
     def variables(self) -> list[keras.Variable]:
         return model_variables(self.model)
 
-    def cost(self, model) -> float:
-        return bytes_read(self.model.backbone) / bytes_read(model.backbone)
+    def cost(self, model, batch_size: int) -> float:
+        draft, step = (bytes_read(lm.backbone, batch_size) for lm in (self.model, model))
+        return draft / step
 
     def check(self, model) -> None:
         ours, theirs = self.model.preprocessor, model.preprocessor
@@ -306,14 +307,6 @@ def _with_ids(logits, v: int):
     if w >= v:
         return logits[:, :v]
     return ops.pad(logits, [(0, 0), (0, v - w)], constant_values=-1e9)
-
-
-def bytes_read(backbone, num_tokens: int = 1) -> float:
-    """Of the weights, in a step of so many tokens."""
-    return sum(
-        share * int(np.prod(weight.shape)) * np.dtype(weight.dtype).itemsize
-        for weight, share in weights_read(backbone, num_tokens)
-    )
 
 
 def _first_difference(ours, theirs) -> str | None:

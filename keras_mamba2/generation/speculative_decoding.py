@@ -6,10 +6,10 @@ import numpy as np
 from keras import ops
 
 from keras_mamba2.generation.proposers import Proposer
-from keras_mamba2.generation.proposers import bytes_read
 from keras_mamba2.host.decoding import Decoding
 from keras_mamba2.host.rows import DECODE_CAPACITY
 from keras_mamba2.host.rows import Rows
+from keras_mamba2.models.weights_read import bytes_read
 
 # How many tokens may be proposed, each number being a program.
 CHOICES = (3, 7)
@@ -33,9 +33,11 @@ class SpeculativeDecoding(Decoding):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         model, self._proposer = self.generator.model, self.generator.speculation
-        b = len(self.rows.remaining)
-        costs = {k: cost_of_a_round(k, model.backbone, b) for k in choices_of(self._proposer)}
-        self._pace = Pace(costs, self._proposer.cost(model))
+        b, known = len(self.rows.remaining), self.generator.costs_of_rounds
+        if b not in known:
+            rounds = {k: cost_of_a_round(k, model.backbone, b) for k in choices_of(self._proposer)}
+            known[b] = rounds, self._proposer.cost(model, b)
+        self._pace = Pace(*known[b])
         self._unread: list[list[np.ndarray]] = [[] for _ in self.rows.remaining]
 
     def advance(self, num_steps: int):

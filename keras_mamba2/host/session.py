@@ -78,15 +78,15 @@ class Mamba2Session:
                 yield piece
             is_over = True
         finally:
-            if is_over and not streams.streams[0].stopped:
-                self._state = streams.state
-            elif is_over or shown:
-                # The loop has gone further than the text: past a stop string, or the last piece. So
-                # the text is read from the former state, but only when the state is next needed,
-                # since an iterator may be closed at any time.
-                self._unread = text + shown
             if is_over or shown:
                 self.text += text + shown
+                if is_over and not streams.streams[0].stopped:
+                    self._state = streams.state
+                else:
+                    # The loop has gone further than the text: past a stop string, or the last
+                    # piece. So the text is read from the former state, but only when the state is
+                    # next needed, since an iterator may be closed at any time.
+                    self._unread = text + shown
 
     def append(self, text: str) -> None:
         """Appends `text` without generating any."""

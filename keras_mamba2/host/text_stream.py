@@ -52,6 +52,11 @@ class TextStream:
     def has_stop_strings(self) -> bool:
         return bool(self._stop_strings)
 
+    @property
+    def num_held(self) -> int:
+        """How many characters are decoded, and not given yet: a stop string may begin there."""
+        return len(self._held)
+
     def push(self, token_ids: Iterable[int]) -> str:
         """Takes new tokens, and returns the text that has become certain."""
         if self.stopped:

@@ -41,7 +41,7 @@ class Mamba2Backbone(ResidualBackbone):
         residual_in_fp32: bool, whether the residual stream is float32 whatever the dtype policy.
         tie_word_embeddings: bool, whether the head is the transposed embedding.
         unpadded_vocabulary_size: int, ids from here up to v are rows that only pad the embedding,
-            and are never sampled. `None` for v.
+            and are never sampled, unless a model's tokenizer has tokens for them. `None` for v.
         dropout: float, the rate at which embeddings and the outputs of mixers are dropped in
             training.
         remat: bool, whether the inside of blocks is computed again in the backward pass instead of

@@ -1,8 +1,11 @@
 """Which of the weights a step reads."""
 
+import math
 from collections.abc import Iterator
 
 import keras
+import ml_dtypes  # noqa: F401, whose dtypes NumPy then knows by name
+import numpy as np
 
 from keras_mamba2._compat.keras_layers import flatten_layers
 from keras_mamba2.layers import MixtureOfExperts
@@ -22,3 +25,11 @@ def weights_read(backbone, num_tokens: int = 1) -> Iterator[tuple[keras.Variable
         for weight in experts.weights
     }
     return ((weight, shares.get(id(weight), 1.0)) for weight in backbone.weights)
+
+
+def bytes_read(backbone, num_tokens: int = 1) -> float:
+    """Of the weights, in a step of so many tokens."""
+    return sum(
+        share * math.prod(weight.shape) * np.dtype(weight.dtype).itemsize
+        for weight, share in weights_read(backbone, num_tokens)
+    )

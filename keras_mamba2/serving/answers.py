@@ -220,7 +220,7 @@ class Answer:
         for i, token_id in enumerate(delivery.token_ids.tolist()):
             choice.num_tokens += 1
             if delivery.likely is not None and token_id not in choice.untold_ids:
-                offset = choice.num_characters + len(text)
+                offset = choice.num_characters + len(text) + choice.stream.num_held
                 likely.append(self._likely_token(token_id, offset, delivery.likely, i))
             text += choice.stream.push([token_id])
             if choice.stream.stopped:

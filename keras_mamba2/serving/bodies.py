@@ -31,9 +31,11 @@ class CompletionBodies:
 
     def whole(self, pieces: Sequence[Piece], usage: Body) -> Body:
         """One answer of all pieces of all choices."""
+        of_choices: list[list[Piece]] = [[] for _ in self.before]
+        for piece in pieces:
+            of_choices[piece.choice].append(piece)
         choices = []
-        for number, text in enumerate(self.before):
-            mine = [piece for piece in pieces if piece.choice == number]
+        for number, (text, mine) in enumerate(zip(self.before, of_choices, strict=True)):
             text += "".join(piece.text for piece in mine)
             likely = [token for piece in mine for token in piece.likely]
             choices.append(self._choice(number, text, likely, mine[-1].finish_reason))

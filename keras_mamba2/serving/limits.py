@@ -94,7 +94,8 @@ class ApiKeys:
         self._keys = [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith("/v1/"):
+        # Wherever it is: mounted in another application, the path has what stands before too.
+        if scope["type"] == "http" and "/v1/" in scope["path"]:
             sent = Headers(scope=scope).get("authorization", "").removeprefix("Bearer ")
             if not self._is_known(sent.encode("latin-1")):  # the bytes as they came
                 message = "Send an API key of this server: `Authorization: Bearer KEY`."

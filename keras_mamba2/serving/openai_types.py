@@ -17,7 +17,8 @@ MOST_LIKELY = 5  # of completions; 20 of chats, in OpenAI's API
 Text = Annotated[str, Field(max_length=10_000_000)]
 Stop = Annotated[str, Field(min_length=1, max_length=1_000)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+# The first that is none ends it: a long list of texts would be as many errors.
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 
 
 class StreamOptions(BaseModel):
@@ -39,7 +40,15 @@ class Generation(BaseModel):
         "presence_penalty": (0,),
     }
     # What says something about the request, and nothing about the answer.
-    ignored: ClassVar[tuple[str, ...]] = ("metadata", "service_tier", "user")
+    ignored: ClassVar[tuple[str, ...]] = (
+        "metadata",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "user",
+    )
 
     model: str
     max_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
@@ -65,7 +74,10 @@ class Generation(BaseModel):
             if value is not None and not any(_same(value, other) for other in neutral):
                 raise ValueError(f"`{name}` is not supported by this server. Leave it out.")
         left_out = {*cls.unsupported, *cls.ignored}
-        return {name: value for name, value in data.items() if name not in left_out}
+        asked = {name: value for name, value in data.items() if name not in left_out}
+        unknown = [n for n in asked if n not in cls.model_fields and asked[n] is not None]
+        # One is enough for an error: each would be one of its own.
+        return {n: asked[n] for n in asked if n in cls.model_fields or n in unknown[:1]}
 
     @field_validator("stop")
     @classmethod

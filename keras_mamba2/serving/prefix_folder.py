@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from keras_mamba2.atomic_files import clean_up_in
+from keras_mamba2.host.state_file import FILE_VERSION
 from keras_mamba2.state import Mamba2State
 from keras_mamba2.state import files
 from keras_mamba2.state.host import on_host
@@ -36,14 +37,16 @@ class PrefixFolder:
 
     Args:
         folder: path.
-        backbone: the model's backbone. Apart by its fingerprint, so that servers of several
-            models may share a folder.
+        backbone: the model's backbone. Apart by its weights and by what its states are, so that
+            servers of several models, and of one in several dtypes, may share a folder.
     """
 
     def __init__(self, folder: pathlib.Path, backbone):
         self._backbone = backbone
         self._fingerprint = files.fingerprint(backbone)
-        self._folder = folder / self._fingerprint[:16]
+        specs = {name: repr(spec) for name, spec in files.named_specs(backbone).items()}
+        states = [FILE_VERSION, self._fingerprint, backbone.architecture, specs]
+        self._folder = folder / hashlib.sha256(json.dumps(states).encode()).hexdigest()[:16]
         self._folder.mkdir(parents=True, exist_ok=True)
         self._there: set[bytes] = set()  # keys with a file, or with one that is being written
         self._waiting: collections.OrderedDict[bytes, Known | None] = collections.OrderedDict()

@@ -9,6 +9,7 @@ import numpy as np
 
 from keras_mamba2.generation import row_parameters
 from keras_mamba2.host.text_stream import TextStream
+from keras_mamba2.host.text_stream import text_after
 from keras_mamba2.serving.openai_types import ChatRequest
 from keras_mamba2.serving.openai_types import CompletionRequest
 from keras_mamba2.tasks.chat_options import MOST_NEW_TOKENS
@@ -56,6 +57,7 @@ class Prompts:
         self._max_tokens = max_tokens
         self._tokenizer = lm.preprocessor.tokenizer
         self._token_texts: dict[int, str] = {}
+        self._letter = np.array(self._tokenizer("a"), "int32")
 
     @property
     def chats(self) -> bool:
@@ -124,9 +126,13 @@ class Prompts:
         return TextStream(self._tokenizer.detokenize, prompt.skip, prompt.stop_strings, before)
 
     def token_text(self, token_id: int) -> str:
-        """A token alone; where it is part of a character, with the replacement character."""
+        """A token within a text; where it is part of a character, with the replacement character.
+
+        At the beginning of a text, some tokenizers strip a blank.
+        """
         if token_id not in self._token_texts:
-            self._token_texts[token_id] = self._tokenizer.detokenize([token_id])
+            decode = self._tokenizer.detokenize
+            self._token_texts[token_id] = text_after(self._letter, [token_id], decode)
         return self._token_texts[token_id]
 
     def offsets(self, prompt: Prompt) -> list[int]:

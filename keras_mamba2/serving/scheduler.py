@@ -272,11 +272,13 @@ class Scheduler:
         self._step_seconds[self.slots.num_rows] = self._run_seconds / max(steps, 1)
         self._due += [(result.owner, self._delivery_of(result)) for result in results]
         stopped = [result for result in results if result.has_stopped]
+        # Before anybody hears of the end, and goes.
+        kept = [r.owner for r in stopped if r.is_finite and not r.owner.is_cancelled]
         if stopped or self._were_read or not self._runs_meanwhile:
             self._hand_out()
+        for sequence in kept:
+            self._remember(sequence)
         for result in stopped:
-            if result.is_finite:
-                self._remember(result.owner)
             self.slots.release(result.owner)
         self.slots.shrink()
 
@@ -309,7 +311,7 @@ class Scheduler:
             return
         # The last token has not been read yet.
         read = np.concatenate([sequence.request.prompt, sequence.token_ids[:-1]])
-        if not sequence.is_cancelled and self._cache.wants(read):
+        if self._cache.wants(read):
             self._cache.add(read, self.slots.state_of(sequence))
 
     def fail(self, request: Request, error: Exception) -> None:

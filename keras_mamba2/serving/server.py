@@ -4,7 +4,6 @@ import asyncio
 import logging
 
 import uvicorn
-from h11 import IDLE
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 # How long a client may take to send the head of a request.
@@ -44,8 +43,8 @@ class PatientForAWhile(H11Protocol):
         self._forget_writing()
 
     def _expect_head(self) -> None:
-        is_answering = self.cycle is not None and not self.cycle.response_complete
-        if is_answering or self.conn.their_state is not IDLE:
+        # After an answer that did not wait for the body, the rest of that body is waited for too.
+        if self.cycle is not None and not self.cycle.response_complete:
             self._forget()
         elif self._head is None:
             self._head = self.loop.call_later(HEAD_SECONDS, self.transport.close)

@@ -30,6 +30,9 @@ from keras_mamba2.serving.openai_types import Generation
 from keras_mamba2.serving.prompts import Prompt
 from keras_mamba2.serving.prompts import Prompts
 
+# A proxy hands on pieces as they come.
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
 
 class Service:
     """One model under one name.
@@ -115,7 +118,7 @@ class Service:
             raise ApiError(400, str(error)) from error
         if body.stream:
             events = self._events(answer, bodies, body.includes_usage)
-            return EventSourceResponse(events, headers={"Cache-Control": "no-cache"})
+            return EventSourceResponse(events, headers=STREAM_HEADERS)
         pieces = await _unless_gone(http, self._all_pieces(answer))
         return JSONResponse(bodies.whole(pieces, answer.usage))
 

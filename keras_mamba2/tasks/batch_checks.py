@@ -99,7 +99,10 @@ def check_labels(
     For other losses, as of one-hot labels, any finite numbers are labels. `name` is that of the
     number of classes, for the message.
     """
-    if not _takes_class_numbers(loss):
+    loss = _resolved(loss)
+    if not isinstance(loss, keras.losses.SparseCategoricalCrossentropy) and (
+        loss is not keras.losses.sparse_categorical_crossentropy
+    ):
         check_numeric("Labels", labels)
         check_elements(labels, np.isfinite(labels), "Labels must be finite.")
         return
@@ -109,14 +112,11 @@ def check_labels(
     _check_range(labels, num_classes, "Labels", name, getattr(loss, "ignore_class", None))
 
 
-def _takes_class_numbers(loss) -> bool:
+def _resolved(loss):
+    """A loss as `compile` may name it, as a function or an object."""
     while isinstance(loss, (list, tuple)) and len(loss) == 1:
         [loss] = loss
-    if isinstance(loss, (str, type)):
-        loss = keras.losses.get(loss)
-    return isinstance(loss, keras.losses.SparseCategoricalCrossentropy) or (
-        loss is keras.losses.sparse_categorical_crossentropy
-    )
+    return keras.losses.get(loss) if isinstance(loss, (str, type)) else loss
 
 
 def check_weights(weights: np.ndarray) -> None:

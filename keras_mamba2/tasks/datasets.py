@@ -30,11 +30,15 @@ def batches(inputs: Any) -> Iterator[Any]:
         yield from inputs
 
 
-def check_batches_of(x, batch_size: int | None) -> None:
-    """Refuses rows that the devices of a distribution cannot share, where their number is known."""
+def check_batches_of(x, batch_size: int | None, steps: int | None = None) -> None:
+    """Refuses rows that the devices of a distribution cannot share, where their number is known.
+
+    With `steps` no more batches are read.
+    """
     parts = parts_of(x)
     if not is_dataset(x) and parts and hasattr(parts[0], "__len__"):
-        check_batches(len(parts[0]), batch_size)
+        most = len(parts[0]) if steps is None else steps * (batch_size or 32)
+        check_batches(min(len(parts[0]), most), batch_size)
 
 
 def first_batch(dataset):
@@ -62,12 +66,14 @@ def batched_dataset(
     x, y, sample_weight, batch_size: int | None, shuffle: bool = False
 ) -> grain.MapDataset:
     """Batches of texts or preprocessed rows; shuffled in another order each time it is repeated."""
-    if not isinstance(x, Mapping):
+    if isinstance(x, Mapping):
+        x = {name: np.asarray(part) for name, part in x.items()}
+    else:
         texts = [np.array(list(part), object) for part in parts_of(x)]
         x = tuple(texts) if isinstance(x, tuple) else texts[0]
+    y, sample_weight = (None if a is None else np.asarray(a) for a in (y, sample_weight))
     rows = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
-    rows = _Rows(tree.map_structure(np.asarray, rows))
-    dataset = grain.MapDataset.source(rows)
+    dataset = grain.MapDataset.source(_Rows(rows))
     if shuffle:
         seed = int(np.random.randint(2**31))  # noqa: NPY002, what `set_random_seed` sets
         dataset = dataset.seed(seed).shuffle()
@@ -81,6 +87,8 @@ def arguments_of_fit(
     validation_split: float | None,
     shuffle: bool,
     validation_batch_size: int | None,
+    steps_per_epoch: int | None = None,
+    validation_steps: int | None = None,
 ) -> dict[str, Any]:
     """Arguments for KerasHub's `fit`, which neither shuffles nor has another size for validation.
 
@@ -91,6 +99,8 @@ def arguments_of_fit(
         validation_split: float, as there.
         shuffle: bool, whether `x` is read in another order in every epoch, if it is no dataset.
         validation_batch_size: int, as there.
+        steps_per_epoch: int, as there.
+        validation_steps: int, as there.
     """
     size = optional(SIZE)("validation_batch_size", validation_batch_size) or batch_size
     if validation_split and (shuffle or validation_batch_size):
@@ -100,7 +110,7 @@ def arguments_of_fit(
         )
     if isinstance(validation_data, tuple):
         x, y, sample_weight = validation_data
-        check_batches_of(x, size)
+        check_batches_of(x, size, validation_steps)
         # KerasHub batches it as `x`, and a dataset has no size of batches to tell.
         if (shuffle or validation_batch_size) and not is_dataset(x):
             validation_data = batched_dataset(x, y, sample_weight, size)
@@ -108,7 +118,7 @@ def arguments_of_fit(
             validation_data = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
     x, y, sample_weight = rows
     if not validation_split:
-        check_batches_of(x, batch_size)
+        check_batches_of(x, batch_size, steps_per_epoch)
     if shuffle and not is_dataset(x):
         x = batched_dataset(x, y, sample_weight, batch_size, shuffle=True)
         y = sample_weight = batch_size = None
@@ -119,4 +129,6 @@ def arguments_of_fit(
         "sample_weight": sample_weight,
         "validation_data": validation_data,
         "validation_split": validation_split,
+        "steps_per_epoch": steps_per_epoch,
+        "validation_steps": validation_steps,
     }

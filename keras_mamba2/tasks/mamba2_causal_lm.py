@@ -178,7 +178,7 @@ class Mamba2CausalLM(
         cls, preset: str, load_weights: bool, on_built: OnBuilt, **kwargs
     ) -> "Mamba2CausalLM":
         tokenizer = kwargs.get("preprocessor", "from the preset") == "from the preset"
-        loader, preset = open_preset(preset, weights=load_weights, tokenizer=tokenizer)
+        loader, preset = open_preset(preset, load_weights, tokenizer, bare=True)
         if loader is not None:
             return loader.load_task(cls, load_weights, on_built=on_built, **kwargs)
         load = functools.partial(load_task, cls, ResidualBackbone, preset)
@@ -347,8 +347,8 @@ class Mamba2CausalLM(
         self.speculation = speculation
 
     def get_compile_config(self) -> dict:
-        sampler = {"sampler": self.sampler} if self.has_own_sampler else {}
-        return compile_config(super().get_compile_config(), self, **sampler)
+        sampler = self.sampler if self.has_own_sampler else None
+        return compile_config(super().get_compile_config(), self, sampler)
 
     def compile_from_config(self, config: dict) -> None:
         compile_from_config(self, config)

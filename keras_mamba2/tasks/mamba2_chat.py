@@ -106,11 +106,12 @@ class Mamba2Chat:
 
         Raises:
             ValueError: as `Mamba2CausalLM.chat`, before the first piece is asked for. The
-                conversation then stays as it was.
+                conversation then stays as it was, but for an open reply, which ends.
         """
         checked = ChatOptions.checked(self.lm, **{**self.options, **options})
+        new = _checked(message)
         self._close()
-        messages = self._with(message)
+        messages = [*self._messages, *new]
         prompt, known, cached = self._read(messages, checked)
         streams = self.lm.stream_reply(
             prompt[len(known.token_ids) :], checked, known.token_ids, known.state
@@ -124,13 +125,6 @@ class Mamba2Chat:
         running = self._running()
         if running is not None:
             running.close()
-
-    def _with(self, message) -> list[dict[str, Any]]:
-        """The conversation with what is new."""
-        if isinstance(message, str):
-            message = {"role": "user", "content": message}
-        new = [message] if isinstance(message, Mapping) else message
-        return [*self._messages, *checked_messages(new)]
 
     def _read(
         self, messages: list[dict[str, Any]], options: ChatOptions
@@ -242,3 +236,10 @@ class Mamba2Chat:
 
     def __repr__(self) -> str:
         return f"Mamba2Chat({len(self._messages)} messages)"
+
+
+def _checked(message) -> list[dict[str, Any]]:
+    """What is said, as messages."""
+    if isinstance(message, str):
+        message = {"role": "user", "content": message}
+    return checked_messages([message] if isinstance(message, Mapping) else message)

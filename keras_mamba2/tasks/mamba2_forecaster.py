@@ -224,7 +224,7 @@ class Mamba2Forecaster(AtomicPreset, AtomicSave, KeptWeights, ModelPreset, keras
             raise ValueError("Targets are missing. Received: y=None")
         if sample_weight is not None:
             check_weights(ops.convert_to_numpy(sample_weight))
-        return x, _as_floats("Targets", y), sample_weight
+        return x, self._as_floats("Targets", y), sample_weight
 
     def _checked_inputs(self, x, batch_size: int | None):
         """Raises for a row that lacks all values of a feature to forecast."""
@@ -234,7 +234,7 @@ class Mamba2Forecaster(AtomicPreset, AtomicSave, KeptWeights, ModelPreset, keras
         if not all(isinstance(part, np.ndarray) for part in parts_of(x)):
             return x
         values, mask = self._values_and_mask(x)
-        values = _as_floats("Values", values)
+        values = self._as_floats("Values", values)
         observed = np.isfinite(values) & (True if mask is None else mask.astype(bool))
         missing = np.argwhere(~observed[:, :, self.output_features].any(axis=1))
         if len(missing):
@@ -245,6 +245,18 @@ class Mamba2Forecaster(AtomicPreset, AtomicSave, KeptWeights, ModelPreset, keras
                 f"{len(np.unique(missing[:, 0]))} in {len(values)}."
             )
         return {**x, "values": values} if isinstance(x, dict) else values
+
+    def _as_floats(self, what: str, array):
+        """An array of numbers that Keras keeps: those beyond its floats would be infinite."""
+        if not isinstance(array, np.ndarray):
+            return array
+        check_numeric(what, array)
+        dtype = np.result_type(self._scaling_dtype, keras.config.floatx())
+        with np.errstate(over="ignore"):
+            floats = array.astype(dtype, copy=False)
+        too_large = np.isfinite(array) & ~np.isfinite(floats)
+        check_elements(array, ~too_large, f"{what} must be below {np.finfo(dtype).max:.2g}.")
+        return array if array.dtype.kind == "f" else floats
 
     def quantize(self, mode: str | None = None, config=None, filters=None, **kwargs) -> None:
         """Quantizes the projections of the blocks, as `Mamba2CausalLM.quantize`.
@@ -300,18 +312,6 @@ def _gives_batches(x) -> bool:
     """
     is_read = is_dataset(x) or isinstance(x, (keras.utils.PyDataset, Iterable))
     return is_read and not isinstance(x, (Sequence, Mapping)) and not hasattr(x, "shape")
-
-
-def _as_floats(what: str, array):
-    """An array of numbers that Keras keeps: those beyond float32 would be others, or infinite."""
-    if not isinstance(array, np.ndarray):
-        return array
-    check_numeric(what, array)
-    with np.errstate(over="ignore"):
-        floats = array.astype("float32")
-    too_large = np.isfinite(array) & ~np.isfinite(floats)
-    check_elements(array, ~too_large, f"{what} must be below {np.finfo('float32').max:.2g}.")
-    return array if array.dtype.kind == "f" else floats
 
 
 def _indices(output_features, num_features: int) -> tuple[int, ...]:

@@ -232,19 +232,26 @@ class Mamba2TextClassifier(
             self._check_arrays(vx, vy, weights, with_labels=True)
             validation_data = vx, vy, weights
         rows = x, y, sample_weight
+        steps = {key: kwargs.pop(key, None) for key in ("steps_per_epoch", "validation_steps")}
         arguments = arguments_of_fit(
-            rows, validation_data, batch_size, validation_split, shuffle, validation_batch_size
+            rows,
+            validation_data,
+            batch_size,
+            validation_split,
+            shuffle,
+            validation_batch_size,
+            **steps,
         )
         return super().fit(**arguments, **kwargs)
 
     def evaluate(self, x=None, y=None, batch_size=None, sample_weight=None, **kwargs):
         self._check_arrays(x, y, sample_weight, with_labels=True)
-        check_batches_of(x, batch_size)
+        check_batches_of(x, batch_size, kwargs.get("steps"))
         return super().evaluate(x, y, batch_size, sample_weight, **kwargs)
 
     def predict(self, x=None, batch_size=None, **kwargs):
         self._check_arrays(x)
-        check_batches_of(x, batch_size)
+        check_batches_of(x, batch_size, kwargs.get("steps"))
         return super().predict(x, batch_size, **kwargs)
 
     def _check_arrays(self, x, y=None, sample_weight=None, with_labels: bool = False) -> None:

@@ -80,8 +80,15 @@ class TrainingData:
             rows = keras.utils.unpack_x_y_sample_weight(validation_data)
             validation_data = self._prepared(*rows)
         rows = self._prepared(x, y, sample_weight)
+        steps = {key: kwargs.pop(key, None) for key in ("steps_per_epoch", "validation_steps")}
         arguments = arguments_of_fit(
-            rows, validation_data, batch_size, validation_split, shuffle, validation_batch_size
+            rows,
+            validation_data,
+            batch_size,
+            validation_split,
+            shuffle,
+            validation_batch_size,
+            **steps,
         )
         return super().fit(**arguments, **kwargs)
 
@@ -90,7 +97,7 @@ class TrainingData:
         batch_size = optional(SIZE)("batch_size", batch_size)
         if not evaluates_within_fit(kwargs):  # else `fit` has prepared them
             x, y, sample_weight = self._prepared(x, y, sample_weight)
-            check_batches_of(x, batch_size)
+            check_batches_of(x, batch_size, kwargs.get("steps"))
         return super().evaluate(x, y, batch_size, sample_weight, **kwargs)
 
     def predict(self, x=None, batch_size: int | None = None, **kwargs):
@@ -99,7 +106,7 @@ class TrainingData:
             x = standard_names(x)
             self._check_batch(*(ops.convert_to_numpy(x[name]) for name in NAMES[:2]))
         batch_size = optional(SIZE)("batch_size", batch_size)
-        check_batches_of(x, batch_size)
+        check_batches_of(x, batch_size, kwargs.get("steps"))
         return super().predict(x, batch_size, **kwargs)
 
     def preprocess_samples(self, x, y=None, sample_weight=None):

@@ -7,14 +7,17 @@ import re
 
 import pytest
 
+import keras_mamba2
 from keras_mamba2 import conversion
 from keras_mamba2.conversion import config_values
 from keras_mamba2.conversion import constructor_arguments
+from keras_mamba2.conversion import describe
 from keras_mamba2.conversion import format_of
 from keras_mamba2.conversion import read_constructor_arguments
 from keras_mamba2.conversion import transformers_config
 from keras_mamba2.conversion.architectures.values import vocabulary
 from keras_mamba2.conversion.architectures.values import written_vocabulary
+from keras_mamba2.conversion.config import check_unquantized
 
 # state-spaces/mamba2-130m
 ORIGINAL = {
@@ -123,9 +126,9 @@ def test_names_of_flash_linear_attention_are_read():
 def test_quantized_weights_are_refused_before_they_are_fetched(tmp_path, quantized, message):
     (tmp_path / "config.json").write_text(json.dumps({**TRANSFORMERS, **quantized}))
     with pytest.raises(ValueError, match=f"config.json: .*{message}.*Take the repository"):
-        read_constructor_arguments(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({**TRANSFORMERS, "quantization_config": None}))
-    read_constructor_arguments(tmp_path)
+        keras_mamba2.Mamba2Backbone.from_preset(tmp_path)
+    assert describe(tmp_path)["parameters"]  # for which no weights are needed
+    check_unquantized({**TRANSFORMERS, "quantization_config": None})
 
 
 def test_a_vocabulary_that_was_made_smaller_has_no_padding():

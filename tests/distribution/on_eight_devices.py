@@ -328,6 +328,7 @@ def check_what_devices_cannot_share_is_refused():
         ):
             with pytest.raises(ValueError, match="2 devices share the rows of a batch"):
                 use()
+        lm.evaluate(odd, y[:15], batch_size=8, steps=1, verbose=0)  # none is left over
 
 
 def check_programs_for_one_device():

@@ -4,6 +4,7 @@ import asyncio
 import re
 from typing import ClassVar
 
+import fastapi
 import httpx
 import keras_hub
 import numpy as np
@@ -15,9 +16,11 @@ import keras_mamba2
 from keras_mamba2.serving.app import create_app
 from keras_mamba2.serving.openai_types import ChatRequest
 from keras_mamba2.serving.prompts import Prompts
+from tests.serving.collected import Collected
 from tests.serving.collected import wait_until
 from tests.serving.conftest import NAME
 from tests.serving.conftest import client_of
+from tests.serving.conftest import serving
 
 GREEDY = {"model": NAME, "temperature": 0, "max_tokens": 20}
 USAGE = {"stream": True, "stream_options": {"include_usage": True}}
@@ -135,6 +138,26 @@ class TestCompletions:
         ]
         assert streamed == found.tokens
 
+    def test_tokens_keep_their_blanks(self, client, lm, monkeypatch):
+        """Of a tokenizer that strips the one before a text."""
+        tokenizer = lm.preprocessor.tokenizer
+        plain = tokenizer.detokenize
+        stripped = lambda ids: plain(ids).removeprefix(" ")  # noqa: E731
+        monkeypatch.setattr(tokenizer, "detokenize", stripped)
+        prompts = Prompts(lm, 100)
+        assert prompts.token_text(ord(" ")) == " "
+        assert prompts.token_text(ord("b")) == "b"
+
+    def test_offsets_count_what_a_stop_string_holds_back(self, client, lm):
+        """Until it is known whether it begins there."""
+        text = alone(lm, "ROMEO:")
+        begin = next(letter for letter in text[1:-2] if letter.isascii())
+        options = {**GREEDY, "prompt": "ROMEO:", "logprobs": 0}
+        free = client.completions.create(**options)
+        held = client.completions.create(**options, stop=f"{begin}, which never comes")
+        assert held.choices[0].text == free.choices[0].text
+        assert held.choices[0].logprobs.text_offset == free.choices[0].logprobs.text_offset
+
     def test_what_asks_for_nothing_passes(self, client, lm):
         answer = client.completions.create(
             **GREEDY,
@@ -147,6 +170,7 @@ class TestCompletions:
             user="me",
             n=1,
             stop=None,
+            extra_body={"prompt_cache_key": "s1", "safety_identifier": "u1", "unknown": None},
         )
         assert answer.choices[0].text == alone(lm, "ROMEO:")
 
@@ -263,6 +287,24 @@ class TestPrefixes:
         again = client.completions.create(prompt=system + "first", **GREEDY)
         assert again.usage.prompt_tokens_details.cached_tokens == len(system + "first") - 1
         assert again.choices[0].text == first.choices[0].text == before
+
+    def test_each_of_several_texts_goes_on_from_its_end(self, engine):
+        """Though all end in one run, and who receives an end goes at once."""
+        texts = [f"{i} texts that end, and are long enough to be remembered" for i in range(3)]
+
+        def leave(asked):
+            return lambda delivery: delivery.finish_reason and engine.cancel(asked[0].request)
+
+        asked = []
+        for text in texts:
+            mine = []
+            mine.append(Collected(text, limit=9, on_delivery=leave(mine)).submit(engine))
+            asked += mine
+        wait_until(lambda: not engine.num_running + engine.num_waiting)
+        for text, each in zip(texts, asked, strict=True):
+            read = np.array([*text.encode(), *each.tokens()[:-1]], "int32")
+            known = engine._scheduler._cache.longest(np.append(read, 0))
+            assert len(known.token_ids) == len(read)
 
     def test_a_text_goes_on_from_its_end(self, client, lm):
         prompt = "Now is the winter of our discontent"
@@ -439,6 +481,16 @@ class TestKeys:
             with client_of(keyed_address, api_key=key) as client:
                 assert client.completions.create(prompt="ROMEO:", **GREEDY).choices
         assert httpx.get(f"{keyed_address}/health").status_code == 200
+
+    def test_in_another_application_too(self, engine):
+        main = fastapi.FastAPI()
+        main.mount("/llm", create_app(engine, NAME, api_keys=["secret"]))
+        with serving(main) as address:
+            answers = [
+                httpx.get(f"{address}/llm/v1/models", headers=headers).status_code
+                for headers in ({}, {"Authorization": "Bearer secret"})
+            ]
+        assert answers == [401, 200]
 
     @pytest.mark.parametrize("keys", [[""], ["secret", " "], "secret"])
     def test_one_that_everybody_has_is_refused(self, engine, keys):

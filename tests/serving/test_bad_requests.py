@@ -9,6 +9,7 @@ import time
 
 import httpx
 import openai
+import pydantic
 import pytest
 
 from keras_mamba2 import ChatTemplate
@@ -16,6 +17,7 @@ from keras_mamba2.serving import server
 from keras_mamba2.serving.answers import Answer
 from keras_mamba2.serving.app import create_app
 from keras_mamba2.serving.limits import Limits
+from keras_mamba2.serving.openai_types import CompletionRequest
 from tests.serving.collected import Collected
 from tests.serving.collected import wait_until
 from tests.serving.conftest import NAME
@@ -250,6 +252,27 @@ class TestLimits:
                             answer += connection.recv(10_000)
                     connection.sendall(sent)
                     assert connection.recv(10_000) == b""
+
+    def test_the_rest_of_a_body_that_nobody_reads(self, engine, monkeypatch):
+        """The answer comes before it: the connection waits for it no longer than for a head."""
+        monkeypatch.setattr(server, "HEAD_SECONDS", 0.2)
+        with serving(create_app(engine, NAME)) as address, _connected(address) as connection:
+            head = "POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n"
+            connection.sendall(head.encode())
+            answer = b""
+            while b"not_found" not in answer and b"}" not in answer:
+                answer += connection.recv(10_000)
+            connection.sendall(b"x")
+            assert connection.recv(10_000) == b""
+
+    @pytest.mark.parametrize(
+        "body", [{"prompt": [""] * 300_000}, {f"a{i}": 0 for i in range(100_000)}], ids=len
+    )
+    def test_one_error_is_enough(self, body):
+        """Of many wrong parts: all of them would take seconds and gigabytes."""
+        with pytest.raises(pydantic.ValidationError) as error:
+            CompletionRequest.model_validate({"model": NAME, "prompt": "a", **body})
+        assert error.value.error_count() < 10
 
     def test_an_answer_that_is_not_read(self, monkeypatch):
         monkeypatch.setattr(server, "WRITE_SECONDS", 0.2)

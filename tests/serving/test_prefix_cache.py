@@ -141,6 +141,20 @@ class TestFolder:
         assert len(PrefixCache(other, 2**30, tmp_path, shortest=4)) == 0
         assert "the state of another model" in caplog.text
 
+    def test_states_in_other_dtypes_stay_apart(self, backbone, preset_folder, tmp_path):
+        cache = PrefixCache(backbone, 2**30, tmp_path, shortest=4)
+        add(cache, backbone, TEXT)
+        cache.close()
+        other = keras_mamba2.Mamba2Backbone.from_preset(preset_folder, state_dtype="bfloat16")
+        theirs = PrefixCache(other, 2**30, tmp_path, shortest=4)
+        assert len(theirs) == 0
+        add(theirs, other, TEXT)
+        theirs.close()
+        for each in (backbone, other):
+            again = PrefixCache(each, 2**30, tmp_path, shortest=4)
+            assert len(again) == 1
+            again.close()
+
     @pytest.mark.parametrize("damage", ["cut", "renamed"])
     def test_a_damaged_file_is_left_out(self, backbone, tmp_path, caplog, damage):
         cache = PrefixCache(backbone, 2**30, tmp_path, shortest=4)

@@ -1,11 +1,16 @@
+import functools
+import zipfile
+
 import keras
 import keras_hub
 import numpy as np
 import pytest
+import typer.testing
 from keras import ops
 from keras_hub.src.tests.test_case import TestCase
 
 import keras_mamba2
+from keras_mamba2.cli import app
 from keras_mamba2.models.mamba2_tokenizer import byte_vocabulary
 
 
@@ -157,8 +162,15 @@ def test_a_model_without_a_preprocessor_is_saved_and_loaded(preset_folder, tmp_p
     assert all(map(np.array_equal, again.get_weights(), lm.get_weights()))
     with pytest.raises(ValueError, match="no preprocessor to set sequence_length on"):
         keras_mamba2.Mamba2CausalLM.from_preset(tmp_path / "bare", sequence_length=9)
-    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
-        keras_mamba2.Mamba2Tokenizer.from_preset(tmp_path / "bare")
+    for load in (
+        keras_mamba2.Mamba2Tokenizer.from_preset,
+        functools.partial(keras_mamba2.Mamba2TextClassifier.from_preset, num_classes=2),
+    ):
+        with pytest.raises(ValueError, match=r"tokenizer\.json is missing"):
+            load(tmp_path / "bare")
+    done = typer.testing.CliRunner().invoke(app, ["generate", "a", "--preset", f"{tmp_path}/bare"])
+    assert done.exit_code == 2
+    assert "has no tokenizer" in done.stderr
 
 
 IDS = {"token_ids": np.arange(9)[None], "padding_mask": np.ones((1, 9), "int32")}
@@ -187,6 +199,26 @@ def test_a_file_of_a_model_says_how_it_samples(preset_folder, tmp_path, sampler)
     assert keras_hub.samplers.serialize(again.sampler) == keras_hub.samplers.serialize(lm.sampler)
     texts = [model.generate("to be", max_new_tokens=20) for model in (lm, again)]
     assert texts[0] == texts[1]
+
+
+class Unknown(keras_hub.samplers.GreedySampler):
+    """That no other process knows."""
+
+
+def test_a_sampler_that_is_not_known_costs_no_model(preset_folder, tmp_path):
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder)
+    lm.compile(sampler=Unknown())
+    lm.save(tmp_path / "model.keras")
+    with zipfile.ZipFile(tmp_path / "model.keras") as file:
+        parts = {name: file.read(name) for name in file.namelist()}
+    parts["config.json"] = parts["config.json"].replace(b"Unknown", b"Forgotten")
+    with zipfile.ZipFile(tmp_path / "other.keras", "w") as file:
+        for name, content in parts.items():
+            file.writestr(name, content)
+    with pytest.warns(UserWarning, match="sampler could not be restored"):
+        again = keras.models.load_model(tmp_path / "other.keras")
+    assert not again.has_own_sampler
+    assert all(map(np.array_equal, again.get_weights(), lm.get_weights()))
 
 
 def test_a_model_of_a_configuration_can_be_called(preset_folder):

@@ -237,7 +237,7 @@ def test_validation_data_need_labels(small):
 
 def test_shuffled_texts_and_validation_batches(small, monkeypatch):
     """In another order in each epoch; 8 validation texts in batches of 3."""
-    texts, labels = [f"{i} abc" for i in range(8)], np.arange(8) % 2
+    texts, labels = [f"{i} abc" for i in range(8)], [0, 1] * 4  # lists, as in the example
     seen, sizes = [], []
     preprocess = small.preprocess_samples
 
