@@ -300,11 +300,12 @@ class TestPrefixes:
             mine = []
             mine.append(Collected(text, limit=9, on_delivery=leave(mine)).submit(engine))
             asked += mine
-        wait_until(lambda: not engine.num_running + engine.num_waiting)
+        cache = engine._scheduler._cache
         for text, each in zip(texts, asked, strict=True):
             read = np.array([*text.encode(), *each.tokens()[:-1]], "int32")
-            known = engine._scheduler._cache.longest(np.append(read, 0))
-            assert len(known.token_ids) == len(read)
+            wait_until(
+                lambda read=read: len(cache.longest(np.append(read, 0)).token_ids) == len(read)
+            )
 
     def test_a_text_goes_on_from_its_end(self, client, lm):
         prompt = "Now is the winter of our discontent"
