@@ -8,8 +8,8 @@ import sys
 
 COMMAND = "keras-mamba2"  # what pyproject.toml calls it
 RUN_PROGRAMS = "run-programs"  # what cli.py calls the one that needs no Keras
-# Optional for Keras and KerasHub: data sets, plots, and preprocessing in graphs.
-UNUSED = ("tensorflow", "tensorflow_text", "pandas", "matplotlib")
+# Optional for Keras and KerasHub: data sets, plots, checkpoints, and preprocessing in graphs.
+UNUSED = ("tensorflow", "tensorflow_text", "pandas", "matplotlib", "orbax")
 
 
 def leave_out_unused() -> None:
