@@ -428,7 +428,8 @@ class Generator:
             prepare(self._prefill_block, state, *block)
 
         def decode(length: int) -> None:
-            rows = rows_after(prepare(self._zeros, like, **self._room(length)), length)
+            # Without a context, of which it needs none: of one token it is soon made.
+            rows = rows_after(prepare(self._zeros, like, **self._room(length)), 1)
             rows = rows._replace(context=())
             prepare(self._decode, rows, np.array(1, "int32"), with_logprobs=False)
 

@@ -1,10 +1,9 @@
-import weakref
-from collections.abc import Callable
 from collections.abc import Generator
 from collections.abc import Iterator
 from typing import Any
 
 from keras_mamba2.arguments import SIZE
+from keras_mamba2.host.text_stream import LastStream
 from keras_mamba2.host.text_stream import TextStreams
 
 
@@ -33,7 +32,7 @@ class Mamba2Session:
         self.text = text
         self._state = state
         self._unread = ""  # text that the state has not seen yet
-        self._running: Callable[[], Generator[str] | None] = lambda: None
+        self._last = LastStream()
 
     @property
     def state(self) -> Any:
@@ -59,16 +58,8 @@ class Mamba2Session:
 
         It ends, if it is still open, where the text next grows in another way.
         """
-        self._close()
-        pieces = self._collect(text, self.lm.stream_on(self, text, **kwargs))
-        self._running = weakref.ref(pieces)  # so that it ends with its last reference
-        return pieces
-
-    def _close(self) -> None:
-        """Ends a stream that was left open: what it showed is text."""
-        running = self._running()
-        if running is not None:
-            running.close()
+        self._last.close()
+        return self._last.hand_out(self._collect(text, self.lm.stream_on(self, text, **kwargs)))
 
     def _collect(self, text: str, streams: TextStreams) -> Generator[str]:
         shown, is_over = "", False
@@ -90,7 +81,7 @@ class Mamba2Session:
 
     def append(self, text: str) -> None:
         """Appends `text` without generating any."""
-        self._close()
+        self._last.close()
         self._state = self.lm.prefill(text, self.state)
         self.text += text
 

@@ -1,7 +1,9 @@
 """From tokens to text, as soon as the text is certain."""
 
 import itertools
+import weakref
 from collections.abc import Callable
+from collections.abc import Generator
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -119,6 +121,23 @@ def _overlap(text: str, stop: str) -> int:
     """The length of the longest end of `text` that `stop` begins with."""
     lengths = range(min(len(text), len(stop) - 1), 0, -1)
     return next((n for n in lengths if text.endswith(stop[:n])), 0)
+
+
+class LastStream:
+    """The last iterator that was handed out. It ends with its last reference, or where it must."""
+
+    def __init__(self) -> None:
+        self._pieces: Callable[[], Generator[str] | None] = lambda: None
+
+    def hand_out(self, pieces: Generator[str]) -> Iterator[str]:
+        self._pieces = weakref.ref(pieces)
+        return pieces
+
+    def close(self) -> None:
+        """Ends it, if somebody has it still."""
+        pieces = self._pieces()
+        if pieces is not None:
+            pieces.close()
 
 
 # The first piece comes after one token. Later runs are longer, which costs less.

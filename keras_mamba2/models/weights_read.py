@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator
 
 import keras
-import ml_dtypes  # noqa: F401, whose dtypes NumPy then knows by name
 import numpy as np
 
 from keras_mamba2._compat.keras_layers import flatten_layers

@@ -87,8 +87,7 @@ def arguments_of_fit(
     validation_split: float | None,
     shuffle: bool,
     validation_batch_size: int | None,
-    steps_per_epoch: int | None = None,
-    validation_steps: int | None = None,
+    **kwargs: Any,
 ) -> dict[str, Any]:
     """Arguments for KerasHub's `fit`, which neither shuffles nor has another size for validation.
 
@@ -99,8 +98,7 @@ def arguments_of_fit(
         validation_split: float, as there.
         shuffle: bool, whether `x` is read in another order in every epoch, if it is no dataset.
         validation_batch_size: int, as there.
-        steps_per_epoch: int, as there.
-        validation_steps: int, as there.
+        **kwargs: all others.
     """
     size = optional(SIZE)("validation_batch_size", validation_batch_size) or batch_size
     if validation_split and (shuffle or validation_batch_size):
@@ -110,7 +108,7 @@ def arguments_of_fit(
         )
     if isinstance(validation_data, tuple):
         x, y, sample_weight = validation_data
-        check_batches_of(x, size, validation_steps)
+        check_batches_of(x, size, kwargs.get("validation_steps"))
         # KerasHub batches it as `x`, and a dataset has no size of batches to tell.
         if (shuffle or validation_batch_size) and not is_dataset(x):
             validation_data = batched_dataset(x, y, sample_weight, size)
@@ -118,7 +116,7 @@ def arguments_of_fit(
             validation_data = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
     x, y, sample_weight = rows
     if not validation_split:
-        check_batches_of(x, batch_size, steps_per_epoch)
+        check_batches_of(x, batch_size, kwargs.get("steps_per_epoch"))
     if shuffle and not is_dataset(x):
         x = batched_dataset(x, y, sample_weight, batch_size, shuffle=True)
         y = sample_weight = batch_size = None
@@ -129,6 +127,5 @@ def arguments_of_fit(
         "sample_weight": sample_weight,
         "validation_data": validation_data,
         "validation_split": validation_split,
-        "steps_per_epoch": steps_per_epoch,
-        "validation_steps": validation_steps,
+        **kwargs,
     }

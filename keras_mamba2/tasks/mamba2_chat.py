@@ -1,6 +1,5 @@
 import copy
 import json
-import weakref
 from collections.abc import Callable
 from collections.abc import Generator
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from keras_mamba2.chat.template import checked_messages
 from keras_mamba2.chat.template import checked_tools
 from keras_mamba2.host.conversations import KIND
 from keras_mamba2.host.conversations import conversation_of
+from keras_mamba2.host.text_stream import LastStream
 from keras_mamba2.host.text_stream import TextStreams
 from keras_mamba2.tasks.chat_options import ChatOptions
 from keras_mamba2.tasks.known_prefixes import KnownPrefix
@@ -78,7 +78,7 @@ class Mamba2Chat:
         self.usage: ChatUsage | None = None
         self._messages = checked_messages(messages) if len(messages) else []
         self._known = KnownPrefixes(KEPT_STATES)
-        self._running: Callable[[], Generator[str] | None] = lambda: None
+        self._last = LastStream()
         ChatOptions.checked(lm, **options)
 
     @property
@@ -110,21 +110,13 @@ class Mamba2Chat:
         """
         checked = ChatOptions.checked(self.lm, **{**self.options, **options})
         new = _checked(message)
-        self._close()
+        self._last.close()
         messages = [*self._messages, *new]
         prompt, known, cached = self._read(messages, checked)
         streams = self.lm.stream_reply(
             prompt[len(known.token_ids) :], checked, known.token_ids, known.state
         )
-        pieces = self._collect(messages, prompt, cached, streams)
-        self._running = weakref.ref(pieces)  # so that it ends with its last reference
-        return pieces
-
-    def _close(self) -> None:
-        """Ends a reply that was left open: what it showed is said."""
-        running = self._running()
-        if running is not None:
-            running.close()
+        return self._last.hand_out(self._collect(messages, prompt, cached, streams))
 
     def _read(
         self, messages: list[dict[str, Any]], options: ChatOptions
@@ -185,7 +177,7 @@ class Mamba2Chat:
         Raises:
             ValueError: if the user has not said anything yet.
         """
-        self._close()
+        self._last.close()
         users = [i for i, message in enumerate(self._messages) if message["role"] == "user"]
         if not users:
             raise ValueError("There is no turn to take back: the user has not said anything.")

@@ -232,7 +232,6 @@ class Mamba2TextClassifier(
             self._check_arrays(vx, vy, weights, with_labels=True)
             validation_data = vx, vy, weights
         rows = x, y, sample_weight
-        steps = {key: kwargs.pop(key, None) for key in ("steps_per_epoch", "validation_steps")}
         arguments = arguments_of_fit(
             rows,
             validation_data,
@@ -240,9 +239,9 @@ class Mamba2TextClassifier(
             validation_split,
             shuffle,
             validation_batch_size,
-            **steps,
+            **kwargs,
         )
-        return super().fit(**arguments, **kwargs)
+        return super().fit(**arguments)
 
     def evaluate(self, x=None, y=None, batch_size=None, sample_weight=None, **kwargs):
         self._check_arrays(x, y, sample_weight, with_labels=True)

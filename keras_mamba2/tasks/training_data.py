@@ -80,7 +80,6 @@ class TrainingData:
             rows = keras.utils.unpack_x_y_sample_weight(validation_data)
             validation_data = self._prepared(*rows)
         rows = self._prepared(x, y, sample_weight)
-        steps = {key: kwargs.pop(key, None) for key in ("steps_per_epoch", "validation_steps")}
         arguments = arguments_of_fit(
             rows,
             validation_data,
@@ -88,9 +87,9 @@ class TrainingData:
             validation_split,
             shuffle,
             validation_batch_size,
-            **steps,
+            **kwargs,
         )
-        return super().fit(**arguments, **kwargs)
+        return super().fit(**arguments)
 
     def evaluate(self, x=None, y=None, batch_size: int | None = None, sample_weight=None, **kwargs):
         """As `keras_hub.models.CausalLM.evaluate`; inputs as in `fit`."""

@@ -19,6 +19,9 @@ from keras_mamba2.conversion.architectures.sublayers import ELSEWHERE
 from tests import reference
 from tests.conversion import hybrids
 from tests.conversion.checkpoints import assert_same_weights
+from tests.hub_server import Hub
+from tests.hub_server import serving
+from tests.test_hub import point_client_to
 
 EPS = np.finfo("float32").eps
 cases = pytest.mark.parametrize(
@@ -341,6 +344,15 @@ def test_a_preset_and_back(name, lm_of, tmp_path):
     assert_same_weights(lm.backbone, again.backbone)
     backbone = keras_mamba2.Mamba2HybridBackbone.from_preset(tmp_path / "preset")
     assert_same_weights(lm.backbone, backbone)
+
+
+@families
+def test_each_family_comes_from_a_hub_too(name, folder_of, lm_of, tmp_path, monkeypatch):
+    files = {file.name: file.read_bytes() for file in folder_of(name).iterdir()}
+    with serving(Hub({"user/model": files})) as address:
+        point_client_to(address, tmp_path / "cache", monkeypatch)
+        lm = keras_mamba2.Mamba2CausalLM.from_preset("hf://user/model", preprocessor=None)
+    assert_same_weights(lm.backbone, lm_of(name).backbone)
 
 
 @families

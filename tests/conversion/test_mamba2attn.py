@@ -1,6 +1,7 @@
 """Checkpoints of the original code with attention in some layers, which transformers lacks."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -9,6 +10,10 @@ import torch
 import keras_mamba2
 from keras_mamba2.conversion import load_weights
 from tests import reference
+from tests.conversion.checkpoints import assert_same_weights
+from tests.hub_server import Hub
+from tests.hub_server import serving
+from tests.test_hub import point_client_to
 
 EPS = np.finfo("float32").eps
 CONFIG = {
@@ -128,6 +133,15 @@ def test_the_first_tokens_after_a_prompt_are_right(folder, tensors):
     for i in range(5, 9):
         x, state = backbone.step(ids[:, i], state)
         assert np.abs(backbone.logits(x) - truth[:, i]).max() <= 128 * EPS * np.abs(truth).max()
+
+
+def test_it_comes_from_a_hub_too(folder, tmp_path, monkeypatch):
+    files = {file.name: file.read_bytes() for file in pathlib.Path(folder).iterdir()}
+    with serving(Hub({"user/model": files})) as address:
+        point_client_to(address, tmp_path / "cache", monkeypatch)
+        found = keras_mamba2.Mamba2HybridBackbone.from_preset("hf://user/model")
+    expected = keras_mamba2.Mamba2HybridBackbone.from_preset(folder)
+    assert_same_weights(found, expected)
 
 
 def test_it_is_no_model_of_transformers(folder, tmp_path):

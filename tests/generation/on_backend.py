@@ -18,10 +18,7 @@ PROMPTS = ["to be", "or not to be, that is the question"]
 def results(folder) -> dict:
     lm = keras_mamba2.Mamba2CausalLM.from_preset(folder)
     lm.compile(sampler="greedy")
-    # Texts of random weights hold control characters, which JSON takes.
-    found = {"ragged": lm.generate(PROMPTS, max_new_tokens=8)}
-    state = lm.prefill(["to ", "or not to be, that "])
-    found["continued"] = lm.generate(["be", "is the question"], state=state, max_new_tokens=8)
+    found = generated(lm)
     pieces = lm.stream(PROMPTS, max_new_tokens=8)
     found["streamed"] = ["".join(row) for row in zip(*pieces, strict=True)]
     lm.generate(PROMPTS, max_new_tokens=8, temperature=0.5)
@@ -53,13 +50,18 @@ def results(folder) -> dict:
     return found
 
 
+def generated(lm) -> dict:
+    """Of random weights texts hold control characters, which JSON takes."""
+    state = lm.prefill(["to ", "or not to be, that "])
+    more = lm.generate(["be", "is the question"], state=state, max_new_tokens=8)
+    return {"ragged": lm.generate(PROMPTS, max_new_tokens=8), "continued": more}
+
+
 def results_of_hybrid(folder) -> dict:
     """Of a model with every kind of layer: in a graph, and with lengths that are not known."""
     lm = keras_mamba2.Mamba2CausalLM.from_preset(folder)
     lm.compile(sampler="greedy")
-    found = {"ragged": lm.generate(PROMPTS, max_new_tokens=8)}
-    state = lm.prefill(["to ", "or not to be, that "])
-    found["continued"] = lm.generate(["be", "is the question"], state=state, max_new_tokens=8)
+    found = generated(lm)
     rng = np.random.default_rng(0)
     token_ids = rng.integers(1, 250, (2, 24))
     inputs = {"token_ids": token_ids, "padding_mask": np.arange(24) < [[24], [19]]}
