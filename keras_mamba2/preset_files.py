@@ -148,10 +148,9 @@ class Preset:
         if not kind.endswith(".json"):
             return [kind]
         shards = read_json(self._fetch(lambda _: [kind]) / kind).get("weight_map")
-        # The shards of a tensor of Keras may be a list. What is no name is refused by the reader.
-        found = shards.values() if isinstance(shards, dict) else ()
-        flat = [n for part in found for n in (part if isinstance(part, list) else [part])]
-        return [kind, *sorted({name for name in flat if isinstance(name, str)} & set(names))]
+        # What is no name is refused by the reader.
+        named = _shards_of(shards) if isinstance(shards, dict) else []
+        return [kind, *sorted({name for name in named if isinstance(name, str)} & set(names))]
 
     def _fetch(self, choose: hub.Choice) -> pathlib.Path:
         return hub.fetch(self.name, choose) if self.name.startswith(hub.PREFIX) else self.folder
@@ -279,8 +278,7 @@ def weights_files(path: pathlib.Path) -> list[pathlib.Path]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path} has no `weight_map`.")
-    # The shards of a variable: one name, or a list where it is cut over several.
-    names = [n for s in weight_map.values() for n in (s if isinstance(s, list) else [s])]
+    names = _shards_of(weight_map)
     for name in names:
         if not isinstance(name, str) or not name or pathlib.Path(name).name != name:
             raise ValueError(
@@ -290,6 +288,11 @@ def weights_files(path: pathlib.Path) -> list[pathlib.Path]:
     for file in files:
         check_file(file)
     return files
+
+
+def _shards_of(weight_map: dict[str, Any]) -> list[Any]:
+    """The shards of all variables: of each one name, or a list where it is cut over several."""
+    return [n for s in weight_map.values() for n in (s if isinstance(s, list) else [s])]
 
 
 def check_hdf5(file: pathlib.Path) -> None:
