@@ -13,10 +13,11 @@ reads only what is new:
 Requests that share a long beginning, such as a system message, may as well share a name. Those
 without one are spread evenly.
 
-When a replica dies, what it was at fails, and the client asks again, as `openai`'s does by itself.
-Another replica answers: a text depends on its prompt and its seed, and on nothing else. The
-conversations of the dead one are read anew, once, by those that take them over; the others stay
-where they are. Ray starts another replica, which gets its share of the conversations.
+When a replica dies, what it was at fails, and the client asks again: `openai`'s does it by itself
+until an answer has begun, and `Conversation` after that. Another replica answers: a text depends on
+its prompt and its seed, and on nothing else. The conversations of the dead one are read anew, once,
+by those that take them over; the others stay where they are. Ray starts another replica, which gets
+its share of the conversations.
 
 On a cluster, from this folder:
 
@@ -27,7 +28,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import os
-import re
 import signal
 import socket
 import tempfile
@@ -126,6 +126,9 @@ class Turn:
     retries: int
 
 
+Seen = Callable[[str], None]
+
+
 class Conversation:
     """A text that grows, turn by turn. Whoever answers, it goes on from all of it.
 
@@ -146,18 +149,36 @@ class Conversation:
         self.model = model
         self.text = ""
 
-    def ask(self, text: str, **options: Any) -> Turn:
-        """Says `text`, and lets the model go on. Options are those of a completion."""
+    def ask(self, text: str, seen: Seen | None = None, **options: Any) -> Turn:
+        """Says `text`, and lets the model go on. Options are those of a completion.
+
+        `seen` is called with the replica of each piece of text.
+        """
         prompt = self.text + text
+        for broken in range(self.client.max_retries):
+            # An answer that has begun is not asked for again by `openai`.
+            with contextlib.suppress(openai.APIConnectionError):
+                turn = self._answer(prompt, seen, options)
+                self.text = prompt + turn.text
+                return dataclasses.replace(turn, retries=turn.retries + broken)
+        raise ConnectionError(f"{self.client.max_retries} answers in a row broke off.")
+
+    def _answer(self, prompt: str, seen: Seen | None, options: dict[str, Any]) -> Turn:
         response = self.client.completions.with_raw_response.create(
-            model=self.model, prompt=prompt, **options
+            model=self.model,
+            prompt=prompt,
+            stream=True,
+            stream_options={"include_usage": True},
+            **options,
         )
-        answer = response.parse()
-        new = answer.choices[0].text
-        self.text = prompt + new
-        usage = answer.usage
-        cached = usage.prompt_tokens_details.cached_tokens
         replica = response.headers["x-replica"]
+        new, usage = "", None
+        for piece in response.parse():
+            if seen is not None:
+                seen(replica)
+            new += "".join(choice.text for choice in piece.choices)
+            usage = piece.usage or usage
+        cached = usage.prompt_tokens_details.cached_tokens
         return Turn(new, replica, usage.prompt_tokens, cached, response.retries_taken)
 
 
@@ -177,7 +198,8 @@ def start(preset: str, replicas: int, compilation_cache: str) -> str:
 
 def kill(replica: str) -> None:
     """Ends a process of this machine as a machine that fails ends it."""
-    os.kill(int(replica.split(":")[1]), signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # it is dead already
+        os.kill(int(replica.split(":")[1]), signal.SIGKILL)
 
 
 def wait_for(address: str, replicas: int, dead: str = "", seconds: float = 300) -> None:
@@ -192,17 +214,6 @@ def wait_for(address: str, replicas: int, dead: str = "", seconds: float = 300) 
         time.sleep(0.5)
 
 
-def wait_for_work(address: str, session: str, seconds: float = 60) -> None:
-    """Until the replica of a conversation is at work."""
-    headers = {"x-session-id": session}
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        text = httpx.get(f"{address}/metrics", headers=headers).text
-        if re.search(r"^keras_mamba2_running_sequences [1-9]", text, re.MULTILINE):
-            return
-    raise TimeoutError(f"The replica of {session} was never seen at work.")
-
-
 def show(address: str, model: str, replicas: int, count: int = 6, **options: Any) -> list:
     """Conversations of four turns each; a replica is killed while it is at the second.
 
@@ -212,23 +223,20 @@ def show(address: str, model: str, replicas: int, count: int = 6, **options: Any
     talks = [Conversation(address, model, f"scene {i}") for i in range(count)]
     turns: list[list[Turn]] = [[] for _ in talks]
 
-    def say(text: str, meanwhile: Callable[[], None] = lambda: None, **others: Any) -> None:
+    def say(text: str, seen: Seen | None = None, **others: Any) -> None:
         with concurrent.futures.ThreadPoolExecutor(count) as pool:
             asked = [
-                pool.submit(talk.ask, text.format(i), **{**options, **others})
+                pool.submit(talk.ask, text.format(i), seen, **{**options, **others})
                 for i, talk in enumerate(talks)
             ]
-            meanwhile()
             for mine, turn in zip(turns, asked, strict=True):
                 mine.append(turn.result())
 
-    def kill_one() -> None:
-        wait_for_work(address, "scene 0")
-        kill(turns[0][0].replica)
-
     say("Scene {}. A room in the palace of the king.\n\nCITIZEN:")
-    say("\n\nSERVANT {}:", kill_one, max_tokens=2_000)
-    wait_for(address, replicas, dead=turns[0][0].replica)
+    victim = turns[0][0].replica
+    # It is at work when somebody sees text of it, and 2,000 tokens take longer than to kill it.
+    say("\n\nSERVANT {}:", lambda at: kill(at) if at == victim else None, max_tokens=2_000)
+    wait_for(address, replicas, dead=victim)
     say("\n\nCITIZEN:")
     say("\n\nSERVANT {}:")
     return turns
