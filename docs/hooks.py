@@ -16,7 +16,9 @@ PAGES = {
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
 }
-PICTURES = ("benchmarks/results/cpu.png",)
+PICTURES = tuple(
+    f"benchmarks/results/{name}" for name in ("cpu.png", "speculation.svg", "prompts.png")
+)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -59,8 +61,10 @@ def links_within_site(text: str, source: str) -> str:
         if "://" in target or not path:
             return match[0]
         page = known.get((folder / path).resolve())
+        if page is None and label.startswith("!"):
+            raise ValueError(f"{source} shows {path}, which is not among the site's pictures.")
         if page is None:
-            return label.removeprefix("![").removeprefix("[").removesuffix("]")
+            return label.removeprefix("[").removesuffix("]")
         return f"{label}({page}{'#' + anchor if anchor else ''})"
 
     return re.sub(r"(!?\[[^\]]*\])\(([^)\s]+)\)", replace, text)

@@ -21,6 +21,7 @@ import os
 import pathlib
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 
@@ -82,13 +83,32 @@ def _replaceable(folder) -> pathlib.Path:
 
 @contextlib.contextmanager
 def atomic_file(file) -> Iterator[pathlib.Path]:
-    """The path of a temporary file beside `file`, which takes its place if nothing is raised."""
-    file = pathlib.Path(os.path.abspath(file))
+    """The path of a temporary file beside `file`, which takes its place if nothing is raised.
+
+    Through links, and with the permissions of the old file, or usual ones.
+    """
+    file = pathlib.Path(os.path.realpath(file))
     if file.is_dir():
         raise ValueError(f"{file} is a folder.")
     with _beside(file) as temporary:
         yield temporary
+        # Some libraries write files for the owner alone.
+        temporary.chmod(_mode_of(file))
         temporary.replace(file)
+
+
+def _mode_of(file: pathlib.Path) -> int:
+    """The permissions of a file, or those that a new one gets."""
+    try:
+        return stat.S_IMODE(file.stat().st_mode)
+    except FileNotFoundError:
+        return 0o666 & ~_umask()
+
+
+def _umask() -> int:
+    umask = os.umask(0)  # there is no other way to read it
+    os.umask(umask)
+    return umask
 
 
 def remove_folder(folder) -> None:

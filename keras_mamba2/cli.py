@@ -15,6 +15,7 @@ import typer
 from keras_mamba2.command_process import RUN_PROGRAMS
 from keras_mamba2.compiled_folder import VARIABLE
 from keras_mamba2.compiled_folder import keep_programs
+from keras_mamba2.untrusted import shown
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -76,7 +77,6 @@ def speculation_of(draft: str | None, prompt_lookup: bool, dtype: str):
 @app.callback()
 def main() -> None:
     """Mamba-2 language models in Keras."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
 @contextlib.contextmanager
@@ -88,7 +88,7 @@ def errors_on_one_line() -> Iterator[None]:
         raise
     except (OSError, ValueError) as error:
         line = " ".join(" ".join([str(error), *getattr(error, "__notes__", ())]).split())
-        print(f"error: {line}".encode(errors="replace").decode(), file=sys.stderr)
+        print(f"error: {shown(line)}".encode(errors="replace").decode(), file=sys.stderr)
         raise typer.Exit(code=1 if isinstance(error, OSError) else 2) from None
 
 
@@ -162,9 +162,8 @@ def generate(
             tokens = lm.preprocessor.tokenizer(session.text + prompt)
             lm.warm_up(prompt_lengths=max(len(tokens), 1))
         options = {"max_new_tokens": max_new_tokens, "stop_strings": stop or (), "seed": seed}
-        text, seconds = print_more(session, prompt, options)
-        if state is not None:
-            session.save(state)
+        with kept(session, state):
+            text, seconds = print_more(session, prompt, options)
     count = len(lm.preprocessor.tokenizer(text))
     print(f"{count} tokens, {count / seconds:.0f} tokens/s", file=sys.stderr)
 
@@ -175,15 +174,31 @@ def check_texts(prompt: str, stop: list[str] | None) -> None:
         check_text("--stop", text)
 
 
+@contextlib.contextmanager
+def kept(session, file: pathlib.Path | None) -> Iterator[None]:
+    """Writes a session to its file at the end; after Ctrl-C too, as far as its text was shown."""
+    before = session.text
+    try:
+        yield
+    except KeyboardInterrupt:
+        if file is not None and session.text != before:
+            session.save(file)
+        raise
+    if file is not None:
+        session.save(file)
+
+
 def print_more(session, prompt: str, options: dict[str, Any]) -> tuple[str, float]:
     """Continues a session as its text is printed. Returns the new text, and the time it took."""
-    print(session.text + prompt, end="", flush=True)
+    safe = shown if sys.stdout.isatty() else str
+    print(safe(session.text + prompt), end="", flush=True)
     # The first token compiles the programs, which is not part of the speed.
     session.lm.generate(prompt, state=session.state, max_new_tokens=1)
     begun, text = time.perf_counter(), ""
-    for piece in session.stream(prompt, **options):
-        print(piece, end="", flush=True)
-        text += piece
+    with contextlib.closing(session.stream(prompt, **options)) as pieces:
+        for piece in pieces:
+            print(safe(piece), end="", flush=True)
+            text += piece
     print()
     return text, time.perf_counter() - begun
 
@@ -246,14 +261,17 @@ def chat(
         "seed": seed,
     }
     with errors_on_one_line():
+        if system is not None and load is not None:
+            raise ValueError("Pass --system or --load, not both: a conversation has its own.")
         keep_programs(compilation_cache)
         preprocessor = Mamba2CausalLMPreprocessor.from_preset(preset)
         preprocessor.chat_template  # noqa: B018  raises, before the weights are read
         speculation = speculation_of(draft, prompt_lookup, dtype)
         lm = Mamba2CausalLM.from_preset(preset, dtype=dtype, preprocessor=preprocessor)
         lm.compile(speculation=speculation)
-        conversation = lm.start_chat(system, **options)
-        if load is not None:
+        if load is None:
+            conversation = lm.start_chat(system, **options)
+        else:
             conversation = lm.resume_chat(load, **options)
         terminal = Terminal(conversation, lambda file: lm.resume_chat(file, **options))
         terminal.run()
@@ -291,7 +309,7 @@ def serve(
     ] = None,
     api_key: Annotated[
         list[str] | None,
-        typer.Option(envvar=API_KEY, help="That clients must send; repeatable."),
+        typer.Option(help=f"That clients must send; repeatable. Default: {API_KEY}, if it is set."),
     ] = None,
     allowed_host: Annotated[
         list[str] | None,
@@ -303,7 +321,7 @@ def serve(
     timeout: Annotated[float, typer.Option(min=1, help="Seconds for an answer.")] = 600.0,
     max_body_mb: Annotated[int, typer.Option(min=1, help="Of a request.")] = 8,
     drain_seconds: Annotated[
-        float, typer.Option(min=0, help="For what runs, after SIGTERM.")
+        float, typer.Option(min=0, max=86_400, help="For what runs, after SIGTERM.")
     ] = 60.0,
     dtype: Dtype = "auto",
     state_dtype: Annotated[
@@ -330,12 +348,14 @@ def serve(
     from keras_mamba2.serving.app import create_app
     from keras_mamba2.serving.engine import Engine
     from keras_mamba2.serving.limits import Limits
+    from keras_mamba2.serving.limits import check_hosts
     from keras_mamba2.serving.limits import check_keys
     from keras_mamba2.serving.server import run
 
-    # For typer, a variable that is empty is none.
-    api_key = api_key or ([""] if API_KEY in os.environ else [])
+    # Not typer's `envvar`: it takes a key with blanks for several, and an empty one for none.
+    api_key = api_key or ([os.environ[API_KEY]] if API_KEY in os.environ else [])
     with errors_on_one_line():
+        check_hosts(allowed_host or ())
         check_keys(api_key)  # before the weights are read
         keep_programs(compilation_cache)
         lm = Mamba2CausalLM.from_preset(
@@ -460,9 +480,8 @@ def run_programs(
         options = {"max_new_tokens": max_new_tokens, "stop_strings": stop or (), "seed": seed}
         sampling = {"temperature": temperature, "top_p": top_p, "min_p": min_p}
         sampling["repetition_penalty"] = repetition_penalty
-        text, seconds = print_more(session, prompt, {**options, **sampling})
-        if state is not None:
-            session.save(state)
+        with kept(session, state):
+            text, seconds = print_more(session, prompt, {**options, **sampling})
     print(f"{len(text)} characters, {len(text) / seconds:.0f} characters/s", file=sys.stderr)
 
 
@@ -473,16 +492,13 @@ def inspect(
     ],
 ) -> None:
     """Prints what a checkpoint is and how much memory it takes, without loading its weights."""
-    import rich.console
-    import rich.table
-
     from keras_mamba2.conversion import describe
 
     with errors_on_one_line():
-        table = rich.table.Table(box=None, show_header=False)
-        for name, value in describe(source).items():
-            table.add_row(name, value)
-        rich.console.Console(soft_wrap=True).print(table)
+        lines = describe(source)
+        width = max(map(len, lines))
+        for name, value in lines.items():
+            print(shown(f"{name:<{width}}  {value}"))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,11 @@
 import pathlib
 import tempfile
 from collections.abc import Callable
+from collections.abc import Collection
 from collections.abc import Sequence
+
+from keras_mamba2.saving import TASK_FILES
+from keras_mamba2.untrusted import some
 
 PREFIX = "hf://"
 CARD = "README.md"
@@ -31,6 +35,7 @@ def fetch(handle: str, choose: Choice) -> pathlib.Path:
     from huggingface_hub import snapshot_download
 
     repository, revision = parse(handle)
+    names = None
     try:
         names = _chosen(handle, choose, HfApi().list_repo_files(repository, revision=revision))
         return pathlib.Path(snapshot_download(repository, revision=revision, allow_patterns=names))
@@ -49,7 +54,7 @@ def fetch(handle: str, choose: Choice) -> pathlib.Path:
     # No network, offline mode, a server's error, a file of a wrong size. `HTTPError` is that of
     # the HTTP library, whichever the client uses.
     except (OSError, errors.HTTPError) as error:
-        return _cached(handle, choose, error)
+        return _cached(handle, choose, names, error)
 
 
 def _chosen(handle: str, choose: Choice, names: Sequence[str]) -> list[str]:
@@ -106,8 +111,12 @@ def push(
             repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
             if not api.file_exists(repository, CARD):
                 (folder / CARD).write_text(card(repository))
+            # What an earlier push has left would be loaded with the new files, or before them.
             return api.upload_folder(
-                repo_id=repository, folder_path=folder, commit_message=commit_message
+                repo_id=repository,
+                folder_path=folder,
+                commit_message=commit_message,
+                delete_patterns=list(TASK_FILES),
             ).commit_url
     except (errors.LocalTokenNotFoundError, errors.HfHubHTTPError) as error:
         raise ValueError(
@@ -130,8 +139,13 @@ def card(repository: str, pipeline_tag: str, task: str) -> str:
     )
 
 
-def _cached(handle: str, choose: Choice, reason: Exception) -> pathlib.Path:
-    """What an earlier download has left, or an error that says what to do."""
+def _cached(
+    handle: str, choose: Choice, names: Collection[str] | None, reason: Exception
+) -> pathlib.Path:
+    """What an earlier download has left, or an error that says what to do.
+
+    `names` are of the files that are needed; `None` where the hub did not even list its files.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -146,12 +160,16 @@ def _cached(handle: str, choose: Choice, reason: Exception) -> pathlib.Path:
             )
         )
         files = [path for path in folder.rglob("*") if path.is_file()]
-        choose([path.relative_to(folder).as_posix() for path in files])
-    except (LocalEntryNotFoundError, ValueError) as missing:
-        detail = f" {missing}" if isinstance(missing, ValueError) else ""
+        found = [path.relative_to(folder).as_posix() for path in files]
+        choose(found)
+        if missing := sorted(set(names or ()) - set(found)):
+            raise ValueError(f"Of those, {some(missing)} did not arrive.")
+    except (LocalEntryNotFoundError, ValueError) as error:
+        detail = f" {error}" if isinstance(error, ValueError) else ""
+        cause = f" ({reason.__cause__})" if reason.__cause__ is not None else ""
         raise ValueError(
             f"{handle} could not be downloaded, and its files are not in the cache.{detail} When "
             f"online, get them with `hf download {repository}`; a download that was cut goes on "
-            f"where it ended. The hub's client says: {reason}"
+            f"where it ended. The hub's client says: {reason}{cause}"
         ) from reason
     return folder

@@ -8,6 +8,7 @@ import os
 import pathlib
 import reprlib
 import stat
+import unicodedata
 from collections.abc import Collection
 from typing import Any
 
@@ -32,6 +33,14 @@ def shortened(value: Any, longest: int = LONGEST_TEXT) -> str:
     """`value` for an error: `repr`, or a text as it is, but never long."""
     text = value if isinstance(value, str) else _repr.repr(value)
     return text if len(text) <= longest else f"{text[:longest]}..."
+
+
+def shown(text: str) -> str:
+    """`text` without what would steer a terminal."""
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\N{REPLACEMENT CHARACTER}"
+        for c in text
+    )
 
 
 def some(names: Collection[str], count: int = 20) -> str:

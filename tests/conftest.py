@@ -81,7 +81,8 @@ def pytest_sessionfinish(session, exitstatus):
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if not reporter:  # a worker of pytest-xdist, whose results another process reports
         return
-    # But for want of a browser, which is no Python package.
-    skipped = [r for r in reporter.stats.get("skipped", ()) if "browser" not in r.keywords]
+    # But for want of a browser, which is no Python package, or of llama.cpp.
+    missed = {"browser", "llama_cpp"}
+    skipped = [r for r in reporter.stats.get("skipped", ()) if not missed & set(r.keywords)]
     if os.environ.get("KERAS_MAMBA2_NO_SKIPS") and skipped:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

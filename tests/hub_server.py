@@ -15,13 +15,15 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class Hub:
     """Serves `repositories`, a dict from `user/name` to a dict from file name to bytes.
 
-    `cut` maps a file name to how many bytes are sent before the connection is closed, once.
-    `sizes` maps a file name to the size that is claimed for it. `asked` lists what was asked for,
-    `resumed_at` the bytes that downloads went on from.
+    `refused` has the names of files that are listed, and then not given. `cut` maps a file name to
+    how many bytes are sent before the connection is closed, once. `sizes` maps a file name to the
+    size that is claimed for it. `asked` lists what was asked for, `resumed_at` the bytes that
+    downloads went on from.
     """
 
     def __init__(self, repositories):
         self.repositories = repositories
+        self.refused: set[str] = set()
         self.cut: dict[str, int] = {}
         self.sizes: dict[str, int] = {}
         self.commits = 0
@@ -80,10 +82,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             files = [{"path": file["path"], **mode} for file in json.loads(body)["files"]]
             self._json({"files": files})
         elif rest[:1] == ["commit"]:
+            files = self.hub.repositories[repository]
             for line in map(json.loads, body.splitlines()):
+                value = line["value"]
                 if line["key"] == "file":
-                    content = base64.b64decode(line["value"]["content"])
-                    self.hub.repositories[repository][line["value"]["path"]] = content
+                    files[value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "deletedFile":
+                    del files[value["path"]]
             self.hub.commits += 1
             self._json({"commitUrl": f"http://{self.headers['Host']}/{repository}/commit/{COMMIT}",
                         "commitOid": COMMIT})  # fmt: skip
@@ -130,6 +135,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         content = self.hub.repositories.get(repository, {}).get(name)
         if content is None:
             self._refuse("EntryNotFound")
+            return
+        if name in self.hub.refused:
+            self._refuse("", status=403)
             return
         start = 0
         if "Range" in self.headers:

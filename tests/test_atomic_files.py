@@ -115,6 +115,31 @@ def test_permissions_are_usual_and_stay(tmp_path):
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o750
 
 
+def test_permissions_of_a_file_are_usual_and_stay(tmp_path):
+    def write(mode):
+        with atomic_file(tmp_path / "file") as new:
+            new.touch()
+            new.chmod(mode)
+
+    (tmp_path / "usual").touch()
+    write(0o600)
+    modes = [(tmp_path / name).stat().st_mode for name in ("usual", "file")]
+    assert modes[0] == modes[1]
+    (tmp_path / "file").chmod(0o640)
+    write(0o600)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_link_to_a_file_stays_one(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real/file")
+    for text in ("old", "new"):
+        with atomic_file(tmp_path / "link") as new:
+            new.write_text(text)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "real" / "file").read_text() == text
+
+
 @pytest.mark.parametrize("folder_of", [replaced_folder, atomic_folder])
 def test_a_link_to_a_folder_stays_one(tmp_path, folder_of):
     if folder_of is replaced_folder:

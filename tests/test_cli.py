@@ -1,4 +1,5 @@
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -9,8 +10,10 @@ import pytest
 from typer.testing import CliRunner
 
 import keras_mamba2
-from keras_mamba2.chat.terminal import shown
 from keras_mamba2.cli import app
+from keras_mamba2.host.session import Mamba2Session
+from keras_mamba2.serving import limits
+from keras_mamba2.untrusted import shown
 from tests.conversion.checkpoints import assert_same_weights
 from tests.tasks import tiny_granite
 
@@ -146,6 +149,65 @@ def test_a_blank_key_of_a_server_is_one_line(preset_folder, monkeypatch, variabl
         monkeypatch.setenv("KERAS_MAMBA2_API_KEY", variable)
     result = run_app("serve", preset_folder, *options)
     assert_one_line(result, 2, "API keys must be a list of strings that are not blank")
+
+
+def test_a_key_of_the_environment_is_one(preset_folder, monkeypatch):
+    """Its words are no keys."""
+    found = []
+
+    def check(keys):
+        found.extend(keys)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(limits, "check_keys", check)
+    monkeypatch.setenv("KERAS_MAMBA2_API_KEY", "my secret phrase")
+    assert_one_line(run_app("serve", preset_folder), 2, "enough")
+    assert found == ["my secret phrase"]
+
+
+def test_a_pattern_of_hosts_is_one_line(preset_folder):
+    result = run_app("serve", preset_folder, "--allowed-host", "api-*")
+    assert_one_line(result, 2, "Received: 'api-*'")
+
+
+def test_quantized_weights_keep_their_dtype(preset_folder, tmp_path):
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder)
+    lm.quantize("int8")
+    lm.save_to_preset(tmp_path / "int8")
+    told = run_app("inspect", tmp_path / "int8").stdout
+    assert "quantized" in told
+    assert f"{sum(w.nbytes for w in lm.backbone.get_weights()) / 1e6:.1f} MB" in told
+    result = run("a", "--preset", tmp_path / "int8", "--dtype", "bfloat16")
+    assert_one_line(result, 2, "holds quantized weights, which keep their dtypes. Leave out")
+    assert run("a", "--preset", tmp_path / "int8", "--max-new-tokens", 2).exit_code == 0
+
+
+def test_names_are_shown_as_they_are_and_steer_nothing(preset_folder, tmp_path):
+    folder = shutil.copytree(preset_folder, tmp_path / "[models]" / "a:b:c x[/b]")
+    assert str(folder) in run_app("inspect", folder).stdout
+    config = json.loads((folder / "config.json").read_text())
+    config["config"]["\x1b[2J"] = 1
+    (folder / "config.json").write_text(json.dumps(config))
+    result = run_app("inspect", folder)
+    assert_one_line(result, 2, "\N{REPLACEMENT CHARACTER}[2J")
+    assert "\x1b" not in result.stderr
+
+
+def test_ctrl_c_keeps_what_was_shown(preset_folder, tmp_path, monkeypatch):
+    def interrupted(self, text="", **options):
+        yield from itertools.islice(stream(self, text, **options), 3)
+        raise KeyboardInterrupt
+
+    stream = Mamba2Session.stream
+    file = tmp_path / "session.safetensors"
+    options = ("--preset", preset_folder, "--max-new-tokens", 50, "--state", file)
+    with monkeypatch.context() as context:
+        context.setattr(Mamba2Session, "stream", interrupted)
+        result = run("ROMEO:", *options)
+    assert result.exit_code == 130
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder)
+    assert lm.resume(file).text == result.stdout.removesuffix("\n")
+    assert len(result.stdout) > len("ROMEO:")
 
 
 def test_convert_leaves_nothing_half_done(preset_folder, tmp_path, monkeypatch):
@@ -355,6 +417,8 @@ def test_chat_errors_are_one_line(granite_folder, preset_folder):
     result = chat(preset_folder, "Hello?")
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.startswith("error: This model has no chat template")
+    result = chat(granite_folder, "Hello?", options=("--system", "a", "--load", "b"))
+    assert "--system or --load, not both" in result.stderr
     result = chat(granite_folder, "Hello?", options=("--max-context", 9))
     assert (result.exit_code, result.stdout) == (2, "")
     assert "max_context=9" in result.stderr

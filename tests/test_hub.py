@@ -1,5 +1,7 @@
 """The real client of the Hugging Face hub against a server on loopback."""
 
+import functools
+
 import huggingface_hub
 import numpy as np
 import pytest
@@ -177,6 +179,39 @@ def test_a_model_of_transformers_is_loaded_from_the_hub(server, tmp_path, name):
     ]
     for loaded, local in zip(*(backbone.get_weights() for backbone in backbones), strict=True):
         np.testing.assert_array_equal(loaded, local)
+
+
+def test_nothing_of_an_earlier_push_is_loaded(server, lm, monkeypatch):
+    """As one file of weights beside shards, or a preprocessor that the new model has not."""
+    lm.push_to_hub("user/again", token=TOKEN)
+    other = keras_mamba2.Mamba2CausalLM(
+        keras_mamba2.Mamba2Backbone.from_config(lm.backbone.get_config())
+    )
+    save = other.save_to_preset
+    monkeypatch.setattr(other, "save_to_preset", functools.partial(save, max_shard_size=1e-3))
+    other.push_to_hub("user/again", token=TOKEN)
+    names = set(server.repositories["user/again"])
+    assert "model_00001.weights.h5" in names
+    assert not names & {"model.weights.h5", "preprocessor.json", "tokenizer.json"}
+    assert "README.md" in names
+    again = keras_mamba2.Mamba2CausalLM.from_preset("hf://user/again")
+    assert again.preprocessor is None
+    for loaded, pushed in zip(again.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_array_equal(loaded, pushed)
+
+
+@pytest.mark.parametrize("name", ["weights.bin", "template.jinja"])
+def test_a_download_that_ends_in_the_middle_is_not_taken_for_whole(server, name):
+    server.repositories["user/model"]["template.jinja"] = b"x"
+    server.refused = {name}
+
+    def all_but_one(names):
+        return [*needed(names), *({"template.jinja"} & set(names))]
+
+    with pytest.raises(ValueError, match=f"could not be downloaded.*{name}.*403"):
+        hub.fetch("hf://user/model", all_but_one)
+    server.refused = set()
+    assert_whole(hub.fetch("hf://user/model", all_but_one))
 
 
 def test_a_card_that_is_there_stays(server, lm):

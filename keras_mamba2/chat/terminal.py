@@ -1,12 +1,14 @@
 """A conversation in a terminal."""
 
 import contextlib
+import os
 import sys
 import time
-import unicodedata
 from collections.abc import Callable
 from collections.abc import Iterator
 from typing import Any
+
+from keras_mamba2.untrusted import shown
 
 HELP = """\
 /save FILE   writes the conversation, with the state after it
@@ -34,7 +36,9 @@ class Terminal:
         self.current = 0
         self.failed = False
         self._load = load
-        self._notes = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
+        self._notes = rich.console.Console(
+            stderr=True, highlight=False, soft_wrap=True, emoji=False
+        )
         self._commands = {
             "/save": self._save,
             "/load": self._resume,
@@ -48,21 +52,30 @@ class Terminal:
         return self.chats[self.current]
 
     def run(self) -> None:
-        """Until there are no more lines, or `/quit`."""
+        """Until there are no more lines, or `/quit`; of a pipe also until Ctrl-C."""
         for line in self._lines():
-            command, _, argument = line.partition(" ")
-            if command in ("/quit", "/exit"):
+            if line.partition(" ")[0] in ("/quit", "/exit"):
                 return
             try:
-                if not line.startswith("/") or line.startswith("//"):
-                    self._say(line.removeprefix("/") if line.startswith("//") else line)
-                elif command in self._commands:
-                    self._commands[command](argument.strip())
-                else:
-                    raise ValueError(f"There is no command {command}. /help lists them.")
+                self._do(line)
+            except KeyboardInterrupt:
+                if not sys.stdin.isatty():
+                    raise
+                self._note("\nstopped")
+            except BrokenPipeError:  # nobody reads the replies any more
+                raise
             except (ValueError, OSError) as error:
                 self.failed = True
                 self._note(f"error: {error}", style="red")
+
+    def _do(self, line: str) -> None:
+        command, _, argument = line.partition(" ")
+        if not line.startswith("/") or line.startswith("//"):
+            self._say(line.removeprefix("/") if line.startswith("//") else line)
+        elif command in self._commands:
+            self._commands[command](argument.strip())
+        else:
+            raise ValueError(f"There is no command {command}. /help lists them.")
 
     def _lines(self) -> Iterator[str]:
         if not sys.stdin.isatty():
@@ -73,7 +86,9 @@ class Terminal:
         self._note("/help lists the commands.")
         while True:
             try:
-                if line := input("> ").strip():
+                if not sys.stdout.isatty():  # where `input` would write it
+                    print("> ", end="", file=sys.stderr, flush=True)
+                if line := input("> " if sys.stdout.isatty() else "").strip():
                     yield line
             except KeyboardInterrupt:
                 self._note("\n/quit or Ctrl-D to end")
@@ -88,9 +103,10 @@ class Terminal:
                     first = first or time.perf_counter()
                     print(shown(piece), end="", flush=True)
         except KeyboardInterrupt:
-            if first is None:  # nothing was shown, and so nothing was said
-                self._note("\nstopped")
-                return
+            # Where nothing was shown, nothing was said. Lines of a pipe do not go on after half
+            # of a reply.
+            if first is None or not sys.stdin.isatty():
+                raise
         print(flush=True)
         self._note(self._speed(first))
 
@@ -106,13 +122,14 @@ class Terminal:
         return f"{text}; {read} read, {usage.cached_tokens} remembered"
 
     def _save(self, file: str) -> None:
-        self.chat.save(_required(file, "/save"))
+        file = _path(file, "/save")
+        self.chat.save(file)
         self._note(f"saved: {file}")
 
     def _resume(self, file: str) -> None:
-        self.chats[self.current] = self._load(_required(file, "/load"))
+        self.chats[self.current] = self._load(_path(file, "/load"))
         for message in self.chat.messages:
-            self._note(f"{message['role']}: {shown(str(message.get('content', '')))}")
+            self._note(f"{message['role']}: {message.get('content', '')}")
 
     def _fork(self, number: str) -> None:
         if not number:
@@ -127,21 +144,14 @@ class Terminal:
 
     def _undo(self, argument: str) -> None:
         said = self.chat.undo()[0].get("content", "")
-        self._note(f"taken back: {shown(str(said))}")
+        self._note(f"taken back: {said}")
 
     def _note(self, text: str, style: str = "dim") -> None:
-        self._notes.print(text, style=style, markup=False)
+        self._notes.print(shown(text), style=style, markup=False)
 
 
-def _required(file: str, command: str) -> str:
+def _path(file: str, command: str) -> str:
+    """A path as it is typed, where no shell has read it."""
     if not file:
         raise ValueError(f"{command} needs the name of a file, such as {command} chat.safetensors")
-    return file
-
-
-def shown(text: str) -> str:
-    """`text` without what would steer the terminal."""
-    return "".join(
-        c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\N{REPLACEMENT CHARACTER}"
-        for c in text
-    )
+    return os.path.expanduser(file)

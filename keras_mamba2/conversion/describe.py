@@ -16,6 +16,7 @@ from keras_mamba2.conversion.config import errors_naming
 from keras_mamba2.conversion.config import read_constructor_arguments
 from keras_mamba2.conversion.deferred import deferred_initialization
 from keras_mamba2.conversion.preset_loader import CheckpointLoader
+from keras_mamba2.conversion.preset_loader import is_quantized
 from keras_mamba2.conversion.tokenizer import TOKENIZER_FILE
 from keras_mamba2.preset_files import CONFIG_FILE
 from keras_mamba2.preset_files import KERAS_TOKENIZER
@@ -47,12 +48,10 @@ def describe(preset) -> dict[str, str]:
         tokenizer, kind = f"{folder}/{KERAS_TOKENIZER[-1]}", "KerasHub"
     with errors_naming(files.folder / CONFIG_FILE):
         backbone = _without_values(name, arguments)
-    parameters = backbone.count_params()
-    weights = f"{megabytes(4 * parameters)} in float32, {megabytes(2 * parameters)} in bfloat16"
     return {
         "format": kind,
         "parameters": _parameters(backbone, arguments),
-        "weights": weights,
+        "weights": _weights(backbone, name, arguments),
         "state": _state(backbone),
         "vocabulary": f"{backbone.unpadded_vocabulary_size:,} tokens, "
         f"{backbone.vocabulary_size:,} rows",
@@ -61,10 +60,20 @@ def describe(preset) -> dict[str, str]:
     }
 
 
-def _without_values(name: str, arguments: Mapping[str, Any]):
-    """The backbone, in float32."""
+def _without_values(name: str, arguments: Mapping[str, Any], dtype: Any = "float32"):
     with deferred_initialization():
-        return keras.saving.get_registered_object(name)(**{**arguments, "dtype": "float32"})
+        return keras.saving.get_registered_object(name)(**{**arguments, "dtype": dtype})
+
+
+def _weights(backbone, name: str, arguments: Mapping[str, Any]) -> str:
+    """The bytes that they take, as they are loaded."""
+    saved = arguments.get("dtype")
+    if is_quantized(saved):
+        stored = _without_values(name, arguments, saved)
+        nbytes = sum(np.dtype(w.dtype).itemsize * math.prod(w.shape) for w in stored.weights)
+        return f"{megabytes(nbytes)}, quantized"
+    parameters = backbone.count_params()
+    return f"{megabytes(4 * parameters)} in float32, {megabytes(2 * parameters)} in bfloat16"
 
 
 def _parameters(backbone, arguments: Mapping[str, Any]) -> str:

@@ -252,7 +252,7 @@ def keras_arguments(preset: str, arguments: dict) -> dict:
     mixed one for such.
     """
     dtype = arguments.get("dtype")
-    if dtype != AUTO and (dtype is not None or is_foreign(preset)):
+    if dtype != AUTO and is_foreign(preset):
         return arguments
     config = load_json(preset, CONFIG_FILE)["config"]
     policy: str | dict[str, Any] = config.get("dtype") or {}
@@ -262,11 +262,31 @@ def keras_arguments(preset: str, arguments: dict) -> dict:
     if policy and policy.get("class_name") != "DTypePolicy":
         # A quantized model keeps its policies. KerasHub's backbone would be one of floats, which
         # takes the integers for its weights.
-        return {**arguments, "dtype": policy}
+        check_is_not_quantized(preset, policy, dtype)
+        return {**arguments, "dtype": policy if dtype in (None, AUTO) else dtype}
     if dtype is None:
         mixed = name.startswith("mixed_")
         return {**arguments, "dtype": keras.config.dtype_policy()} if mixed else arguments
+    if dtype != AUTO:
+        return arguments
     return {**arguments, "dtype": name if policy else None}
+
+
+def check_is_not_quantized(preset: str, saved: Any, dtype: Any) -> None:
+    """Raises where a model that was `saved` with quantized weights is asked for in a `dtype`."""
+    if dtype not in (None, AUTO) and is_quantized(saved):
+        raise ValueError(
+            f"{preset} holds quantized weights, which keep their dtypes. Leave out `dtype`. "
+            f"Received: dtype={dtype!r}"
+        )
+
+
+def is_quantized(saved: Any) -> bool:
+    """Whether a serialized policy, or any in a map of several, is of quantized weights."""
+    policy = keras.dtype_policies.get(saved)
+    is_map = isinstance(policy, keras.dtype_policies.DTypePolicyMap)
+    policies = [policy.default_policy, *policy.values()] if is_map else [policy]
+    return any(each.quantization_mode for each in policies)
 
 
 def register() -> None:

@@ -7,9 +7,13 @@ from typing import Any
 import tokenizers
 
 from keras_mamba2.chat import ChatTemplate
+from keras_mamba2.conversion.config import errors_naming
 from keras_mamba2.preset_files import CONFIG_FILE
 from keras_mamba2.preset_files import read_json
+from keras_mamba2.untrusted import LARGEST_JSON
 from keras_mamba2.untrusted import LARGEST_TOKENIZER
+from keras_mamba2.untrusted import read_bytes
+from keras_mamba2.untrusted import shortened
 
 TOKENIZER_FILE = "tokenizer.json"
 BYTE_PAIR_FILES = ("vocab.json", "merges.txt")
@@ -32,7 +36,16 @@ def has_tokenizer(folder: pathlib.Path) -> bool:
 
 
 def tokenizer_arguments(folder: pathlib.Path) -> dict[str, Any]:
-    """The arguments of `Mamba2Tokenizer` for the tokenizer in `folder`."""
+    """The arguments of `Mamba2Tokenizer` for the tokenizer in `folder`.
+
+    Raises:
+        ValueError: that names the file, for one of another form.
+    """
+    with errors_naming(folder / TOKENIZER_CONFIG_FILE):
+        return _tokenizer_arguments(folder)
+
+
+def _tokenizer_arguments(folder: pathlib.Path) -> dict[str, Any]:
     if (folder / TOKENIZER_FILE).is_file():
         arguments: dict[str, Any] = {"tokenizer": _with_added_tokens(folder)}
     else:
@@ -49,7 +62,7 @@ def _check_byte_pairs(folder: pathlib.Path) -> None:
     """Raises for a tokenizer that its vocabulary and merges do not tell all about."""
     config = _config(folder)
     kind = str(config.get("tokenizer_class") or BYTE_PAIR_CLASSES[0])
-    added = [token["content"] for token in (config.get("added_tokens_decoder") or {}).values()]
+    added = [_content(token) for token in (config.get("added_tokens_decoder") or {}).values()]
     if (folder / ADDED_TOKENS_FILE).is_file():
         added += read_json(folder / ADDED_TOKENS_FILE)
     vocabulary = read_json(folder / BYTE_PAIR_FILES[0], LARGEST_TOKENIZER)
@@ -83,7 +96,7 @@ def chat_template(folder: pathlib.Path) -> ChatTemplate | None:
     """
     files = [folder / CHAT_TEMPLATE_FILE, *(folder / CHAT_TEMPLATE_FOLDER).glob("*.jinja")]
     found: Any = {
-        "default" if file.name == CHAT_TEMPLATE_FILE else file.stem: file.read_text("utf-8")
+        "default" if file.name == CHAT_TEMPLATE_FILE else file.stem: _text_of(file)
         for file in files
         if file.is_file()
     }
@@ -102,6 +115,11 @@ def chat_template(folder: pathlib.Path) -> ChatTemplate | None:
             f"{folder / TOKENIZER_CONFIG_FILE}: `chat_template` must be a string, or a list of "
             f"dicts with `name` and `template`. Received: {str(found)[:100]}"
         ) from error
+
+
+def _text_of(file: pathlib.Path) -> str:
+    with errors_naming(file):
+        return read_bytes(file, LARGEST_JSON).decode()
 
 
 def write_chat_template(folder: pathlib.Path, template: ChatTemplate) -> None:
@@ -130,23 +148,27 @@ def _named_tokens(folder: pathlib.Path) -> dict[str, Any]:
 
 def _content(token: Mapping[str, Any] | str | None) -> str | None:
     """A token's text. It is written out as that, or with how it is matched."""
-    return token["content"] if isinstance(token, Mapping) else token
+    content = token.get("content") if isinstance(token, Mapping) else token
+    if not isinstance(content, str) and token is not None:
+        raise ValueError(
+            f"A token must be a string, or a dict with its `content`. Received: {shortened(token)}"
+        )
+    return content
 
 
 def _with_added_tokens(folder: pathlib.Path) -> tokenizers.Tokenizer | str:
     """`tokenizer.json`, with the tokens that only other files have, as transformers adds them."""
     file = folder / TOKENIZER_FILE
     decoder = _config(folder).get("added_tokens_decoder") or {}
-    added = [decoder[id] for id in sorted(decoder, key=int)]
-    added += [
-        {"content": token, "special": True} for token in special_tokens(folder).values() if token
-    ]
-    stored = read_json(file, LARGEST_TOKENIZER) if added else {}
-    known = {token["content"] for token in stored.get("added_tokens") or ()}
-    missing = {token["content"]: token for token in added if token["content"] not in known}
+    added = {_content(decoder[id]): decoder[id] for id in sorted(decoder, key=int)}
+    for token in filter(None, special_tokens(folder).values()):
+        added[token] = {**added.get(token, {}), "special": True}
+    known = {token["content"] for token in _added_tokens(folder)} if added else set()
+    missing = {content: token for content, token in added.items() if content not in known}
     if not missing:
         return str(file)
-    engine = tokenizers.Tokenizer.from_file(str(file))
+    with errors_naming(file):
+        engine = tokenizers.Tokenizer.from_file(str(file))
     flags = ("special", "lstrip", "rstrip", "single_word", "normalized")
     for content, token in missing.items():
         matched = {flag: token[flag] for flag in flags if flag in token}
@@ -154,12 +176,19 @@ def _with_added_tokens(folder: pathlib.Path) -> tokenizers.Tokenizer | str:
     return engine
 
 
+def _added_tokens(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """Those of `tokenizer.json`: dicts with `id` and `content`."""
+    file = folder / TOKENIZER_FILE
+    tokens = read_json(file, LARGEST_TOKENIZER).get("added_tokens") or []
+    with errors_naming(file):
+        return [{"id": int(token["id"]), "content": _content(token)} for token in tokens]
+
+
 def _tokens_by_id(folder: pathlib.Path) -> dict[str, str]:
     """The tokens that `config.json` names by id, by their names."""
     if not (folder / CONFIG_FILE).is_file() or not (folder / TOKENIZER_FILE).is_file():
         return {}
-    added = read_json(folder / TOKENIZER_FILE, LARGEST_TOKENIZER).get("added_tokens") or []
-    texts = {token["id"]: token["content"] for token in added}
+    texts = {token["id"]: token["content"] for token in _added_tokens(folder)}
     config = read_json(folder / CONFIG_FILE)
     ids = {key: config.get(f"{key}_token_id") for key in ("bos", "eos", "pad")}
     # Of several, the first is the end of a text, and the others end a turn.

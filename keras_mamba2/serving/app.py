@@ -21,6 +21,7 @@ from keras_mamba2.serving.errors import add_error_handlers
 from keras_mamba2.serving.limits import ApiKeys
 from keras_mamba2.serving.limits import BodyLimits
 from keras_mamba2.serving.limits import Limits
+from keras_mamba2.serving.limits import check_hosts
 from keras_mamba2.serving.limits import check_keys
 from keras_mamba2.serving.metrics import CountRequests
 from keras_mamba2.serving.metrics import Metrics
@@ -64,6 +65,7 @@ def create_app(
         ValueError: for an API key that is blank.
     """
     check_keys(api_keys)
+    check_hosts(allowed_hosts)
     limits = limits or Limits()
     metrics = Metrics(engine)
     service = Service(engine, name, limits, metrics)

@@ -121,7 +121,8 @@ class Engine:
             )
         with self._changed:
             if not self.is_ready:
-                raise Closed("The server is shutting down.")
+                has_failed = self.failure is not None
+                raise Closed(f"The server {'has failed' if has_failed else 'is shutting down'}.")
             if len(self._waiting) + len(requests) > self.max_waiting:
                 raise QueueFull(
                     f"{len(self._waiting)} requests are waiting, {self.max_waiting} may. "

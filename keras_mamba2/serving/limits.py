@@ -72,6 +72,20 @@ class BodyLimits:
             )
 
 
+def check_hosts(hosts: Sequence[str]) -> None:
+    """Raises for a pattern other than a name, `*` and `*.name`.
+
+    Raises:
+        ValueError: that names it.
+    """
+    for host in hosts:
+        if not host or ("*" in host.removeprefix("*.") and host != "*"):
+            raise ValueError(
+                "A name that clients call the server by must be one such as 'example.org', "
+                f"'*.example.org' for all below it, or '*' for any. Received: {host!r}"
+            )
+
+
 def check_keys(keys: Sequence[str]) -> None:
     """Raises for a key that everybody knows: an empty one, which is sent without any.
 

@@ -1,5 +1,7 @@
 """A prompt on its way into a state, piece by piece."""
 
+import time
+
 import numpy as np
 
 from keras_mamba2.generation import Generator
@@ -30,6 +32,7 @@ class Reading:
         num_likely: int,
     ):
         self.request = request
+        self.begun = time.perf_counter()
         self._generator = generator
         self._cache = cache
         # The last token is read by the loop.

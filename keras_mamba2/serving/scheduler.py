@@ -34,9 +34,9 @@ FIRST_STEPS = 8
 READING_SHARE = 1.5
 # One block is read in any case. It may take so long: a smaller one takes much more time a token.
 BLOCK_SECONDS = 0.1
-# Before any text has begun, nobody's text stops: the first sequences wait so long for others that
-# are soon read, since a token costs much less in a step of many rows.
-GATHERING_SECONDS = 2.0
+# Before any text has begun, nobody's text stops: the first sequences wait at most so long for those
+# that came with them, since a token costs much less in a step of many rows.
+GATHERING_SECONDS = 10.0
 # While nobody has text, a block may take so long: a long one takes much less time a token.
 ALONE_SECONDS = 0.25
 NOTHING = np.zeros(0, "int32")
@@ -187,8 +187,8 @@ class Scheduler:
         self.reading = going
         for sequence in self.slots.owners:
             if sequence.is_cancelled:
-                self.slots.release(sequence)
                 self.counts.cancelled += 1
+                self.slots.release(sequence)
 
     def _read(self) -> None:
         """Reads until those that run have waited long enough; one block at least."""
@@ -247,12 +247,17 @@ class Scheduler:
         return any(sequence.token_ids for sequence in self.slots.owners)
 
     def _gathers(self) -> bool:
-        """Whether sequences without any text yet wait for a prompt that is soon read."""
+        """Whether sequences without any text yet wait for a prompt that is soon read.
+
+        They do not wait for one that came when the first of them had been read.
+        """
         owners = self.slots.owners
-        if not owners or not self.reading or self._somebody_has_text:
+        if not owners or self._somebody_has_text:
             return False
-        waited = time.perf_counter() - min(sequence.begun for sequence in owners)
-        return waited + min(map(self._seconds_left, self.reading)) <= GATHERING_SECONDS
+        begun = min(sequence.begun for sequence in owners)
+        left = [self._seconds_left(other) for other in self.reading if other.begun < begun]
+        waited = time.perf_counter() - begun
+        return bool(left) and waited + min(left) <= GATHERING_SECONDS
 
     def _seconds_left(self, reading: Reading) -> float:
         """How long it takes to read the rest of a prompt."""

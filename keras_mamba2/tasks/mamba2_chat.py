@@ -9,17 +9,20 @@ from typing import Any
 from typing import NamedTuple
 
 import numpy as np
+from keras import ops
 
 from keras_mamba2.chat.template import checked_messages
 from keras_mamba2.chat.template import checked_tools
 from keras_mamba2.host.conversations import KIND
 from keras_mamba2.host.conversations import conversation_of
+from keras_mamba2.host.rows import NO_TOKEN
 from keras_mamba2.host.text_stream import LastStream
 from keras_mamba2.host.text_stream import TextStreams
 from keras_mamba2.tasks.chat_options import ChatOptions
 from keras_mamba2.tasks.known_prefixes import KnownPrefix
 from keras_mamba2.tasks.known_prefixes import KnownPrefixes
 from keras_mamba2.tasks.known_prefixes import common_length
+from keras_mamba2.untrusted import shortened
 
 # Two a turn: before the reply, and after it.
 KEPT_STATES = 8
@@ -222,12 +225,27 @@ class Mamba2Chat:
             raise ValueError(
                 f"{file} holds a text, not a conversation. `lm.resume` goes on with a text."
             )
-        chat = cls(lm, stored["messages"], stored["tools"], **options)
-        chat._known.add(np.array(stored["token_ids"], "int32"), state)
+        try:
+            messages = checked_messages(stored.get("messages"))
+            tools = checked_tools(stored.get("tools"))
+            token_ids = _tokens_behind(state, stored.get("token_ids"))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"{file} holds no whole conversation: {error}") from error
+        chat = cls(lm, messages, tools, **options)
+        chat._known.add(token_ids, state)
         return chat
 
     def __repr__(self) -> str:
         return f"Mamba2Chat({len(self._messages)} messages)"
+
+
+def _tokens_behind(state, token_ids: Any) -> np.ndarray:
+    """The tokens that a state has seen, if they are as many."""
+    found = np.array(token_ids, "int32")
+    seen = ops.convert_to_numpy(state.length) + (ops.convert_to_numpy(state.token) != NO_TOKEN)
+    if found.ndim != 1 or seen.tolist() != [len(found)]:
+        raise ValueError(f"its state has seen {seen.tolist()} tokens, not {shortened(token_ids)}.")
+    return found
 
 
 def _checked(message) -> list[dict[str, Any]]:

@@ -6,6 +6,9 @@ from typing import Self
 
 import keras
 
+from keras_mamba2.conversion.preset_loader import AUTO
+from keras_mamba2.conversion.preset_loader import check_is_not_quantized
+from keras_mamba2.conversion.preset_loader import is_quantized
 from keras_mamba2.preset_files import CONFIG_FILE
 from keras_mamba2.preset_files import KERAS_WEIGHTS
 from keras_mamba2.preset_files import Preset
@@ -53,13 +56,5 @@ class ModelPreset:
 
 def _dtype(preset: str, saved, asked):
     """The dtype to load a model in, that was `saved` in one and is `asked` for in another."""
-    policy = keras.dtype_policies.get(saved)
-    policies = policy.values() if isinstance(policy, keras.dtype_policies.DTypePolicyMap) else ()
-    if not any(each.quantization_mode for each in policies):
-        return saved if asked == "auto" else asked
-    if asked not in (None, "auto"):
-        raise ValueError(
-            f"{preset} holds quantized weights, which keep their dtypes. Leave out `dtype`. "
-            f"Received: dtype={asked!r}"
-        )
-    return saved
+    check_is_not_quantized(preset, saved, asked)
+    return saved if asked == AUTO or is_quantized(saved) else asked

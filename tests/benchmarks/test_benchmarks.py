@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import asdict
 from dataclasses import replace
 from importlib.util import find_spec
@@ -19,6 +18,7 @@ from benchmarks import checkpoint
 from benchmarks import gguf_tensors
 from benchmarks import prompts
 from benchmarks import quantization
+from benchmarks import subject
 from benchmarks.__main__ import SUBJECTS
 from benchmarks.adapters import ADAPTERS
 from benchmarks.report import MACHINE
@@ -93,20 +93,31 @@ def test_an_unknown_size_is_named():
     assert "131m" in found.stderr
 
 
-def test_what_takes_too_long_is_left_out():
+def test_what_takes_too_long_is_left_out(monkeypatch):
     class Slow:
+        seconds = 0.0
+
         def prefill(self, token_ids):
-            time.sleep(0.01 * token_ids.shape[1])
+            self.seconds += 0.01 * token_ids.shape[1]
 
         def decode(self, num_tokens):
-            time.sleep(0.05 * num_tokens)
+            self.seconds += 0.05 * num_tokens
+
+    slow = Slow()
+
+    def seconds(function):
+        before = slow.seconds
+        function()
+        return slow.seconds - before
+
+    monkeypatch.setattr(subject, "seconds", seconds)
 
     workload = replace(QUICK, limit_s=1.0, budget_s=0.3, prefill_tokens=(4, 8, 200, 400))
-    assert set(measure_prefill(Slow(), workload)) == {
+    assert set(measure_prefill(slow, workload)) == {
         f"prefill_{unit}_per_s_{t}" for unit in ("tokens", "gflop") for t in (4, 8)
     }
-    assert decode_ms(Slow(), workload, 1) == pytest.approx(50, rel=0.2)
-    assert decode_ms(Slow(), replace(workload, limit_s=0.1), 1) is None
+    assert decode_ms(slow, workload, 1) == pytest.approx(50)
+    assert decode_ms(slow, replace(workload, limit_s=0.1), 1) is None
 
 
 @pytest.mark.parametrize("kind", ["transformers", "gguf"])
@@ -133,25 +144,25 @@ def test_all_subjects_get_the_same_weights(tmp_path, kind):
     np.testing.assert_array_equal(found["blk.0.ssm_conv1d.weight"], expected[conv][:, 0])
 
 
-if find_spec("llama_cpp"):  # which builds for minutes, so it is no dependency of the tests
+@pytest.mark.llama_cpp
+@pytest.mark.skipif(not find_spec("llama_cpp"), reason="no llama-cpp-python")
+def test_llama_cpp_computes_the_same(tmp_path):
+    import jax
 
-    def test_llama_cpp_computes_the_same(tmp_path):
-        import jax
+    from benchmarks.llama_cpp_model import LlamaCpp
 
-        from benchmarks.llama_cpp_model import LlamaCpp
-
-        checkpoint.main(tmp_path, json.dumps(asdict(QUICK)))
-        backbone = Mamba2Backbone.from_preset(str(tmp_path))
-        lm = Mamba2CausalLM(backbone)
-        ids = np.random.default_rng(0).integers(0, QUICK.vocabulary_size, (2, 24))
-        expected = np.asarray(jax.jit(lm.score)(ids))[:, -1]
-        model = LlamaCpp(tmp_path / "bfloat16.gguf")
-        model.start(2)
-        model.advance(ids[:, :20])
-        for i in range(20, 24):
-            found = model.advance(ids[:, i : i + 1])
-        # bfloat16 against float32.
-        assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
+    checkpoint.main(tmp_path, json.dumps(asdict(QUICK)))
+    backbone = Mamba2Backbone.from_preset(str(tmp_path))
+    lm = Mamba2CausalLM(backbone)
+    ids = np.random.default_rng(0).integers(0, QUICK.vocabulary_size, (2, 24))
+    expected = np.asarray(jax.jit(lm.score)(ids))[:, -1]
+    model = LlamaCpp(tmp_path / "bfloat16.gguf")
+    model.start(2)
+    model.advance(ids[:, :20])
+    for i in range(20, 24):
+        found = model.advance(ids[:, i : i + 1])
+    # bfloat16 against float32.
+    assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
 
 
 def test_plot_is_small(folder):

@@ -83,33 +83,33 @@ def test_what_llama_cpp_cannot_compute_is_refused(name, changes, message, save):
         gguf_tensors_of(save(name, **changes))
 
 
-if find_spec("llama_cpp"):  # which builds for minutes, so it is no dependency of the tests
+@pytest.mark.llama_cpp
+@pytest.mark.skipif(not find_spec("llama_cpp"), reason="no llama-cpp-python")
+@pytest.mark.slow
+@cases
+def test_llama_cpp_computes_what_we_compute(name, save):
+    from benchmarks.gguf_file import write_gguf
+    from benchmarks.llama_cpp_model import LlamaCpp
 
-    @pytest.mark.slow
-    @cases
-    def test_llama_cpp_computes_what_we_compute(name, save):
-        from benchmarks.gguf_file import write_gguf
-        from benchmarks.llama_cpp_model import LlamaCpp
-
-        folder = save(name, **CASES[name])
-        write_gguf(folder, folder / "model.gguf")
-        model = LlamaCpp(folder / "model.gguf")
-        lm = keras_mamba2.Mamba2CausalLM.from_preset(folder, preprocessor=None)
-        prompt = np.random.default_rng(0).integers(64, size=(2, 20))
-        model.start(2, max_tokens=64)
-        tokens, logits = [prompt], []
-        for _ in range(32):
-            logits.append(model.advance(tokens[-1]))
-            tokens.append(logits[-1].argmax(-1)[:, None])
-        tokens = np.concatenate(tokens, axis=1)
-        inputs = {"token_ids": prompt, "padding_mask": np.ones_like(prompt)}
-        lm.compile(sampler="greedy")
-        ours = lm.generate(inputs, max_new_tokens=32, stop_token_ids=None)
-        np.testing.assert_array_equal(ours["token_ids"], tokens)
-        expected = np.asarray(jax.jit(lm.score)(tokens[:, :-1]))[:, 19:]
-        difference = np.abs(np.stack(logits, axis=1) - expected).max()
-        # One percent of a single multiplier or decay is thirty times as much, or more.
-        assert difference < 16 * np.finfo("float32").eps * np.abs(expected).max()
+    folder = save(name, **CASES[name])
+    write_gguf(folder, folder / "model.gguf")
+    model = LlamaCpp(folder / "model.gguf")
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(folder, preprocessor=None)
+    prompt = np.random.default_rng(0).integers(64, size=(2, 20))
+    model.start(2, max_tokens=64)
+    tokens, logits = [prompt], []
+    for _ in range(32):
+        logits.append(model.advance(tokens[-1]))
+        tokens.append(logits[-1].argmax(-1)[:, None])
+    tokens = np.concatenate(tokens, axis=1)
+    inputs = {"token_ids": prompt, "padding_mask": np.ones_like(prompt)}
+    lm.compile(sampler="greedy")
+    ours = lm.generate(inputs, max_new_tokens=32, stop_token_ids=None)
+    np.testing.assert_array_equal(ours["token_ids"], tokens)
+    expected = np.asarray(jax.jit(lm.score)(tokens[:, :-1]))[:, 19:]
+    difference = np.abs(np.stack(logits, axis=1) - expected).max()
+    # One percent of a single multiplier or decay is thirty times as much, or more.
+    assert difference < 16 * np.finfo("float32").eps * np.abs(expected).max()
 
 
 @pytest.mark.slow

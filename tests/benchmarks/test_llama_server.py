@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from importlib.util import find_spec
 
 import pytest
 import typer
@@ -45,30 +44,29 @@ def test_what_is_no_server_of_llama_cpp_is_refused(text, script):
         llama_server.version(script(text))
 
 
-if find_spec("gguf"):
+def test_a_server_that_ends_at_its_start_says_why(script, preset_folder):
+    import keras_mamba2
 
-    def test_a_server_that_ends_at_its_start_says_why(script, preset_folder):
-        import keras_mamba2
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(str(preset_folder))
+    binary = script("echo no memory; exit 1")
+    with (
+        pytest.raises(RuntimeError, match="did not start:\nno memory"),
+        llama_server.serving(binary, lm, max_sequences=2, max_tokens=64),
+    ):
+        pass
 
-        lm = keras_mamba2.Mamba2CausalLM.from_preset(str(preset_folder))
-        binary = script("echo no memory; exit 1")
-        with (
-            pytest.raises(RuntimeError, match="did not start:\nno memory"),
-            llama_server.serving(binary, lm, max_sequences=2, max_tokens=64),
-        ):
-            pass
 
-    if shutil.which("llama-server"):
-
-        @pytest.mark.slow
-        def test_both_servers_are_measured(tmp_path):
-            file = tmp_path / "found.json"
-            options = ["--model", "mamba2_tiny_shakespeare", "--rounds", 1, "--file", file]
-            options += ["--clients", 1, "--clients", 2, "--prompt-tokens", 16, "--new-tokens", 8]
-            options += ["--long-prompt", 600, "--prefix-tokens", 600]
-            found = run(*options, "--llama-server", shutil.which("llama-server"))
-            assert found.exit_code == 0, found.output
-            [model] = json.loads(file.read_text())["models"].values()
-            for figures in model["llama_cpp"].values():
-                ours, theirs = figures["server"], figures["llama_cpp"]
-                assert figures["ratio"] == pytest.approx(ours["tokens_s"] / theirs["tokens_s"])
+@pytest.mark.llama_cpp
+@pytest.mark.skipif(not shutil.which("llama-server"), reason="no llama-server")
+@pytest.mark.slow
+def test_both_servers_are_measured(tmp_path):
+    file = tmp_path / "found.json"
+    options = ["--model", "mamba2_tiny_shakespeare", "--rounds", 1, "--file", file]
+    options += ["--clients", 1, "--clients", 2, "--prompt-tokens", 16, "--new-tokens", 8]
+    options += ["--long-prompt", 600, "--prefix-tokens", 600]
+    found = run(*options, "--llama-server", shutil.which("llama-server"))
+    assert found.exit_code == 0, found.output
+    [model] = json.loads(file.read_text())["models"].values()
+    for figures in model["llama_cpp"].values():
+        ours, theirs = figures["server"], figures["llama_cpp"]
+        assert figures["ratio"] == pytest.approx(ours["tokens_s"] / theirs["tokens_s"])

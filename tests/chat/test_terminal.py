@@ -2,12 +2,13 @@
 
 import builtins
 import io
+import os
 import sys
 
 import pytest
 
 from keras_mamba2.chat.terminal import Terminal
-from keras_mamba2.chat.terminal import shown
+from keras_mamba2.untrusted import shown
 
 
 class Usage:
@@ -100,18 +101,13 @@ def test_after_an_error_the_conversation_goes_on(monkeypatch, capsys, line, mess
     assert terminal.failed
 
 
-def test_ctrl_c_ends_a_reply_and_not_the_program(monkeypatch, capsys):
-    terminal = run(monkeypatch, "one interrupted two", "interrupted", "three")
-    assert capsys.readouterr().out == "one \nthree \n"
-    assert terminal.chat.said == ["three"]
-    assert not terminal.failed
-
-
-def test_at_a_prompt_ctrl_c_tells_how_to_end(monkeypatch, capsys):
-    typed = iter([KeyboardInterrupt, "one", "", EOFError])
+def type_in(monkeypatch, *typed, load=Echo):
+    """Runs a terminal where somebody types; an exception is a key that raises it."""
+    keys = iter([*typed, EOFError])
 
     def typing(prompt):
-        key = next(typed)
+        print(prompt, end="")
+        key = next(keys)
         if isinstance(key, str):
             return key
         raise key
@@ -119,10 +115,59 @@ def test_at_a_prompt_ctrl_c_tells_how_to_end(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(builtins, "input", typing)
-    Terminal(Echo(), Echo).run()
+    terminal = Terminal(Echo(), load)
+    terminal.run()
+    return terminal
+
+
+def test_ctrl_c_ends_a_reply_and_not_the_program(monkeypatch, capsys):
+    terminal = type_in(monkeypatch, "one interrupted two", "interrupted", "three")
+    assert capsys.readouterr().out == "one \nthree \n"
+    assert terminal.chat.said == ["three"]
+    assert not terminal.failed
+
+
+def test_ctrl_c_ends_a_command_and_not_the_program(monkeypatch, capsys):
+    def interrupted(file):
+        raise KeyboardInterrupt
+
+    terminal = type_in(monkeypatch, "one", "/load a", "two", load=interrupted)
+    assert terminal.chat.said == ["one", "two"]
+    assert "stopped" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_lines_of_a_pipe(monkeypatch, capsys):
+    """Half of a reply is not taken for a whole one."""
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, "one interrupted two", "three")
+    assert capsys.readouterr().out == "one "
+
+
+def test_nobody_reads_the_replies_any_more(monkeypatch):
+    def broken(*args, **options):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(builtins, "print", broken)
+    with pytest.raises(BrokenPipeError):
+        run(monkeypatch, "one", "two")
+
+
+def test_at_a_prompt_ctrl_c_tells_how_to_end(monkeypatch, capsys):
+    type_in(monkeypatch, KeyboardInterrupt, "one", "")
     out, err = capsys.readouterr()
-    assert out == "one \n"
+    assert out == "one \n"  # which is no terminal: the prompt is elsewhere
+    assert err.startswith("/help lists the commands.\n> ")
     assert "/quit or Ctrl-D to end" in err
+
+
+def test_paths_are_what_a_shell_would_make_of_them(monkeypatch, capsys):
+    terminal = run(monkeypatch, "/load ~/a b.safetensors")
+    assert terminal.chat.said == [f"from {os.path.expanduser('~')}/a b.safetensors"]
+
+
+def test_notes_show_names_as_they_are(monkeypatch, capsys):
+    run(monkeypatch, "a:b:c [/b] \x1b[2J", "/undo")
+    assert "taken back: a:b:c [/b] \N{REPLACEMENT CHARACTER}[2J" in capsys.readouterr().err
 
 
 def test_nothing_that_a_model_writes_steers_the_terminal():

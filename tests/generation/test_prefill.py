@@ -8,12 +8,14 @@ from keras_mamba2.host.blocks import WEIGHTS_AS_TOKENS
 from keras_mamba2.host.blocks import block_sizes
 from keras_mamba2.host.blocks import blocks
 from keras_mamba2.ops.platform import compiling_for
+from tests.laws import examples
 
 
 def cost(sizes):
     return sum(sizes) + WEIGHTS_AS_TOKENS * len(sizes)
 
 
+@examples(100)
 @given(st.integers(0, 5000))
 def test_blocks_cover_the_prompt_and_only_the_last_is_padded(length):
     sizes = block_sizes(length)
@@ -23,6 +25,7 @@ def test_blocks_cover_the_prompt_and_only_the_last_is_padded(length):
     assert not sizes or sum(sizes[:-1]) < length
 
 
+@examples(100)
 @given(st.integers(1, 5000), st.tuples(*[st.integers(0, 4)] * 3))
 def test_no_other_blocks_cost_less(length, counts):
     others = np.repeat(BLOCK_SIZES[1:], counts).tolist()
@@ -31,6 +34,7 @@ def test_no_other_blocks_cost_less(length, counts):
     assert cost(block_sizes(length)) <= cost(others)
 
 
+@examples(100)
 @given(st.lists(st.integers(0, 700), min_size=1, max_size=4))
 def test_masked_blocks_hold_every_token_of_every_prompt_in_order(lengths):
     prompts = [np.arange(1, length + 1) for length in lengths]

@@ -431,6 +431,30 @@ def configuration_cases():
         yield f"checkpoint: {name}", Case("checkpoint", "backbone", change, words)
 
 
+def tokenizer_cases():
+    options, stored = "tokenizer_config.json", "tokenizer.json"
+    tokens = {
+        "an added token that is no dict": edit_json(options, added_tokens_decoder={"999": 5}),
+        "an added token that is nothing": edit_json(options, added_tokens_decoder={"999": None}),
+        "an added token without a text": edit_json(options, added_tokens_decoder={"999": {}}),
+        "an added token of no number": edit_json(options, added_tokens_decoder={"x": "a"}),
+        "added tokens that are a number": edit_json(options, added_tokens_decoder=5),
+        "a special token without a text": edit_json(options, bos_token={"lstrip": True}),
+        "a special token that is a list": edit_json(options, bos_token=["a"]),
+        "a special token that is a number": edit_json(options, bos_token=7),
+        "stored tokens that are a number": edit_json(stored, added_tokens=5),
+        "stored tokens without a text": edit_json(stored, added_tokens=[{"id": 1}]),
+        "a tokenizer of nothing, and a special token": both(
+            write(stored, "{}"), edit_json(options, bos_token="new")
+        ),
+        "a template that is no text": write("chat_template.jinja", b"\xff"),
+    }
+    for name, change in tokens.items():
+        words = stored if "stored" in name or "of nothing" in name else options
+        words = "chat_template.jinja" if "template" in name else words
+        yield f"tokenizer: {name}", Case("checkpoint", "tokenizer", change, words)
+
+
 def both(first, second):
     def change(folder):
         first(folder)
@@ -444,4 +468,5 @@ CASES = {
     **dict(safetensors_cases()),
     **dict(hdf5_cases()),
     **dict(configuration_cases()),
+    **dict(tokenizer_cases()),
 }

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from keras_mamba2.host.state_file import ROW_BYTES
 from keras_mamba2.host.state_file import checksum
+from tests.laws import examples
 
 SIZES = [0, 1, 7, ROW_BYTES // 4, ROW_BYTES // 4 + 3, 5 * ROW_BYTES // 4 + 1]  # of float32
 
@@ -15,6 +16,7 @@ def tensors(size, seed=0):
     return {"ssm.0": np.random.default_rng(seed).standard_normal(size).astype("float32")}
 
 
+@examples(100)
 @given(st.sampled_from(SIZES[1:]), st.data())
 def test_a_flipped_bit(size, data):
     damaged = tensors(size)
@@ -24,6 +26,7 @@ def test_a_flipped_bit(size, data):
     assert checksum(damaged, {}) != checksum(tensors(size), {})
 
 
+@examples(100)
 @given(st.sampled_from(SIZES[1:]), st.data())
 def test_bytes_that_are_overwritten(size, data):
     damaged = tensors(size)
@@ -36,6 +39,7 @@ def test_bytes_that_are_overwritten(size, data):
     assert (checksum(damaged, {}) == checksum(tensors(size), {})) == same
 
 
+@examples(100)
 @given(st.data())
 def test_rows_that_are_exchanged(data):
     damaged = tensors(SIZES[-1])

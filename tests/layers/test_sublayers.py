@@ -417,11 +417,11 @@ def test_low_precision_is_near_the_truth(name, policy):
     x = ops.cast(random_input(name), "bfloat16")
     y = jax.jit(layer.__call__)(x)
     assert keras.backend.standardize_dtype(y.dtype) == "bfloat16"
-    if name.startswith("experts"):
-        return  # an expert chosen by a rounding is another one
     truth = truth_of(layer, np.asarray(ops.cast(x, "float32")))
-    error = np.abs(np.asarray(ops.cast(y, "float32"), np.float64) - truth).max()
-    assert error <= 8 * 2.0**-8 * np.abs(truth).max()
+    error = np.abs(np.asarray(ops.cast(y, "float32"), np.float64) - truth).max(-1)
+    is_near = error <= 8 * 2.0**-8 * np.abs(truth).max()
+    # An expert chosen by a rounding is another one.
+    assert is_near.mean() > 0.8 if name.startswith("experts") else is_near.all()
 
 
 class TestAttention:

@@ -128,7 +128,7 @@ def backbone():
     }
 )
 def test_of_lora(backbone, name, value):
-    match = f"Received: ({name}=)?"
+    match = f"`{name}` must|{name}="
     bad_values.assert_refused(backbone.enable_lora, **{"rank": 2, name: value}, match=match)
 
 

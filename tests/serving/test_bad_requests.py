@@ -16,8 +16,10 @@ from keras_mamba2 import ChatTemplate
 from keras_mamba2.serving import server
 from keras_mamba2.serving.answers import Answer
 from keras_mamba2.serving.app import create_app
+from keras_mamba2.serving.engine import Engine
 from keras_mamba2.serving.limits import Limits
 from keras_mamba2.serving.openai_types import CompletionRequest
+from keras_mamba2.serving.slots import Slots
 from tests.serving.collected import Collected
 from tests.serving.collected import wait_until
 from tests.serving.conftest import NAME
@@ -240,28 +242,24 @@ class TestLimits:
     @pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nHost: a\r\nX-Sl", b"GET / HTTP"])
     def test_a_head_that_comes_slowly(self, engine, monkeypatch, sent):
         """Also of the second request of a connection."""
-        monkeypatch.setattr(server, "HEAD_SECONDS", 0.2)
+        monkeypatch.setattr(server, "HEAD_SECONDS", 1.0)
         good = b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"
         with serving(create_app(engine, NAME)) as address:
             for first in (b"", good):
                 with _connected(address) as connection:
                     if first:
                         connection.sendall(first)
-                        answer = b""
-                        while b"ok" not in answer:
-                            answer += connection.recv(10_000)
+                        _read_until(connection, lambda answer: b"ok" in answer)
                     connection.sendall(sent)
                     assert connection.recv(10_000) == b""
 
     def test_the_rest_of_a_body_that_nobody_reads(self, engine, monkeypatch):
         """The answer comes before it: the connection waits for it no longer than for a head."""
-        monkeypatch.setattr(server, "HEAD_SECONDS", 0.2)
+        monkeypatch.setattr(server, "HEAD_SECONDS", 1.0)
         with serving(create_app(engine, NAME)) as address, _connected(address) as connection:
             head = "POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n"
             connection.sendall(head.encode())
-            answer = b""
-            while b"not_found" not in answer and b"}" not in answer:
-                answer += connection.recv(10_000)
+            _read_until(connection, lambda answer: b"not_found" in answer or b"}" in answer)
             connection.sendall(b"x")
             assert connection.recv(10_000) == b""
 
@@ -289,9 +287,7 @@ class TestLimits:
             with _connected(address, 4096) as connection:
                 connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
                 time.sleep(0.1)
-                answer = bytearray()
-                while not answer.endswith(b"\r\n0\r\n\r\n"):
-                    answer += connection.recv(2**20)
+                answer = _read_until(connection, lambda a: a.endswith(b"\r\n0\r\n\r\n"))
                 assert answer.count(b"x") == LARGE
                 connection.settimeout(1.2)
                 with pytest.raises(TimeoutError):
@@ -322,6 +318,16 @@ def _connected(address, buffer_size=None):
     return connection
 
 
+def _read_until(connection, is_whole):
+    """All that comes until it is whole. A connection that is closed before is an error."""
+    answer = bytearray()
+    while not is_whole(answer):
+        piece = connection.recv(2**20)
+        assert piece, bytes(answer[-100:])
+        answer += piece
+    return answer
+
+
 LARGE = 2**24  # much more than the system keeps of what is not read
 
 
@@ -336,6 +342,23 @@ def _large_answer(ended):
         ended.set()
 
     return answer
+
+
+def test_a_model_that_has_failed_for_good(lm, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("a crash")
+
+    engine = Engine(lm, max_sequences=1, max_tokens=64)
+    engine.start()
+    monkeypatch.setattr(Slots, "advance", fail)
+    monkeypatch.setattr(Slots, "reset", fail)
+    with serving(create_app(engine, NAME)) as address, httpx.Client(base_url=address) as web:
+        assert "a crash" in error_of(web.post(COMPLETIONS, json=GOOD), 500)["message"]
+        wait_until(lambda: engine.failure is not None)
+        error = error_of(web.post(COMPLETIONS, json=GOOD), 503)
+        assert error["message"] == "The server has failed."
+        assert web.get("/ready").status_code == web.get("/health").status_code == 503
+    engine.close()
 
 
 def test_an_error_of_the_server_is_counted(web, address, monkeypatch):

@@ -431,10 +431,24 @@ class TestGathering:
 
     def test_one_that_waits_can_be_cancelled(self, engine, monkeypatch):
         monkeypatch.setattr(scheduler, "GATHERING_SECONDS", 1e6)
-        first = Collected("hello", limit=4000).submit(engine)
+        blocks, read = [], engine._scheduler._read_block
+        may_go_on = threading.Event()
+
+        def one_by_one(reading):
+            read(reading)
+            blocks.append(reading)
+            if len(blocks) > 3:  # the short one has been read by now, the long one has not
+                assert may_go_on.wait(timeout=60)
+
+        monkeypatch.setattr(engine._scheduler, "_read_block", one_by_one)
+        first, second = self.submit(engine, ["hello", "not read yet " * 300], None, limit=4)
+        wait_until(lambda: len(blocks) > 3)
+        assert (engine.num_running, engine.num_reading) == (1, 1)
         engine.cancel(first.request)
+        may_go_on.set()
+        second.wait()
+        assert not first.deliveries
         wait_until(lambda: engine.num_running + engine.num_reading + engine.num_waiting == 0)
-        assert not first.errors
 
 
 class TestFailures:

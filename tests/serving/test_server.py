@@ -4,6 +4,7 @@ import contextlib
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -54,6 +55,32 @@ def test_sigterm_finishes_what_runs_and_keeps_what_is_known(preset_folder, tmp_p
     with served(preset_folder, *options) as (_, address), client_of(address) as client:
         answer = client.completions.create(**{**body, "max_tokens": 5})
         assert answer.usage.prompt_tokens_details.cached_tokens == len(prompt) - 1
+
+
+@pytest.mark.slow
+def test_limits_of_the_command(preset_folder):
+    options = ("--max-body-mb", 1, "--allowed-host", "models.example", "--drain-seconds", 1)
+    few = ("--max-sequences", 1, "--max-waiting", 1)
+    host = {"Host": "models.example"}
+    with served(preset_folder, "--name", NAME, *options, *few) as (process, address):
+        assert httpx.get(f"{address}/ready").status_code == 400
+        assert httpx.get(f"{address}/ready", headers=host).status_code == 200
+        large = httpx.post(f"{address}/v1/completions", headers=host, content=b" " * 2**21)
+        assert large.status_code == 413
+        with contextlib.ExitStack() as connections:
+            where = address.removeprefix("http://").split(":")
+            for _ in range(1 + 1 + 64):
+                connections.enter_context(socket.create_connection(where))
+            assert httpx.get(f"{address}/ready", headers=host).status_code == 503
+        body = {"model": NAME, "prompt": "ROMEO:", "max_tokens": 30_000, "stream": True}
+        asked = httpx.stream("POST", f"{address}/v1/completions", headers=host, json=body)
+        with asked as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            with pytest.raises(httpx.RemoteProtocolError):
+                list(lines)
+        assert process.wait(timeout=60) in (0, -signal.SIGTERM)
 
 
 @pytest.mark.slow

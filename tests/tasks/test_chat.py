@@ -1,5 +1,7 @@
 """A turn costs what is new in it, and gives what the whole conversation gives."""
 
+import json
+
 import keras
 import keras_hub
 import numpy as np
@@ -10,6 +12,7 @@ from keras import ops
 
 import keras_mamba2
 from keras_mamba2.models.mamba2_tokenizer import byte_vocabulary
+from keras_mamba2.state import files
 from keras_mamba2.tasks.chat_options import RESERVED
 from keras_mamba2.tasks.chat_options import ChatOptions
 from keras_mamba2.tasks.mamba2_chat import KEPT_STATES
@@ -207,6 +210,33 @@ class TestStates:
             letters.resume_chat(tmp_path / "none")
         with pytest.raises(ValueError, match="chat holds a conversation, not a text. `lm.resume_c"):
             letters.resume(tmp_path / "chat")
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"messages": None},
+            {"messages": 3},
+            {"messages": ["a"]},
+            {"messages": []},
+            {"tools": 5},
+            {"token_ids": None},
+            {"token_ids": [2**40]},
+            {"token_ids": ["a"]},
+            {"token_ids": [[1, 2]]},
+            {"token_ids": [1, 2, 3]},
+        ],
+        ids=str,
+    )
+    def test_a_file_that_says_something_else_is_named(self, letters, tmp_path, changes):
+        chat = letters.start_chat(max_new_tokens=2, seed=0)
+        chat.send("One")
+        chat.save(tmp_path / "chat")
+        *parts, text = files.load(tmp_path / "chat", letters.backbone)
+        stored = {**json.loads(text), **changes}
+        state = keras_mamba2.Mamba2State(*parts)
+        state.save(tmp_path / "other", letters.backbone, json.dumps(stored))
+        with pytest.raises(ValueError, match="other holds no whole conversation"):
+            letters.resume_chat(tmp_path / "other")
 
     def test_their_number_is_bounded(self, letters):
         chat = letters.start_chat(max_new_tokens=2, seed=0)
