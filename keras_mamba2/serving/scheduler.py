@@ -30,9 +30,9 @@ logger = logging.getLogger(__name__)
 RUN_SECONDS = 0.05
 # With a new sequence a run is short: its first text comes soon, and so do those behind it.
 FIRST_STEPS = 8
-# While sequences run, prompts are read between two runs for at most so many times a run.
+# While sequences run, prompts are read between two runs for at most so many times a run, or one
+# block of so long: a smaller one takes much more time a token.
 READING_SHARE = 1.5
-# One block is read in any case. It may take so long: a smaller one takes much more time a token.
 BLOCK_SECONDS = 0.1
 # Before any text has begun, nobody's text stops: the first sequences wait at most so long for those
 # that came with them, since a token costs much less in a step of many rows.
@@ -77,8 +77,8 @@ class Scheduler:
         generator: the `Generator` of a model.
         cache: `PrefixCache`.
         slots: `Slots`.
-        block_size: int, how many tokens of a prompt are read at once; `None` for what is fast
-            enough, as `warm_up` measures: for those who have text meanwhile, or where nobody has.
+        block_size: int, how many tokens of a prompt are read at once; `None` for as many as those
+            who have text meanwhile can wait for, by the times that `warm_up` measures.
     """
 
     def __init__(
@@ -93,9 +93,9 @@ class Scheduler:
         self._runs_meanwhile = keras.config.backend() == "jax"
         self._generator = generator
         self._cache = cache
-        self._block_size = self._size_alone = block_size or min(BLOCK_SIZES)
-        self._measures = block_size is None
-        self._block_seconds = self._scoring_seconds = 0.0
+        self._block_sizes = BLOCK_SIZES if block_size is None else (block_size,)
+        self._block_seconds: dict[int, float] = {}  # by the size
+        self._scoring_seconds = 0.0
         self._reads_shortest = False
         self._run_seconds = 0.0
         self._step_seconds: dict[int, float] = {}  # by the number of rows
@@ -104,18 +104,9 @@ class Scheduler:
         """Compiles all programs, and measures how long it takes to read."""
         self.slots.warm_up()
         self._generator.restored(self._empty_state(), self.slots.max_tokens)
-        seconds = {size: self._seconds_to_read(size) for size in BLOCK_SIZES}
-        if self._measures:
-
-            def largest(most: float) -> int:
-                return max((s for s in BLOCK_SIZES if seconds[s] <= most), default=min(BLOCK_SIZES))
-
-            self._block_size = largest(BLOCK_SECONDS)
-            self._size_alone = max(self._block_size, largest(ALONE_SECONDS))
-        self._block_seconds = seconds[self._block_size]
+        self._block_seconds = {size: self._seconds_to_read(size) for size in BLOCK_SIZES}
         self._scoring_seconds = max(map(self._seconds_to_score, SCORING_SIZES))
-        sizes = self._block_size, self._size_alone
-        logger.info("Prompts are read in blocks of %d tokens, or of %d alone: %s", *sizes, seconds)
+        logger.info("Seconds to read a block, by its tokens: %s", self._block_seconds)
 
     def _seconds_to_read(self, size: int) -> float:
         token_ids = np.zeros(size, "int32")
@@ -193,13 +184,20 @@ class Scheduler:
     def _read(self) -> None:
         """Reads until those that run have waited long enough; one block at least."""
         budget = READING_SHARE * max(RUN_SECONDS, self._run_seconds)
-        begun, seconds = time.perf_counter(), 0.0
-        block_seconds = self._block_seconds
+        end = time.perf_counter() + budget
+        size = self._largest_block(max(budget, BLOCK_SECONDS))
+        block_seconds = self._block_seconds[size]
         if any(reading.request.scores_prompt for reading in self.reading):
             block_seconds = max(block_seconds, self._scoring_seconds)
-        while self.reading and (not seconds or seconds + block_seconds <= budget):
-            self._read_block(self._next_to_read())
-            seconds = time.perf_counter() - begun
+        while self.reading:
+            self._read_block(self._next_to_read(), size)
+            if time.perf_counter() + block_seconds > end:
+                return
+
+    def _largest_block(self, seconds: float) -> int:
+        """How many tokens may be read at once in a time; the smallest block in any case."""
+        fast = (size for size in self._block_sizes if self._block_seconds[size] <= seconds)
+        return max(fast, default=min(self._block_sizes))
 
     def _next_to_read(self) -> Reading:
         """In turn the one that is soonest done, and the one that came first.
@@ -211,12 +209,15 @@ class Scheduler:
             return self.reading[0]
         return min(self.reading, key=lambda reading: reading.left)
 
-    def _read_block(self, reading: Reading) -> None:
+    def _read_block(self, reading: Reading, size: int) -> None:
         request = reading.request
         try:
             if reading.left:
-                size = self._block_size if self._somebody_has_text else self._size_alone
-                reading.read(max(SCORING_SIZES) if request.scores_prompt else size)
+                if request.scores_prompt:
+                    size = max(SCORING_SIZES)
+                elif not self._somebody_has_text:
+                    size = max(size, self._largest_block(ALONE_SECONDS))
+                reading.read(size)
             if reading.left:
                 return
             rows = reading.sequences()
@@ -260,10 +261,11 @@ class Scheduler:
         return bool(left) and waited + min(left) <= GATHERING_SECONDS
 
     def _seconds_left(self, reading: Reading) -> float:
-        """How long it takes to read the rest of a prompt."""
+        """How long it takes to read the rest of a prompt, where nobody has text."""
         if reading.request.scores_prompt:
             return -(-reading.left // max(SCORING_SIZES)) * self._scoring_seconds
-        return -(-reading.left // self._block_size) * self._block_seconds
+        size = self._largest_block(ALONE_SECONDS)
+        return -(-reading.left // size) * self._block_seconds[size]
 
     def _run(self) -> None:
         if not self.slots.used:

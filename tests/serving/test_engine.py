@@ -10,6 +10,7 @@ import pytest
 from keras import ops
 
 import keras_mamba2
+from keras_mamba2.host.blocks import BLOCK_SIZES
 from keras_mamba2.serving import scheduler
 from keras_mamba2.serving.engine import Closed
 from keras_mamba2.serving.engine import Engine
@@ -262,7 +263,10 @@ class TestDeliveries:
 
     def test_long_blocks_are_read_while_nobody_has_text(self, engine, lm, monkeypatch):
         """And what comes after them is the same."""
-        monkeypatch.setattr(engine._scheduler, "_size_alone", 512)
+        monkeypatch.setattr(scheduler, "READING_SHARE", 0.0)
+        monkeypatch.setattr(scheduler, "RUN_SECONDS", 1e-3)  # so that there are many runs
+        monkeypatch.setattr(engine._scheduler, "_block_sizes", (512, 32))
+        monkeypatch.setattr(engine._scheduler, "_block_seconds", {512: 0.2, 32: 0.01})
         sizes, generator, rng = [], lm.make_generate_function(), np.random.default_rng(8)
         read = generator.read
 
@@ -281,6 +285,14 @@ class TestDeliveries:
         assert [Collected(prompt).submit(engine).tokens()] == alone(lm, prompt, **GREEDY)
         engine.cancel(running.request)
         assert set(sizes) == {32, 699 % 32}
+
+    def test_blocks_are_as_long_as_those_who_run_may_wait(self, engine, monkeypatch):
+        of_engine = engine._scheduler
+        monkeypatch.setattr(of_engine, "_block_sizes", BLOCK_SIZES)
+        seconds = {512: 0.6, 128: 0.2, 32: 0.08, 8: 0.05}
+        monkeypatch.setattr(of_engine, "_block_seconds", seconds)
+        found = [of_engine._largest_block(most) for most in (0.0, 0.05, 0.1, 0.2, 0.59, 1.0)]
+        assert found == [8, 8, 32, 128, 128, 512]
 
     def test_a_receiver_that_cancels_gets_nothing_more(self, engine):
         """One run later at the latest, and nothing is delivered of what that run found."""
@@ -409,7 +421,7 @@ class TestGathering:
 
     def test_not_for_a_prompt_that_takes_long(self, engine, monkeypatch):
         monkeypatch.setattr(scheduler, "GATHERING_SECONDS", 1e4)
-        monkeypatch.setattr(engine._scheduler, "_block_seconds", 1e3)
+        monkeypatch.setattr(engine._scheduler, "_block_seconds", dict.fromkeys(BLOCK_SIZES, 1e3))
         reading = []
         prompts = ["hello", "not known yet " * 250]  # of one block, and of 110
         requests = self.submit(engine, prompts, lambda d: reading.append(engine.num_reading))
@@ -434,8 +446,8 @@ class TestGathering:
         blocks, read = [], engine._scheduler._read_block
         may_go_on = threading.Event()
 
-        def one_by_one(reading):
-            read(reading)
+        def one_by_one(reading, size):
+            read(reading, size)
             blocks.append(reading)
             if len(blocks) > 3:  # the short one has been read by now, the long one has not
                 assert may_go_on.wait(timeout=60)

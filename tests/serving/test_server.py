@@ -59,7 +59,7 @@ def test_sigterm_finishes_what_runs_and_keeps_what_is_known(preset_folder, tmp_p
 
 @pytest.mark.slow
 def test_limits_of_the_command(preset_folder):
-    options = ("--max-body-mb", 1, "--allowed-host", "models.example", "--drain-seconds", 1)
+    options = ("--max-body-mb", 1, "--allowed-host", "models.example", "--drain-seconds", 0)
     few = ("--max-sequences", 1, "--max-waiting", 1)
     host = {"Host": "models.example"}
     with served(preset_folder, "--name", NAME, *options, *few) as (process, address):
@@ -72,7 +72,8 @@ def test_limits_of_the_command(preset_folder):
             for _ in range(1 + 1 + 64):
                 connections.enter_context(socket.create_connection(where))
             assert httpx.get(f"{address}/ready", headers=host).status_code == 503
-        body = {"model": NAME, "prompt": "ROMEO:", "max_tokens": 30_000, "stream": True}
+        body = {"model": NAME, "prompt": "ROMEO:", "max_tokens": 30_000, "temperature": 0}
+        body["stream"] = True
         asked = httpx.stream("POST", f"{address}/v1/completions", headers=host, json=body)
         with asked as answer:
             lines = answer.iter_lines()
