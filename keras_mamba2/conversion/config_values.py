@@ -73,9 +73,8 @@ KINDS = (
         """vocab_size unpadded_vocab_size hidden_size num_heads head_dim state_size n_groups
         conv_kernel num_attention_heads num_key_value_heads attention_head_dim intermediate_size
         shared_intermediate_size mamba_n_heads mamba_d_ssm mamba_d_state mamba_n_groups mamba_d_conv
-        n_mamba_heads mamba_ngroups num_mem_blocks adapter_rank num_heads_kv
-        mamba_num_heads mamba_head_dim ssm_state_size moe_intermediate_size n_routed_experts
-        moe_shared_expert_intermediate_size n_group topk_group moe_latent_size
+        n_mamba_heads mamba_ngroups num_heads_kv
+        mamba_num_heads mamba_head_dim ssm_state_size
         d_model pad_vocab_size_multiple d_state headdim ngroups
         vocabulary_size unpadded_vocabulary_size hidden_dim state_dim num_groups input_dim
         chunk_size num_query_heads intermediate_dim num_experts num_experts_per_token
@@ -84,7 +83,9 @@ KINDS = (
     Kind(
         "a whole number, not negative",
         _is_count,
-        """num_local_experts num_experts_per_tok d_intermediate rotary_dim rotary_emb_dim mlp_dim
+        """num_local_experts num_experts_per_tok n_routed_experts moe_intermediate_size
+        moe_shared_expert_intermediate_size n_group topk_group moe_latent_size num_mem_blocks
+        adapter_rank d_intermediate rotary_dim rotary_emb_dim mlp_dim
         d_conv conv_kernel_size""",
     ),
     Kind(

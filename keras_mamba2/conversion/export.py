@@ -99,6 +99,9 @@ def export_to_transformers(
     backbone_config = backbone.get_config()
     names = exported_as(backbone_config)[0].names_for(backbone_config)
     weights = _weights(backbone.weights, names, dtype)
+    if not backbone.get_config()["tie_word_embeddings"]:
+        # Then transformers 5 shares nothing at all, also not the blocks of Zamba2.
+        weights += _copies(weights, names)
     ids = _special_ids(tokenizer)
     config = transformers_config(
         backbone.get_config(), dtype or backbone.token_embedding.variable_dtype, **ids
@@ -124,6 +127,16 @@ def _weights(
     return [
         StoredWeight(name, parts, _dtype(name, parts[0][0], dtype))
         for name, parts in sources.items()
+    ]
+
+
+def _copies(weights: Sequence[StoredWeight], names: Names) -> list[StoredWeight]:
+    """What is shared, once more for each other place."""
+    return [
+        weight._replace(name=copy + weight.name.removeprefix(original))
+        for copy, original in names.copies.items()
+        for weight in weights
+        if copy != original and weight.name.startswith(original)
     ]
 
 

@@ -14,6 +14,7 @@ from keras_mamba2._compat.keras_variables import has_value
 from keras_mamba2.conversion.architectures import architecture_of
 from keras_mamba2.conversion.architectures import names_in
 from keras_mamba2.conversion.deferred import set_value
+from keras_mamba2.conversion.names import BUFFERS
 from keras_mamba2.conversion.names import Names
 from keras_mamba2.conversion.names import Piece
 from keras_mamba2.conversion.progress import progress
@@ -111,9 +112,8 @@ def _of_the_model(
     names: Names,
 ) -> dict[str, StoredTensor]:
     """Drops what is no part of it: copies of what is shared, as the head may be one, and such."""
-    tensors = {
-        name: tensor for name, tensor in tensors.items() if not re.fullmatch(names.ignored, name)
-    }
+    ignored = re.compile(f"{names.ignored}|{BUFFERS}")
+    tensors = {name: tensor for name, tensor in tensors.items() if not ignored.fullmatch(name)}
     for copy, original in names.copies.items():
         for name in [name for name in tensors if name.startswith(copy) and copy != original]:
             first = original + name.removeprefix(copy)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from collections.abc import Collection
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -26,6 +27,10 @@ class Layout(NamedTuple):
 SAME = Layout(lambda a: a, lambda a: a)
 LINEAR = Layout(lambda a: a.swapaxes(-1, -2), lambda a: a.swapaxes(-1, -2))  # (out in) <-> (in out)
 CONV = Layout(lambda a: a[:, 0].T, lambda a: a.T[:, None])  # (c 1 k) <-> (k c)
+
+
+# What is computed from the configuration, and some files hold all the same.
+BUFFERS = r"(.*\.)?rotary_emb\.inv_freq"
 
 
 class Weight(NamedTuple):
@@ -83,7 +88,7 @@ class Names(NamedTuple):
         outside: variable path -> `Weight`, for what is not in a block.
         layers: string, what the names of a layer begin with, `{}` its number.
         blocks: for each block of a layer, end of a variable path -> `Weight` below `layers`.
-        ignored: regular expression for tensors that no model here has.
+        ignored: regular expression for tensors that no model here has, beside `BUFFERS`.
         renamed: strings, what names begin with in files, and then in transformers' memory.
         copies: what names of tensors begin with that some files hold again -> what those begin with
             that they are copies of.
@@ -126,6 +131,47 @@ class Names(NamedTuple):
                 f"Received: path={path!r}"
             )
         return table[end], prefix
+
+    def in_files_of(self, tensors: Collection[str]) -> "Names":
+        """These names, as some files spell them: see `in_memory`, and those of a base model.
+
+        A base model has no head, and its names do not tell what they are below.
+        """
+        names = self
+        parameters = tuple(
+            weight.parameter
+            for table in self.blocks
+            for weight in table.values()
+            if weight.parameter
+        )
+        is_in_memory = parameters and any(name.endswith(parameters) for name in tensors)
+        if is_in_memory or self.renamed_name(self.embedding) in tensors:
+            names = self._respelled(*self.renamed, parameters=bool(is_in_memory))
+        base = names.embedding.split(".")[0] + "."
+        if names.embedding not in tensors and names.embedding.removeprefix(base) in tensors:
+            names = names._respelled(base, "")
+        return names
+
+    def _respelled(self, old: str, new: str, parameters: bool = False) -> "Names":
+        """With `new` where names begin with `old`; stacked `parameters` by their names."""
+
+        def name(text: str) -> str:
+            return new + text.removeprefix(old) if text.startswith(old) else text
+
+        def table(weights: Mapping[str, Weight]) -> dict[str, Weight]:
+            return {
+                path: weight._replace(
+                    name=name((weight.parameter if parameters else None) or weight.name)
+                )
+                for path, weight in weights.items()
+            }
+
+        return self._replace(
+            outside=table(self.outside),
+            layers=name(self.layers),
+            blocks=[table(block) for block in self.blocks],
+            copies={name(copy): name(original) for copy, original in self.copies.items()},
+        )
 
     def in_memory(self, path: str) -> str:
         """What transformers calls the module of the variable at `path`, or the parameter."""

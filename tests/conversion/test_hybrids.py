@@ -224,6 +224,8 @@ def changed_models(name):
             value = OTHERWISE[option] if value == arguments.get(option) else value
             changed = {**config["sublayers"], sublayer: {**arguments, option: value}}
             yield f"{sublayer}.{option}", {**config, "sublayers": changed}
+    tied = config["tie_word_embeddings"]
+    yield "tie_word_embeddings", {**config, "tie_word_embeddings": not tied}
 
 
 def exported(config):
@@ -390,6 +392,72 @@ def test_a_file_may_hold_what_is_shared_again(tmp_path):
     torch.save(tensors, tmp_path / "copies" / "pytorch_model.bin")
     with pytest.raises(ValueError, match=f"{shared[-1]} differs from .*, which the model shares"):
         keras_mamba2.Mamba2HybridBackbone.from_preset(tmp_path / "copies")
+
+
+def save_tensors(model, folder, **tensors):
+    """A checkpoint of a model's configuration, and of tensors by any names."""
+    folder.mkdir()
+    model.config.save_pretrained(folder)
+    torch.save(tensors, folder / "pytorch_model.bin")
+    return keras_mamba2.Mamba2CausalLM.from_preset(folder, preprocessor=None)
+
+
+@pytest.mark.parametrize("name", [*hybrids.FAMILIES, "nemotron", "granite, rotary"])
+def test_names_in_memory_are_known_too(name, lm_of, tmp_path):
+    """Those of `state_dict()`, where experts are stacked and Nemotron's begin otherwise."""
+    model = hybrids.random_model(name)
+    lm = save_tensors(model, tmp_path / "model", **model.state_dict())
+    assert_same_weights(lm.backbone, lm_of(name).backbone)
+
+
+@pytest.mark.parametrize("name", ["granite", "zamba, two blocks"])
+def test_a_base_model_is_loaded(name, lm_of, tmp_path):
+    """Whose head is its embedding."""
+    model = hybrids.random_model(name)
+    model.model.save_pretrained(tmp_path / "base")
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(tmp_path / "base", preprocessor=None)
+    assert_same_weights(lm.backbone, lm_of(name).backbone)
+
+
+def test_a_base_model_without_its_head_says_so(tmp_path):
+    hybrids.random_model("bamba").model.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="missing in the files: lm_head.weight"):
+        keras_mamba2.Mamba2CausalLM.from_preset(tmp_path / "base", preprocessor=None)
+
+
+def test_frequencies_in_a_file_are_no_weights(lm_of, tmp_path):
+    model = hybrids.random_model("bamba")
+    buffer = {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    lm = save_tensors(model, tmp_path / "model", **model.state_dict(), **buffer)
+    assert_same_weights(lm.backbone, lm_of("bamba").backbone)
+
+
+def test_sizes_of_what_a_model_lacks_may_be_zero(tmp_path):
+    name = "nemotron, no bias"
+    hybrids.random_model(name).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= dict.fromkeys(("n_routed_experts", "moe_intermediate_size", "n_group"), 0)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    keras_mamba2.Mamba2HybridBackbone.from_preset(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["nemotron", "zamba, one block"])
+def test_small_steps_are_not_raised_after_an_export(name, lm_of, tmp_path):
+    """As transformers does without a `time_step_min`. A limit above, which it lacks, is refused."""
+    backbone = keras_mamba2.Mamba2HybridBackbone.from_config(lm_of(name).backbone.get_config())
+    backbone.set_weights(lm_of(name).backbone.get_weights())
+    for weight in backbone.weights:
+        if weight.path.endswith("dt_bias"):
+            weight.assign(weight - 6)
+    conversion.export_to_transformers(backbone, None, tmp_path / "exported")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval()
+    ids = random_ids(t=9)
+    expected = backbone.logits(backbone({"token_ids": ids, "padding_mask": np.ones_like(ids)}))
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(hybrids.logits(model, ids), expected, rtol=0, atol=64 * EPS * scale)
+    config = backbone.get_config()
+    config["sublayers"]["mamba2"]["time_step_limit"] = (0.001, 0.05)
+    assert "lacks mamba2.time_step_limit" in exported(config)
 
 
 def test_whole_multipliers_of_falcon_are_floats_in_the_file():

@@ -84,14 +84,14 @@ def exported_as(backbone_config: Mapping[str, Any]) -> tuple[Architecture, dict[
 def names_in(
     architecture: Architecture, backbone_config: Mapping[str, Any], tensors: Iterable[str]
 ) -> Names:
-    """The names that the tensors of a checkpoint have: pure Mamba-2 has two spellings."""
+    """The names that the tensors of a checkpoint have: of pure Mamba-2 there are two kinds."""
     tensors = set(tensors)
-    spellings = (MAMBA2, STATE_SPACES) if architecture in (MAMBA2, STATE_SPACES) else ()
-    for spelling in spellings:
-        names = spelling.names_for(backbone_config)
+    kinds = (MAMBA2, STATE_SPACES) if architecture in (MAMBA2, STATE_SPACES) else ()
+    for kind in kinds:
+        names = kind.names_for(backbone_config).in_files_of(tensors)
         if names.embedding in tensors:
             return names
-    return architecture.names_for(backbone_config)
+    return architecture.names_for(backbone_config).in_files_of(tensors)
 
 
 def _lost(model: Mapping[str, Any], read: Mapping[str, Any], path: str = "") -> list[str]:

@@ -121,7 +121,11 @@ def _feed_forward() -> dict[str, names.Weight]:
             for ours, part in rows.items()
         },
         "mlp/down/kernel": names.Weight(f"{shared}.output_linear.weight", names.LINEAR),
-        "experts/router": names.Weight(f"{experts}.router.layer.weight", names.LINEAR),
+        "experts/router": names.Weight(
+            f"{experts}.router.layer.weight",
+            names.LINEAR,
+            parameter=f"{experts}.router.weight",
+        ),
         **{
             f"experts/experts_{ours}/kernel": names.Weight(
                 f"{experts}.input_linear.weight",

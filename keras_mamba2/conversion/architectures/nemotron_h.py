@@ -14,7 +14,6 @@ from keras_mamba2.conversion.architectures.values import required
 from keras_mamba2.conversion.architectures.values import vocabulary
 from keras_mamba2.conversion.architectures.values import whole
 from keras_mamba2.conversion.architectures.values import written_least
-from keras_mamba2.conversion.architectures.values import written_limits
 from keras_mamba2.conversion.architectures.values import written_vocabulary
 
 EXPERTS = "experts+shared_expert"
@@ -55,7 +54,7 @@ def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         "hidden_dim": config["hidden_size"],
         "blocks": blocks,
         "sublayers": {name: make(config) for name, make in makers.items() if name in used},
-        "layer_norm_epsilon": config.get("layer_norm_epsilon", config.get("norm_eps", 1e-5)),
+        "layer_norm_epsilon": config.get("layer_norm_epsilon", 1e-5),
         # The weights of the head are always their own, whatever the configuration says.
         "tie_word_embeddings": False,
     }
@@ -185,7 +184,6 @@ def _written_mixer(mixer: Mapping[str, Any], hidden_dim: int) -> dict[str, Any]:
         "conv_kernel": mixer["conv_kernel_size"],
         "use_bias": mixer["use_bias"],
         "use_conv_bias": mixer["use_conv_bias"],
-        "time_step_limit": written_limits(mixer["time_step_limit"]),
         **written_least(mixer["time_step_limit"]),
     }
 

@@ -28,10 +28,15 @@ def written_limits(limit) -> list[float]:
     return [low, math.inf if high is None else high]
 
 
-def written_least(limit) -> dict[str, float]:
-    """The lower limit, for families of which transformers 5 takes `time_step_min` for it."""
-    low, _ = limit
-    return {"time_step_min": low} if low > 0 else {}
+def written_least(limit) -> dict[str, Any]:
+    """The lower limit, for families of which transformers 5 takes `time_step_min` for it.
+
+    An upper one, which it does not have there, is left out, and so it is known to be lost.
+    """
+    low, high = limit
+    # Without it transformers would take 0.001. It wants the logarithm, of a number above zero.
+    least = {"time_step_min": max(low, 1e-30)}
+    return least if high is not None else {"time_step_limit": written_limits(limit), **least}
 
 
 def _number(value) -> float:

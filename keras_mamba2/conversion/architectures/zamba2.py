@@ -16,7 +16,6 @@ from keras_mamba2.conversion.architectures.values import rope_theta
 from keras_mamba2.conversion.architectures.values import vocabulary
 from keras_mamba2.conversion.architectures.values import whole
 from keras_mamba2.conversion.architectures.values import written_least
-from keras_mamba2.conversion.architectures.values import written_limits
 from keras_mamba2.conversion.architectures.values import written_vocabulary
 
 # Other names of keys.
@@ -130,7 +129,6 @@ def config(backbone_config: Mapping[str, Any]) -> dict[str, Any] | None:
         "mamba_d_state": mixer["state_dim"],
         "mamba_d_conv": mixer["conv_kernel_size"],
         "mamba_expand": mixer["expansion"],
-        "time_step_limit": written_limits(mixer["time_step_limit"]),
         **written_least(mixer["time_step_limit"]),
         "rms_norm_eps": backbone_config["layer_norm_epsilon"],
         "tie_word_embeddings": backbone_config["tie_word_embeddings"],
