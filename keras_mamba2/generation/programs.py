@@ -43,7 +43,7 @@ def compiled(
     if model.run_eagerly:
         return _on_tensors(function)
     if backend == "tensorflow":
-        return _on_tensors(_tensorflow_function(function))
+        return _on_tensors(_tensorflow_function(model, function))
     return _jitted(model, function, donate, static, assigned, read)
 
 
@@ -55,7 +55,7 @@ def _on_tensors(function):
     return call
 
 
-def _tensorflow_function(function):
+def _tensorflow_function(model, function):
     """A `tf.function` that takes and returns any pytree, not only those of TensorFlow."""
     programs: dict[Any, Callable] = {}
 
@@ -63,7 +63,7 @@ def _tensorflow_function(function):
     def call(*args, **kwargs):
         # Each structure has a program, since a `tf.function` sees leaves only.
         paths = tuple(path for path, _ in tree.flatten_with_path(args))
-        key = paths, tuple(sorted(kwargs.items()))
+        key = paths, tuple(sorted(kwargs.items())), model.backbone.adapter_scales
         if key not in programs:
             arguments = tree.map_structure(lambda _: None, args)
             programs[key] = _of_structure(function, arguments, kwargs)
@@ -103,18 +103,22 @@ def _jitted(model, function, donate, static, assigned, read):
     def variables():
         return [*model_variables(model), *read(), *assigned]
 
-    def run(values, first, args, **kwargs):
+    def run(values, first, args, adapters, **kwargs):
+        # Of `adapters` the program has the scales, which are constants in it.
         mapping = list(zip(variables(), values, strict=True))
         with keras.StatelessScope(state_mapping=mapping) as scope:
             result = function(first, *args, **kwargs)
         return result, [scope.get_current_value(v) for v in assigned]
 
     run.__name__ = f"keras_mamba2_{function.__name__}"  # which profiles and XLA's dumps show
+    static = (*static, "adapters")
     program = jax.jit(run, donate_argnums=(1,) if donate else (), static_argnames=static)
 
     @functools.wraps(function)
     def call(first, *args, **kwargs):
-        result, values = program([v.value for v in variables()], first, args, **kwargs)
+        adapters = model.backbone.adapter_scales
+        values = [v.value for v in variables()]
+        result, values = program(values, first, args, adapters=adapters, **kwargs)
         for variable, value in zip(assigned, values, strict=True):
             variable.assign(value)
         return result

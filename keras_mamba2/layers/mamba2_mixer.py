@@ -438,7 +438,7 @@ class Mamba2Mixer(Sublayer):
     def _project(self, x):
         """The gate `(... e)`, the convolution's input `(... e+2gn)`, and dt `(... h)`."""
         cuts = [self.inner_dim, self.inner_dim + self.conv_dim]
-        projected = self.in_proj(x)
+        projected = ops.cast(self.in_proj(x), self.compute_dtype)  # policies may differ
         if self.projection_multipliers is not None:
             sizes = (self.inner_dim, self.inner_dim, self.group_dim, self.group_dim, self.num_heads)
             multipliers = np.repeat(self.projection_multipliers, sizes)

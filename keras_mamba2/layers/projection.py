@@ -149,6 +149,11 @@ class Projection(keras.layers.Dense):
         if self.quantization_mode not in CALIBRATED_MODES:
             super().save_own_variables(store)
             return
+        if not self._is_calibrated:
+            raise ValueError(
+                f"Layer {self.path!r} has no quantized weights yet, since `quantize` with "
+                f"mode={self.quantization_mode!r} ended early. Load the model anew."
+            )
         names = self.variable_serialization_spec[self.quantization_mode]
         names = [name for name in names if name != "bias" or self.use_bias]
         for i, name in enumerate(names):

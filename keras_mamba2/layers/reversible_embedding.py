@@ -81,4 +81,8 @@ class ReversibleEmbedding(keras.layers.ReversibleEmbedding):
         if not reverse:
             ids = ops.cast(inputs, "int32")
             return int4_rows(kernel, scale, zero, ids, self.compute_dtype)
-        return on_tpu(lambda x: int4_matmul_transposed(x, kernel, scale, zero), in_keras, inputs)
+        return on_tpu(
+            lambda x: int4_matmul_transposed(x, kernel, scale, zero),
+            lambda x: ops.cast(in_keras(x), x.dtype),  # which is float32 in float16 too
+            inputs,
+        )

@@ -85,12 +85,15 @@ def _numbered_layers(backbone) -> list:
 
 
 def _remember(backbone) -> None:
-    """Tells KerasHub's `save_lora_weights` and `load_lora_weights` which layers there are."""
+    """Tells programs, and KerasHub's `save_lora_weights` and `load_lora_weights`, what there is."""
     adapted = set(adapted_projections(backbone))
     numbered = enumerate(_numbered_layers(backbone))
     indices = [i for i, layer in numbered if layer in adapted]
     ranks = {layer.lora_rank for layer in adapted}
     set_lora_layers(backbone, indices, ranks.pop() if len(ranks) == 1 else None)
+    backbone.adapter_scales = tuple(
+        (layer.path, layer.lora_alpha / layer.lora_rank) for layer in adapted_projections(backbone)
+    )
 
 
 def merge(backbone) -> None:
@@ -134,13 +137,19 @@ def read_file(backbone, filepath) -> tuple[list[AnyProjection], int]:
         ValueError: if these are not all projections of some names, those of LoRA where it is
             enabled, or of another size: KerasHub would load what it can.
     """
-    with h5py.File(filepath) as file:
-        rank = int(file["lora"]["vars"]["rank"][()])
-        shapes = {
-            int(i): tuple(group["vars"][name].shape for name in ("lora_kernel_a", "lora_kernel_b"))
-            for i, group in file["lora"].items()
-            if i.isdigit()
-        }
+    factors_of = ("lora_kernel_a", "lora_kernel_b")
+    try:
+        with h5py.File(filepath) as file:
+            rank = int(file["lora"]["vars"]["rank"][()])
+            shapes = {
+                int(i): tuple(group["vars"][name].shape for name in factors_of)
+                for i, group in file["lora"].items()
+                if i.isdigit()
+            }
+    except FileNotFoundError:
+        raise
+    except (KeyError, OSError, AttributeError, TypeError) as error:
+        raise ValueError(f"{filepath} is no whole file of `save_lora_weights`: {error}") from error
     numbered = dict(enumerate(_numbered_layers(backbone)))
     layers = [numbered.get(i) for i in shapes]
     names = {layer.name for layer in layers if layer is not None}

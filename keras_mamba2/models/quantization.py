@@ -109,12 +109,20 @@ def check(backbone, config) -> None:
     """Raises for what Keras finds out when the model is half quantized.
 
     Raises:
-        ValueError: for stacked blocks, GPTQ and AWQ without data or tokenizer, or of blocks that
-            Keras cannot run alone, and GPTQ with weights that are not float32, or groups that Keras
-            cannot count.
+        ValueError: for stacked blocks, float8 of shared ones, GPTQ and AWQ without data or
+            tokenizer, or of blocks that Keras cannot run alone, and GPTQ with weights that are not
+            float32, or groups that Keras cannot count.
     """
     check_apart(backbone)
     CONFIG("config", config)
+    if config is not None and config.mode == "float8":
+        places = [layer for block in backbone.blocks for layer in block.projections]
+        if len(places) > len(projections(backbone)):
+            raise ValueError(
+                "Keras trains the scales of float8 layer by layer, and blocks of this model share "
+                "some: their scales would be added. Quantize it to 'int8' or 'int4'. "
+                "Received: mode='float8'"
+            )
     if config is None or config.mode not in CALIBRATED_MODES:
         return
     if config.dataset is None or config.tokenizer is None:

@@ -21,6 +21,7 @@ from keras_mamba2.arguments import number
 from keras_mamba2.arguments import optional
 from keras_mamba2.arguments import several
 from keras_mamba2.arguments import shown
+from keras_mamba2.atomic_files import atomic_file
 from keras_mamba2.conversion import WholeWeights
 from keras_mamba2.conversion import building
 from keras_mamba2.conversion import load_preset
@@ -38,6 +39,7 @@ from keras_mamba2.models.layout import check_layout
 from keras_mamba2.models.layout import layout_map
 from keras_mamba2.models.stacked_blocks import StackedBlocks
 from keras_mamba2.models.stacked_blocks import WeightsApart
+from keras_mamba2.models.stacked_blocks import check_apart
 from keras_mamba2.ops.open_chunk import put_tokens
 from keras_mamba2.saving import BACKBONE_FILES
 from keras_mamba2.saving import AtomicPreset
@@ -74,6 +76,8 @@ class ResidualBackbone(
     # The kinds of sublayers that a model of this class may have.
     sublayers: ClassVar[tuple[type[Sublayer], ...]] = ()
     stacked: StackedBlocks | None = None
+    # Of each layer with a LoRA adapter its path and alpha / rank, which programs have in them.
+    adapter_scales: tuple[tuple[str, float], ...] = ()
     # A model that scales them sets these before `__init__`.
     embedding_multiplier = logits_multiplier = 1.0
 
@@ -369,9 +373,17 @@ class ResidualBackbone(
         lora.merge(self)
 
     def save_lora_weights(self, filepath) -> None:
-        """As `keras_hub.models.Backbone.save_lora_weights`: a file that ends in `.lora.h5`."""
+        """As `keras_hub.models.Backbone.save_lora_weights`: a file that ends in `.lora.h5`.
+
+        The old file is as it was until the new one is whole.
+        """
+        check_apart(self)
         lora.check_uniform(self)
-        super().save_lora_weights(filepath)
+        if not str(filepath).endswith(".lora.h5"):  # of which KerasHub says what it thinks
+            super().save_lora_weights(filepath)
+            return
+        with atomic_file(filepath) as temporary:
+            super().save_lora_weights(str(temporary))
 
     def load_lora_weights(self, filepath) -> None:
         """Loads a file of `save_lora_weights`, and enables LoRA as it needs where it is not.

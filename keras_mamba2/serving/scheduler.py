@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable
 
@@ -35,8 +36,10 @@ FIRST_STEPS = 8
 READING_SHARE = 1.5
 BLOCK_SECONDS = 0.1
 # Before any text has begun, nobody's text stops: the first sequences wait at most so long for those
-# that came with them, since a token costs much less in a step of many rows.
-GATHERING_SECONDS = 10.0
+# that came with them, each of which is read in so short a time, since a token costs much less in a
+# step of many rows.
+GATHERING_SECONDS = 20.0
+SOON_SECONDS = 1.0
 # While nobody has text, a block may take so long: a long one takes much less time a token.
 ALONE_SECONDS = 0.25
 NOTHING = np.zeros(0, "int32")
@@ -258,7 +261,8 @@ class Scheduler:
         begun = min(sequence.begun for sequence in owners)
         left = [self._seconds_left(other) for other in self.reading if other.begun < begun]
         waited = time.perf_counter() - begun
-        return bool(left) and waited + min(left) <= GATHERING_SECONDS
+        soonest = min(left, default=math.inf)
+        return soonest <= SOON_SECONDS and waited + soonest <= GATHERING_SECONDS
 
     def _seconds_left(self, reading: Reading) -> float:
         """How long it takes to read the rest of a prompt, where nobody has text."""

@@ -46,6 +46,7 @@ from keras_mamba2.tasks.scoring import Scoring
 from keras_mamba2.tasks.text_generation import TextGeneration
 from keras_mamba2.tasks.training_data import TrainingData
 from keras_mamba2.training.kept_weights import KeptWeights
+from keras_mamba2.training.loss_scaling import ScalesLoss
 
 # Options of the preprocessor that `from_preset` takes, and what they may be.
 PREPROCESSING = {"sequence_length": SIZE, "packing": BOOLEAN}
@@ -67,6 +68,7 @@ class Mamba2CausalLM(
     AtomicSave,
     WholeTaskWeights,
     KeptWeights,
+    ScalesLoss,
     keras_hub.models.CausalLM,
 ):
     """A Mamba-2 language model: text in, text out, and trainable with `fit`.

@@ -30,10 +30,11 @@ from keras_mamba2.tasks.datasets import check_batches_of
 from keras_mamba2.tasks.datasets import is_dataset
 from keras_mamba2.tasks.model_preset import ModelPreset
 from keras_mamba2.training.kept_weights import KeptWeights
+from keras_mamba2.training.loss_scaling import ScalesLoss
 
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
-class Mamba2Forecaster(AtomicPreset, AtomicSave, KeptWeights, ModelPreset, keras.Model):
+class Mamba2Forecaster(AtomicPreset, AtomicSave, KeptWeights, ScalesLoss, ModelPreset, keras.Model):
     """Forecasts time series: the next values of some features, many steps at once.
 
     Each feature of each row is scaled by the mean and the deviation of its own observed values,

@@ -39,6 +39,7 @@ from keras_mamba2.tasks.datasets import is_dataset
 from keras_mamba2.tasks.mamba2_text_classifier_preprocessor import Mamba2TextClassifierPreprocessor
 from keras_mamba2.tasks.push_to_hub import PushToHub
 from keras_mamba2.training.kept_weights import KeptWeights
+from keras_mamba2.training.loss_scaling import ScalesLoss
 
 BACKBONE = instance(ResidualBackbone, "a `Mamba2Backbone` or a `Mamba2HybridBackbone`")
 
@@ -63,6 +64,7 @@ class Mamba2TextClassifier(
     AtomicSave,
     WholeTaskWeights,
     KeptWeights,
+    ScalesLoss,
     keras_hub.models.TextClassifier,
     PushToHub,
 ):

@@ -12,6 +12,7 @@ from keras_mamba2.arguments import check_keywords
 from keras_mamba2.arguments import check_numeric
 from keras_mamba2.arguments import shown
 from keras_mamba2.training.kept_weights import KeptWeights
+from keras_mamba2.training.loss_scaling import scaled
 
 
 class ConsecutiveWindows(keras.utils.PyDataset):
@@ -141,11 +142,8 @@ class StatefulTraining(KeptWeights, keras.Model):
             loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         optimizer = keras.optimizers.get(optimizer)
         # Keras would ask the policy of this model, which is not that of `lm`.
-        policy = self.lm.dtype_policy
-        is_float16 = getattr(policy, "default_policy", policy).name == "mixed_float16"
-        is_scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
-        if auto_scale_loss and is_float16 and not is_scaled:
-            optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+        if auto_scale_loss:
+            optimizer = scaled(optimizer, self.lm.dtype_policy)
         super().compile(optimizer=optimizer, loss=loss, auto_scale_loss=False, **kwargs)
 
     def call(self, inputs, training=None):

@@ -207,3 +207,39 @@ def test_an_adapter_learns_on_after_weights_are_loaded(lm, tmp_path):
     lm.fit(TEXTS, batch_size=8, verbose=0)
     for layer in lora.adapted_projections(lm.backbone):
         assert np.any(ops.convert_to_numpy(layer.lora_kernel_b.value))
+
+
+def test_programs_have_the_scale_of_the_adapters_that_are_there(lm):
+    """Though other adapters of the same shapes have been compiled with another one."""
+    lm.compile(sampler="greedy")
+    prompt = {name: array[:, :6] for name, array in INPUTS.items()}
+
+    def generated():
+        return lm.generate(prompt, max_new_tokens=20, stop_token_ids=None, return_logprobs=True)[1]
+
+    def adapt(alpha):
+        layers = lora.projections_named(lm.backbone, ["in_proj"])
+        lora.replace(lm.backbone, dict.fromkeys(layers, (4, alpha)))
+        randomize_adapters(lm)
+        return generated()
+
+    adapt(64)
+    found = adapt(4)
+    lm.generate_function = None  # all is compiled anew
+    np.testing.assert_array_equal(found[0]["token_ids"], generated()[0]["token_ids"])
+    np.testing.assert_array_equal(found[0]["logprobs"], generated()[0]["logprobs"])
+
+
+def test_a_file_that_cannot_be_written_is_as_it_was(lm, tmp_path):
+    adapted(lm).backbone.save_lora_weights(tmp_path / "a.lora.h5")
+    before = (tmp_path / "a.lora.h5").read_bytes()
+    lm.stack_blocks()
+    with pytest.raises(ValueError, match="stack"):
+        lm.backbone.save_lora_weights(tmp_path / "a.lora.h5")
+    assert (tmp_path / "a.lora.h5").read_bytes() == before
+
+
+def test_a_damaged_file_is_named(lm, tmp_path):
+    (tmp_path / "a.lora.h5").write_bytes(b"no hdf5")
+    with pytest.raises(ValueError, match="a.lora.h5 is no whole file of `save_lora_weights`"):
+        lm.backbone.load_lora_weights(tmp_path / "a.lora.h5")

@@ -412,3 +412,65 @@ def test_a_forecaster_has_no_texts_to_calibrate_with(byte_tokenizer):
     with pytest.raises(ValueError, match="does not read. Quantize it .*mode='gptq'"):
         forecaster.quantize(config=config_of("gptq", byte_tokenizer))
     assert len(forecaster.weights) == count
+
+
+def test_what_was_not_calibrated_is_not_saved(folder, tmp_path):
+    """Its kernels would be zeros."""
+
+    class Broken:
+        def tokenize(self, text):
+            raise RuntimeError("no tokens")
+
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(folder, preprocessor=None)
+    with pytest.raises(RuntimeError, match="no tokens"):
+        lm.quantize("gptq", config=config_of("gptq", Broken()))
+    with pytest.raises(ValueError, match="has no quantized weights yet.*Load the model anew"):
+        lm.save_to_preset(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_float8_of_shared_blocks_is_refused():
+    """Keras would add the scales of all places."""
+    transformer = {
+        "kind": "shared_transformer",
+        "attention": {"num_query_heads": 2, "num_key_value_heads": 2, "head_dim": 8},
+        "mlp": {"intermediate_dim": 16},
+    }
+    backbone = keras_mamba2.Mamba2HybridBackbone(
+        vocabulary_size=16,
+        hidden_dim=8,
+        blocks=["mamba2", "shared>mamba2", "shared>mamba2"],
+        sublayers={"mamba2": {"head_dim": 4}, "shared": transformer},
+    )
+    lm = keras_mamba2.Mamba2CausalLM(backbone, preprocessor=None)
+    with pytest.raises(ValueError, match="float8 layer by layer"):
+        lm.quantize("float8")
+    assert not any(layer.quantization_mode for layer in backbone.blocks[0].projections)
+
+
+@pytest.mark.parametrize("pattern", [".*/in_proj", ".*/mixer", ".*/out_proj"])
+def test_a_mixer_may_have_policies_of_its_own(folder, pattern):
+    policies = keras.dtype_policies.DTypePolicyMap(
+        "float32", {pattern: keras.DTypePolicy("bfloat16")}
+    )
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(folder, dtype=policies, preprocessor=None)
+    lm.compile(sampler="greedy")
+    text = lm.generate(INPUTS, max_new_tokens=6, stop_token_ids=None)
+    assert text["token_ids"].shape == (1, 20)
+
+
+def test_the_loss_is_scaled_in_float16_also_with_several_policies(folder, tmp_path):
+    quantized(folder, "int4", "mixed_float16").save_to_preset(tmp_path / "int4")
+    lm = keras_mamba2.Mamba2CausalLM.from_preset(tmp_path / "int4")
+    lm.backbone.enable_lora(2)
+    lm.compile(optimizer="adam")
+    assert isinstance(lm.optimizer, keras.optimizers.LossScaleOptimizer)
+    lm.fit(TEXTS, batch_size=2, verbose=0)
+    lm.compile(optimizer="adam", auto_scale_loss=False)
+    assert not isinstance(lm.optimizer, keras.optimizers.LossScaleOptimizer)
+    policies = keras.dtype_policies.DTypePolicyMap("mixed_float16")
+    forecaster = keras_mamba2.Mamba2Forecaster(
+        2, num_layers=1, hidden_dim=8, head_dim=4, dtype=policies
+    )
+    forecaster.compile(optimizer="adam", loss="mae")
+    assert isinstance(forecaster.optimizer, keras.optimizers.LossScaleOptimizer)
