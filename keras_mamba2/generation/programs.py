@@ -103,7 +103,7 @@ def _jitted(model, function, donate, static, assigned, read):
     def variables():
         return [*model_variables(model), *read(), *assigned]
 
-    def run(values, first, args, adapters, **kwargs):
+    def run(values, first, args, adapters=(), **kwargs):
         # Of `adapters` the program has the scales, which are constants in it.
         mapping = list(zip(variables(), values, strict=True))
         with keras.StatelessScope(state_mapping=mapping) as scope:
@@ -127,7 +127,8 @@ def _jitted(model, function, donate, static, assigned, read):
         values = [
             v.value if has_value(v) else jax.ShapeDtypeStruct(v.shape, v.dtype) for v in variables()
         ]
-        lowered = program.lower(values, first, args, **kwargs)
+        adapters = model.backbone.adapter_scales
+        lowered = program.lower(values, first, args, adapters=adapters, **kwargs)
         lowered.compile()  # kept by JAX, for a call with arguments of these shapes
         result, _ = lowered.out_info
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), result)
