@@ -26,6 +26,8 @@ from keras_mamba2.saving import AtomicSave
 from keras_mamba2.tasks.batch_checks import check_samples
 from keras_mamba2.tasks.batch_checks import check_weights
 from keras_mamba2.tasks.batch_checks import parts_of
+from keras_mamba2.tasks.compile_config import compile_config
+from keras_mamba2.tasks.compile_config import compile_from_config
 from keras_mamba2.tasks.datasets import check_batches_of
 from keras_mamba2.tasks.datasets import is_dataset
 from keras_mamba2.tasks.model_preset import ModelPreset
@@ -273,6 +275,12 @@ class Mamba2Forecaster(AtomicPreset, AtomicSave, KeptWeights, ScalesLoss, ModelP
         filters = quantization.checked_filters(self, config, filters)
         super().quantize(mode, config=config, filters=filters, **kwargs)
         quantization.remember_policies(self)
+
+    def get_compile_config(self) -> dict:
+        return compile_config(super().get_compile_config(), self)
+
+    def compile_from_config(self, config: dict) -> None:
+        compile_from_config(self, config)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         y, y_pred = self._known(y, y_pred)
