@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import ClassVar
 
+import keras
+
+from keras_mamba2._compat.keras_layers import flatten_layers
 from keras_mamba2._compat.keras_saving import ask_to_overwrite
 from keras_mamba2.atomic_files import atomic_file
 from keras_mamba2.atomic_files import clean_up
@@ -33,6 +36,20 @@ UNZIPPED_FILES = ("config.json", "metadata.json", "model.weights.h5", "assets/*"
 _preset_being_written: contextvars.ContextVar[pathlib.Path | None] = contextvars.ContextVar(
     "preset_being_written", default=None
 )
+
+
+def _check_is_whole(model) -> None:
+    """Raises for weights that are still to come.
+
+    Raises:
+        ValueError: that names the layer.
+    """
+    for layer in flatten_layers(model) if isinstance(model, keras.Model) else ():
+        if getattr(layer, "waits_for_calibration", False):
+            raise ValueError(
+                f"Layer {layer.path!r} has no quantized weights yet, since `quantize` with "
+                f"mode={layer.quantization_mode!r} ended early. Load the model anew."
+            )
 
 
 class AtomicPreset:
@@ -60,6 +77,7 @@ class AtomicPreset:
         if preset_dir == _preset_being_written.get():
             super().save_to_preset(preset_dir, *args, **kwargs)
             return
+        _check_is_whole(self)
         kept = (*CARD_FILES, *(name for name in TASK_FILES if name not in self.preset_files))
         with _folder_of(preset_dir, self.preset_files, kept) as temporary:
             token = _preset_being_written.set(temporary)
@@ -74,6 +92,7 @@ class AtomicSave:
 
     def save(self, filepath, overwrite: bool = True, zipped: bool | None = None, **kwargs):
         """See `keras.Model.save`. Until the new file is whole the old one is as it was."""
+        _check_is_whole(self)
         ends = (".keras", ".h5", ".hdf5")
         is_path = isinstance(filepath, (str, os.PathLike)) and "://" not in str(filepath)
         # Keras says what is wrong with a name.

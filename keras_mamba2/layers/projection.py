@@ -137,23 +137,20 @@ class Projection(keras.layers.Dense):
             never_autocast(self.g_idx)
 
     def quantized_call(self, *args, **kwargs):
-        if self.quantization_mode in CALIBRATED_MODES and not self._is_calibrated:
+        if self.waits_for_calibration:
             return self.call(*args, **kwargs)
         return super().quantized_call(*args, **kwargs)
 
     @property
-    def _is_calibrated(self) -> bool:
-        return getattr(self, f"is_{self.quantization_mode}_calibrated")
+    def waits_for_calibration(self) -> bool:
+        """Whether it computes with its old weights yet, and the quantized ones are zeros."""
+        mode = self.quantization_mode
+        return mode in CALIBRATED_MODES and not getattr(self, f"is_{mode}_calibrated")
 
     def save_own_variables(self, store) -> None:
         if self.quantization_mode not in CALIBRATED_MODES:
             super().save_own_variables(store)
             return
-        if not self._is_calibrated:
-            raise ValueError(
-                f"Layer {self.path!r} has no quantized weights yet, since `quantize` with "
-                f"mode={self.quantization_mode!r} ended early. Load the model anew."
-            )
         names = self.variable_serialization_spec[self.quantization_mode]
         names = [name for name in names if name != "bias" or self.use_bias]
         for i, name in enumerate(names):
