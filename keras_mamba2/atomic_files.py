@@ -92,23 +92,10 @@ def atomic_file(file) -> Iterator[pathlib.Path]:
         raise ValueError(f"{file} is a folder.")
     with _beside(file) as temporary:
         yield temporary
-        # Some libraries write files for the owner alone.
-        temporary.chmod(_mode_of(file))
+        # Some libraries write files for the owner alone. The folder beside has usual permissions.
+        like = file if file.exists() else temporary.parent
+        temporary.chmod(stat.S_IMODE(like.stat().st_mode) & 0o666)
         temporary.replace(file)
-
-
-def _mode_of(file: pathlib.Path) -> int:
-    """The permissions of a file, or those that a new one gets."""
-    try:
-        return stat.S_IMODE(file.stat().st_mode)
-    except FileNotFoundError:
-        return 0o666 & ~_umask()
-
-
-def _umask() -> int:
-    umask = os.umask(0)  # there is no other way to read it
-    os.umask(umask)
-    return umask
 
 
 def remove_folder(folder) -> None:
