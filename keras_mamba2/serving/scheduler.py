@@ -133,8 +133,11 @@ class Scheduler:
         return bool(self.reading or self.slots.used)
 
     def has_place_for(self, request: Request) -> bool:
-        promised = sum(reading.request.count for reading in self.reading)
-        return self.slots.used + promised + request.count <= self.slots.most
+        """Those that are cancelled have no places any more: the next visit drops them first."""
+        running = sum(not sequence.is_cancelled for sequence in self.slots.owners)
+        reading = [reading.request for reading in self.reading]
+        promised = sum(other.count for other in reading if not other.is_cancelled)
+        return running + promised + request.count <= self.slots.most
 
     def admit(self, request: Request) -> None:
         """Begins to read a prompt."""

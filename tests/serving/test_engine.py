@@ -410,6 +410,24 @@ class TestGathering:
             assert [request.tokens()] == alone(lm, prompt, **GREEDY)
         assert running[0] == 4
 
+    def test_those_who_come_as_others_go_begin_together(self, engine, monkeypatch):
+        """All find places at once: one that is cancelled has none any more."""
+        monkeypatch.setattr(scheduler, "GATHERING_SECONDS", 1e6)
+        running, requests = [], []
+
+        def go(delivery):
+            engine.cancel(gone.request)
+            prompts = ["hello", "x" * 130, "you", "new to the cache " * 40]
+            requests.extend(
+                self.submit(engine, prompts, lambda d: running.append(engine.num_running))
+            )
+
+        gone = Collected("hello", limit=3000, on_delivery=go).submit(engine)
+        wait_until(lambda: requests)
+        for request in requests:
+            request.wait()
+        assert running[0] == 4
+
     def test_not_for_longer_than_they_may(self, engine, monkeypatch):
         monkeypatch.setattr(scheduler, "GATHERING_SECONDS", 0.0)
         running = []
