@@ -8,8 +8,9 @@ import sys
 
 COMMAND = "keras-mamba2"  # what pyproject.toml calls it
 RUN_PROGRAMS = "run-programs"  # what cli.py calls the one that needs no Keras
-# Optional for Keras and KerasHub: data sets, plots, checkpoints, and preprocessing in graphs.
-UNUSED = ("tensorflow", "tensorflow_text", "pandas", "matplotlib", "orbax")
+# Optional for Keras and KerasHub: data sets, plots, notebooks, checkpoints, and preprocessing in
+# graphs.
+UNUSED = ("tensorflow", "tensorflow_text", "pandas", "matplotlib", "IPython", "orbax")
 
 
 def leave_out_unused() -> None:
@@ -42,6 +43,7 @@ def pause_garbage_collection() -> None:
 
 def resume_garbage_collection() -> None:
     if _is_command():
+        gc.freeze()  # else the first search comes at once, for as long as those left out
         gc.enable()
 
 

@@ -65,9 +65,11 @@ import sys
 atexit.register(lambda: print(gc.get_freeze_count()))  # of what is not searched at the end
 from keras_mamba2.cli import app
 
-for name in ("tensorflow", "tensorflow_text", "pandas", "matplotlib", "torch", "transformers"):
+for name in ("tensorflow", "tensorflow_text", "pandas", "matplotlib", "IPython", "torch"):
     assert sys.modules.get(name) is None, name
+assert sys.modules.get("transformers") is None
 assert gc.isenabled()
+assert gc.get_freeze_count() > 100_000  # what was imported is never searched
 for arguments in (
     ["generate", "to be", "--preset", sys.argv[1], "--max-new-tokens=5"],
     ["convert", sys.argv[1], sys.argv[2] + "/hf", "--to", "transformers"],
