@@ -13,7 +13,7 @@ import tqdm.auto
 LONG_PROMPT = 100_000
 # A prompt is cut into blocks of these lengths, each one compiled program, so that the number of
 # programs does not depend on the prompts.
-BLOCK_SIZES = (512, 128, 32, 8)
+BLOCK_SIZES = (512, 128, 64, 32, 16)
 # To read the weights takes as long as to compute with so many tokens: on a CPU a block of n tokens
 # takes 32 + n parts of time. Platforms that compute faster beside their memory prefer fewer blocks
 # still, but lose little.

@@ -42,7 +42,7 @@ class Engine:
             room for them. `None` for 32,768, for a model with attention 4,096.
         prefix_cache_bytes: int, of the states that are kept for prompts to come.
         prefix_cache_folder: path, where these states are kept, so that a later engine has them.
-        block_size: int, how many tokens of a prompt are read at once: 8, 32, 128 or 512.
+        block_size: int, how many tokens of a prompt are read at once: 16, 32, 64, 128 or 512.
             `None` takes what is quick enough for others to go on meanwhile.
 
     Example:

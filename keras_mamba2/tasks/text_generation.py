@@ -276,7 +276,8 @@ class TextGeneration:
         Args:
             batch_size: int, how many prompts will share a batch.
             prompt_lengths: int or several, how many tokens prompts will have. Programs of one
-                length serve most others: prompts are cut into blocks of 512, 128, 32 and 8 tokens.
+                length serve most others: prompts are cut into blocks of 512, 128, 64, 32 and 16
+                tokens.
             wait: bool. If false it returns at once, and the next call that generates waits. On
                 JAX the weights need not be there yet: see `from_preset(on_built=...)`.
 

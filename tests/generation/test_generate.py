@@ -15,6 +15,7 @@ from keras import ops
 import keras_mamba2
 from keras_mamba2._compat.keras_variables import has_value
 from keras_mamba2.generation import Generator
+from keras_mamba2.host.blocks import BLOCK_SIZES
 
 MAX_LENGTH = 24
 SAMPLERS = ["greedy", "top_k", "top_p", "random", "beam", "contrastive"]
@@ -209,12 +210,12 @@ def test_prompts_and_lengths_share_programs(preset_folder):
         found = lm.generate(inputs, stop_token_ids=(3, 5)[: new % 3], max_new_tokens=new)
         assert ops.shape(found["token_ids"]) == (1, length + new)
     generator = lm.generate_function
-    assert generator._prefill_block.program._cache_size() <= 4
+    assert generator._prefill_block.program._cache_size() <= len(BLOCK_SIZES)
     assert generator._decode.program._cache_size() == 1
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_any_prompts_and_any_numbers_of_tokens_are_seven_compilations(preset_folder, batch_size):
+def test_any_prompts_and_any_numbers_of_tokens_are_eight_compilations(preset_folder, batch_size):
     """All that XLA compiles is counted, whoever asks for it."""
     lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder, preprocessor=None)
     lm.compile(sampler="greedy")
@@ -226,7 +227,7 @@ def test_any_prompts_and_any_numbers_of_tokens_are_seven_compilations(preset_fol
             inputs = batch(prompts, max(map(len, prompts)))
             state = None if i % 2 else lm.prefill(inputs) if batch_size == 1 else None
             lm.generate(inputs, stop_token_ids=None, max_new_tokens=1 + i % 20, state=state)
-    assert len(compilations) <= 7, compilations
+    assert len(compilations) <= 8, compilations
 
 
 @contextlib.contextmanager

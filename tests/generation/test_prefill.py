@@ -26,7 +26,7 @@ def test_blocks_cover_the_prompt_and_only_the_last_is_padded(length):
 
 
 @examples(100)
-@given(st.integers(1, 5000), st.tuples(*[st.integers(0, 4)] * 3))
+@given(st.integers(1, 5000), st.tuples(*[st.integers(0, 4)] * (len(BLOCK_SIZES) - 1)))
 def test_no_other_blocks_cost_less(length, counts):
     others = np.repeat(BLOCK_SIZES[1:], counts).tolist()
     left = max(length - sum(others), 0)

@@ -305,7 +305,7 @@ def test_what_is_not_as_it_was_written_is_named(folder, tmp_path):
     for name in (
         "weights.safetensors",
         "tokenizer.json",
-        "programs/cpu/prefill_8_batch_1.bin",
+        "programs/cpu/prefill_16_batch_1.bin",
         "programs/cpu/decode_as_compiled_batch_1.bin",
     ):
         with pytest.raises(ValueError, match=f"{name} is damaged: its sha256"):

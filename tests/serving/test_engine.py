@@ -289,10 +289,10 @@ class TestDeliveries:
     def test_blocks_are_as_long_as_those_who_run_may_wait(self, engine, monkeypatch):
         of_engine = engine._scheduler
         monkeypatch.setattr(of_engine, "_block_sizes", BLOCK_SIZES)
-        seconds = {512: 0.6, 128: 0.2, 32: 0.08, 8: 0.05}
+        seconds = {512: 0.6, 128: 0.2, 64: 0.12, 32: 0.08, 16: 0.05}
         monkeypatch.setattr(of_engine, "_block_seconds", seconds)
         found = [of_engine._largest_block(most) for most in (0.0, 0.05, 0.1, 0.2, 0.59, 1.0)]
-        assert found == [8, 8, 32, 128, 128, 512]
+        assert found == [16, 16, 32, 128, 128, 512]
 
     def test_a_receiver_that_cancels_gets_nothing_more(self, engine):
         """One run later at the latest, and nothing is delivered of what that run found."""
@@ -549,7 +549,7 @@ class TestFailures:
             engine.start()
 
     def test_block_size(self, lm):
-        with pytest.raises(ValueError, match=r"one of \(512, 128, 32, 8\)"):
+        with pytest.raises(ValueError, match=r"one of \(512, 128, 64, 32, 16\)"):
             Engine(lm, block_size=7)
 
 
