@@ -1,5 +1,6 @@
 """The rows of one running loop, and who has which."""
 
+import collections
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +18,9 @@ from keras_mamba2.serving.requests import NUM_LIKELY
 from keras_mamba2.serving.requests import LikelyTokens
 from keras_mamba2.state import Mamba2State
 
-# So many times in a row half of the rows must have been enough, before there are fewer.
-PATIENCE = 8
+# So many times in a row fewer rows must have been enough, before there are fewer: to copy those
+# that are kept takes about as long as a run with the others.
+PATIENCE = 4
 
 
 class Advanced(NamedTuple):
@@ -63,7 +65,7 @@ class Slots:
         """Makes all places free, and new arrays."""
         self._rows = self._blank()
         self._places: list[Place | None] = [None]
-        self._half_was_enough = 0
+        self._used_lately: collections.deque[int] = collections.deque(maxlen=PATIENCE)
 
     @property
     def num_likely(self) -> int:
@@ -84,9 +86,11 @@ class Slots:
 
     def insert(self, row: Rows, owner: Any) -> None:
         """Puts a sequence of `Generator.sequences` into a free place."""
+        if not self.used and self.num_rows > 1:
+            self.reset()  # it may be alone for long
         if self.used == self.num_rows:
             self._resize(range(self.num_rows), self._larger(self.num_rows))
-            self._half_was_enough = 0
+            self._used_lately.clear()
         index = self._places.index(None)
         self._rows = self.generator.insert(self._now(), index, row)
         self._places[index] = Place(owner, int(row.remaining[0]), row.stop_token_ids[0])
@@ -133,14 +137,14 @@ class Slots:
         return self.generator.advance_telling(rows, num_steps, self.num_likely, asked)
 
     def shrink(self) -> None:
-        """Halves the number of rows, once half has been enough for a while."""
-        smaller = self._smaller(self.num_rows)
-        if self.num_rows == 1 or self.used > smaller:
-            self._half_was_enough = 0
+        """Leaves as many rows as were needed lately, if these are fewer."""
+        self._used_lately.append(self.used)
+        if len(self._used_lately) < PATIENCE:
             return
-        self._half_was_enough += 1
-        if self._half_was_enough > PATIENCE:
-            self._resize([i for i, place in enumerate(self._places) if place], smaller)
+        needed = max(self._used_lately)
+        while self.num_rows > 1 and needed <= self._smaller(self.num_rows):
+            used = [i for i, place in enumerate(self._places) if place is not None]
+            self._resize(used, self._smaller(self.num_rows))
 
     def warm_up(self) -> None:
         """Compiles all programs, the largest first: too little memory is known at once."""

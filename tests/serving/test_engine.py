@@ -210,6 +210,31 @@ class TestCompilation:
         wait_until(lambda: engine.num_rows == 1)
         engine.cancel(requests[3].request)
 
+    def test_who_comes_after_all_have_gone_has_no_rows_of_theirs(self, engine, lm):
+        for each in [Collected("hello", limit=30).submit(engine) for _ in range(4)]:
+            each.wait()
+        wait_until(lambda: not engine.num_running)
+        rows = []
+        alone_again = Collected("you", on_delivery=lambda d: rows.append(engine.num_rows))
+        assert [alone_again.submit(engine).tokens()] == alone(lm, "you", **GREEDY)
+        assert set(rows) == {1}
+
+    def test_rows_go_once_they_have_not_been_needed_for_a_while(self, lm):
+        generator = lm.make_generate_function()
+        slots = Slots(generator, most=6, max_tokens=100)
+        state = generator.empty_state(100)
+        for owner in "abcde":
+            [row] = generator.sequences(state, np.ones(1, "int32"), limit=50, temperature=0.0)
+            slots.insert(row, owner)
+        found = []
+        for leaving in "a bc    d   e":
+            if leaving != " ":
+                slots.release(leaving)
+            slots.shrink()
+            found.append((slots.used, slots.num_rows))
+        assert found[:4] == [(4, 6), (4, 6), (3, 6), (2, 4)]
+        assert found[4:] == [(2, 4), (2, 4), (2, 2), (2, 2), (1, 2), (1, 2), (1, 2), (1, 1), (0, 1)]
+
 
 def test_nobody_waits_for_a_state_that_is_kept(engine, monkeypatch):
     """Of a prompt it is kept after the first tokens are delivered, of a text after the last."""
