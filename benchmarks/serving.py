@@ -224,18 +224,17 @@ def generated(lm, prompts, new_tokens) -> float:
 
 
 def gaps(name, address, long_prompt, new_tokens) -> dict[str, float]:
-    """The longest gap in a stream, without and with a long prompt that is read meanwhile."""
+    """The longest gap in eight streams after each other, without and with a long prompt beside."""
     short = {"model": name, "prompt": prompt_of(16, 0), **SAMPLING}
     long = {"model": name, "prompt": prompt_of(long_prompt, 1), "max_tokens": 1, **SAMPLING}
-    [[alone]] = asked(address, [[{**short, "max_tokens": 4 * new_tokens}]])
-    [streams, [read]] = asked(
-        address, [[{**short, "max_tokens": 4 * new_tokens}] * 8, [{**long, "after": 0.3}]]
-    )
+    streaming = [{**short, "max_tokens": 4 * new_tokens}] * 8
+    [alone] = asked(address, [streaming])
+    [streams, [read]] = asked(address, [streaming, [{**long, "after": 0.3}]])
     # Only of what came while it was read.
     start, end = read["begun"], read["begun"] + read["times"][0]
     times = [[s["begun"] + t for t in s["times"] if start < s["begun"] + t < end] for s in streams]
     beside = max((float(np.diff(t).max()) for t in times if len(t) > 1), default=0.0)
-    without = float(np.diff(alone["times"]).max())
+    without = max(float(np.diff(s["times"]).max()) for s in alone)
     return {
         "longest_gap_s": without,
         "longest_gap_s_while_reading": beside,
