@@ -309,6 +309,10 @@ class Generator:
         """The state of rows that have read nothing, with room for `num_tokens` in each."""
         return self._zeros(np.zeros(batch_size, "int8"), **self._room(num_tokens))
 
+    def copied(self, state: Mamba2State) -> Mamba2State:
+        """`state` in memory of its own, which no program that goes on from the first reuses."""
+        return self._copy(state)
+
     def restored(self, state: Mamba2State, num_tokens: int) -> Mamba2State:
         """A copy on the device of a state of `state.host.on_host`, as `empty_state` has room."""
         if self._needs_room:

@@ -15,12 +15,19 @@ def conversation_of(text: str) -> dict[str, Any] | None:
     return stored if isinstance(stored, dict) and stored.get("kind") == KIND else None
 
 
-def check_is_text(file, text: str) -> None:
-    """Raises for a conversation: as a text, its JSON would go on, and be written over it.
+def check_is_session(file, text: str, num_rows: int) -> None:
+    """Raises for what is not one text.
+
+    As a text, the JSON of a conversation would go on, and be written over it.
 
     Raises:
         ValueError: that names the file.
     """
+    if num_rows != 1:
+        raise ValueError(
+            f"{file} holds a state of {num_rows} rows, and a session is one text. "
+            "`Mamba2State.load(file, lm.backbone)` reads it for `generate` and `stream`."
+        )
     if conversation_of(text) is not None:
         raise ValueError(
             f"{file} holds a conversation, not a text. `lm.resume_chat` goes on with a "

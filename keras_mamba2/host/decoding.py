@@ -63,6 +63,13 @@ class Decoding:
                 self._logprobs[i].append(logprobs[i][is_token[i]])
         return new
 
+    @property
+    def state(self):
+        """The state after all tokens so far. It stays as it is when the loop goes on."""
+        is_over = self.generator.to_numpy(self.rows.remaining).max() <= 0
+        # The next run reuses the memory of the loop's own.
+        return self.rows.state if is_over else self.generator.copied(self.rows.state)
+
     def advance(self, num_steps: int):
         return self.generator.advance(self.rows, num_steps, self._with_logprobs)
 

@@ -7,9 +7,24 @@ import numpy as np
 
 from keras_mamba2.arguments import SIZE
 from keras_mamba2.arguments import STRING
+from keras_mamba2.arguments import did_you_mean
 from keras_mamba2.arguments import integer
 from keras_mamba2.arguments import optional
 from keras_mamba2.arguments import several
+from keras_mamba2.host.sampling import KINDS
+
+# Of `stream`, but for the text and the state, which a session has.
+OF_SESSIONS = ("max_length", "max_new_tokens", "stop_token_ids", "stop_strings", "seed", *KINDS)
+
+
+def check_session_options(names: Iterable[str]) -> None:
+    """Refuses what a session's `generate` and `stream` do not take."""
+    for name in names:
+        if name not in OF_SESSIONS:
+            raise ValueError(
+                f"A session does not take `{name}`.{did_you_mean(name, OF_SESSIONS)} It takes "
+                f"{', '.join(OF_SESSIONS)}."
+            )
 
 
 def checked_lengths(

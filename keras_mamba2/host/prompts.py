@@ -4,7 +4,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from keras_mamba2.arguments import are_ids
+from keras_mamba2.arguments import check_elements
+from keras_mamba2.arguments import check_numeric
 from keras_mamba2.host.rows import NO_TOKEN
+
+LARGEST_ID = np.iinfo("int32").max
 
 
 def check_prompts(
@@ -43,14 +48,20 @@ def rows_of(token_ids: np.ndarray, padding_mask: np.ndarray) -> list[np.ndarray]
     """The rows `(b t)` without their padding.
 
     Raises:
-        ValueError: for a mask of another shape.
+        ValueError: for a mask of another shape, and for ids that are no whole numbers.
     """
     if token_ids.ndim != 2 or token_ids.shape != padding_mask.shape:
         raise ValueError(
             "`token_ids` and `padding_mask` must have one shape, (b t). Received: "
             f"token_ids.shape={token_ids.shape}, padding_mask.shape={padding_mask.shape}"
         )
-    return [row[mask] for row, mask in zip(token_ids, padding_mask.astype(bool), strict=True)]
+    check_numeric("`token_ids`", token_ids)
+    mask = padding_mask.astype(bool)
+    if token_ids.dtype.kind not in "iu":
+        is_id = are_ids(token_ids, LARGEST_ID) | ~mask
+        check_elements(token_ids, is_id, "`token_ids` must be whole numbers from 0 on.")
+        token_ids = np.where(mask, token_ids, 0).astype("int64")
+    return [row[real] for row, real in zip(token_ids, mask, strict=True)]
 
 
 def after_tokens(waiting: np.ndarray, prompts: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -3,6 +3,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from keras_mamba2.arguments import SIZE
+from keras_mamba2.host.options import check_session_options
 from keras_mamba2.host.text_stream import LastStream
 from keras_mamba2.host.text_stream import TextStreams
 
@@ -49,7 +50,7 @@ class Mamba2Session:
 
         Args:
             text: string, may be empty.
-            **kwargs: see `Mamba2CausalLM.stream`.
+            **kwargs: of `Mamba2CausalLM.stream`, but for `inputs` and `state`.
         """
         return "".join(self.stream(text, **kwargs))
 
@@ -58,6 +59,7 @@ class Mamba2Session:
 
         It ends, if it is still open, where the text next grows in another way.
         """
+        check_session_options(kwargs)
         self._last.close()
         return self._last.hand_out(self._collect(text, self.lm.stream_on(self, text, **kwargs)))
 

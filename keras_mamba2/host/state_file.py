@@ -141,7 +141,7 @@ def checksum(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> 
 def _check_metadata(file, metadata: Mapping[str, str]) -> None:
     version = metadata.get("version")
     if version != FILE_VERSION:
-        older = version is not None and version.isdigit() and int(version) < int(FILE_VERSION)
+        older = version is not None and version.isdecimal() and int(version[:9]) < int(FILE_VERSION)
         remedy = (
             " It was written by an earlier version of this package. Its text is kept: "
             f"`safetensors.safe_open({str(file)!r}, 'numpy').metadata()['text']`. Start a session "

@@ -164,8 +164,8 @@ class TextStreams(Iterator[list[str]]):
 
     @property
     def state(self) -> Any:
-        """The state after all tokens so far, a row for each text."""
-        state = self.decoding.rows.state
+        """The state after all tokens so far, a row for each text. It stays as it is."""
+        state = self.decoding.state
         return state if state.batch_size == len(self.streams) else state[: len(self.streams)]
 
     def all_texts(self) -> list[str]:

@@ -18,7 +18,13 @@ class Codec:
 
     def __init__(self, file, tokens: Tokens):
         self.tokens = tokens
-        self._engine = tokenizers.Tokenizer.from_file(str(file))
+        try:
+            self._engine = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises no other class
+            raise ValueError(
+                f"{file} cannot be read by tokenizers {tokenizers.__version__}: {error}. Install "
+                "the version with which it was written, or a newer one."
+            ) from error
 
     def encode(self, texts: Sequence[str], continued: bool) -> list[np.ndarray]:
         """The token ids of each text; one that continues another has nothing before it."""

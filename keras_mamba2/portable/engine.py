@@ -57,7 +57,7 @@ class Engine:
         before = [np.asarray(prompt[:-1], "int32") for prompt in prompts]
         last = [prompt[-1] if len(prompt) else 0 for prompt in prompts]
         # The programs reuse the memory of their argument.
-        state = _copied(_with_room(state, [len(prompt) for prompt in prompts]))
+        state = self.copied(_with_room(state, [len(prompt) for prompt in prompts]))
         sizes = self._manifest.block_sizes
         state = feed(state, before, self._prefill_block, self._prefill_row, sizes)
         return dataclasses.replace(state, token=np.array(last, "int32"))
@@ -65,7 +65,7 @@ class Engine:
     def advance(self, rows: Rows, num_steps: int, with_logprobs: bool = False):
         """As `Generator.advance`: the new rows, the tokens, and no log probabilities."""
         program = self._program("decode" if rows.sampling else "decode_as_compiled")
-        given = _with_room(rows.state, num_steps)
+        given = _with_room(rows.state, np.minimum(rows.remaining, num_steps))
         state, remaining, seen, tokens = program(
             _flat(given),
             rows.remaining,
@@ -77,6 +77,9 @@ class Engine:
         )
         rows = rows._replace(state=_like(given, state), remaining=remaining, seen=seen)
         return rows, tokens, np.zeros((self.batch_size, 0), "float32")
+
+    def copied(self, state: ProgramState) -> ProgramState:
+        return _copied(state)
 
     def _prefill_block(self, state, token_ids, padding_mask) -> ProgramState:
         program = self._program(f"prefill_{token_ids.shape[1]}")

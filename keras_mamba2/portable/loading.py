@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from keras_mamba2.portable.engine import COMPATIBILITY
+from keras_mamba2.portable.manifest import MANIFEST_FILE
 from keras_mamba2.portable.manifest import WEIGHTS_FILE
 from keras_mamba2.portable.manifest import Manifest
 
@@ -33,8 +34,12 @@ def platform_of(manifest: Manifest, folder: pathlib.Path) -> str:
 
 def read_weights(manifest: Manifest, folder: pathlib.Path) -> list[Any]:
     """The weights on the device, in the order that the programs take them."""
+    from safetensors import SafetensorError
     from safetensors import safe_open
 
     file = manifest.check(folder, WEIGHTS_FILE)
-    with safe_open(file, "flax") as stored:
-        return [stored.get_tensor(name) for name in manifest.weight_names]
+    try:
+        with safe_open(file, "flax") as stored:
+            return [stored.get_tensor(name) for name in manifest.weight_names]
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not what {MANIFEST_FILE} says: {error}") from error

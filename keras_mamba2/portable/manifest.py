@@ -21,7 +21,7 @@ from keras_mamba2.untrusted import check_file
 from keras_mamba2.untrusted import read_json
 from keras_mamba2.untrusted import shortened
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE, WEIGHTS_FILE, TOKENIZER_FILE = (
     "manifest.json",
     "weights.safetensors",
@@ -30,6 +30,9 @@ MANIFEST_FILE, WEIGHTS_FILE, TOKENIZER_FILE = (
 # JAX's names of what a program can be compiled for.
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 WEIGHTS = ("beside", "inside")
+# Of states, and of random numbers.
+DTYPES = ("float64", "float32", "float16", "bfloat16", "int8", "int32", "int64", "uint32", "uint64")
+MOST_GENERATORS = 1000
 
 
 def program_file(platform: str, name: str, batch_size: int) -> str:
@@ -82,7 +85,7 @@ class Manifest:
     calling_convention: int
     platforms: tuple[str, ...]
     batch_sizes: tuple[int, ...]  # in rising order
-    block_sizes: tuple[int, ...]
+    block_sizes: tuple[int, ...]  # in falling order
     decode_capacity: int
     stop_token_capacity: int
     weights: str
@@ -104,6 +107,7 @@ class Manifest:
             field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)
         }
         content = {"format_version": FORMAT_VERSION, **parts, "sha256": hashes}
+        hashes[MANIFEST_FILE] = own_sha256(content)
         (folder / MANIFEST_FILE).write_text(json.dumps(content, indent=1) + "\n", "utf-8")
 
     @classmethod
@@ -123,6 +127,11 @@ class Manifest:
                 f"with this version. Expected: format_version={FORMAT_VERSION}. "
                 f"Received: {shortened(version)}"
             )
+        hashes = content.get("sha256")
+        if not isinstance(hashes, dict) or hashes.pop(MANIFEST_FILE, None) != own_sha256(
+            {"format_version": version, **content}
+        ):
+            raise ValueError(f"{file} is damaged: it is not as it was written. {REMEDY}")
         names = [field.name for field in dataclasses.fields(cls)]
         if set(content) != set(names):
             odd = sorted(set(content) ^ set(names))
@@ -145,10 +154,19 @@ class Manifest:
         check_file(file)
         if name not in self.sha256 or sha256(file) != self.sha256[name]:
             raise ValueError(
-                f"{file} is damaged: its sha256 is not that of {MANIFEST_FILE}. Copy the folder "
-                "again, or export the programs again."
+                f"{file} is damaged: its sha256 is not that of {MANIFEST_FILE}. {REMEDY}"
             )
         return file
+
+
+REMEDY = "Copy the folder again, or export the programs again."
+
+
+def own_sha256(content: Mapping[str, Any]) -> str:
+    """Of what a manifest says beside it."""
+    hashes = {name: of for name, of in content["sha256"].items() if name != MANIFEST_FILE}
+    text = json.dumps({**content, "sha256": hashes}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sha256(file: pathlib.Path) -> str:
@@ -167,7 +185,7 @@ def _one(cls: Any) -> Callable[[Any], Any]:
     """Reads a named tuple from the object of its parts."""
 
     def read(parts):
-        if set(parts) != set(cls._fields):
+        if set(_object(parts)) != set(cls._fields):
             raise ValueError(f"{shortened(parts)} is no {cls.__name__}")
         return cls(**{name: _PARTS[name](value) for name, value in parts.items()})
 
@@ -184,11 +202,15 @@ def _parameters(value: Any) -> dict[str, float]:
     return {name: KINDS[name].standard(number) for name, number in _object(value).items()}
 
 
-def _batch_sizes(value: Any) -> tuple[int, ...]:
+def _rising_sizes(value: Any) -> tuple[int, ...]:
     sizes = several(SIZE, in_order=True).standard(value)
     if not sizes:
         raise ValueError("there is none")
     return sizes
+
+
+def _falling_sizes(value: Any) -> tuple[int, ...]:
+    return _rising_sizes(several(SIZE).standard(value)[::-1])[::-1]
 
 
 def _tensors(values: Any) -> tuple[StoredTensorSpec, ...]:
@@ -199,12 +221,12 @@ _count = integer(at_least=0)
 _PARTS: dict[str, Callable[[Any], Any]] = {
     "name": STRING.standard,
     "shape": several(optional(_count)).standard,
-    "dtype": STRING.standard,
+    "dtype": choice(*DTYPES).standard,
     "room_axis": optional(_count).standard,
     "parameters": lambda value: None if value is None else _parameters(value),
     "needs_history": BOOLEAN.standard,
-    "num_generators": _count.standard,
-    "generator_dtype": STRING.standard,
+    "num_generators": integer(at_least=0, at_most=MOST_GENERATORS).standard,
+    "generator_dtype": choice(*DTYPES).standard,
     "start": several(_count).standard,
     "end": several(_count).standard,
     "special": several(_count).standard,
@@ -214,8 +236,8 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "jax": STRING.standard,
     "calling_convention": _count.standard,
     "platforms": several(choice(*PLATFORMS)).standard,
-    "batch_sizes": _batch_sizes,
-    "block_sizes": several(SIZE).standard,
+    "batch_sizes": _rising_sizes,
+    "block_sizes": _falling_sizes,
     "decode_capacity": SIZE.standard,
     "stop_token_capacity": SIZE.standard,
     "weights": choice(*WEIGHTS).standard,

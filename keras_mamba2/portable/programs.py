@@ -15,7 +15,7 @@ from keras_mamba2.arguments import PATH
 from keras_mamba2.arguments import integer
 from keras_mamba2.arguments import optional
 from keras_mamba2.host import state_file
-from keras_mamba2.host.conversations import check_is_text
+from keras_mamba2.host.conversations import check_is_session
 from keras_mamba2.host.decoding import Decoding
 from keras_mamba2.host.inputs import standard_names
 from keras_mamba2.host.keys import row_keys
@@ -304,7 +304,7 @@ class Programs:
             lambda: manifest.fingerprint,
             manifest.vocabulary_size,
         )
-        check_is_text(file, text)
+        check_is_session(file, text, len(tensors["token"]))
         dtypes = (jnp.dtype(spec.dtype) for spec in manifest.state)
         named = zip(manifest.state, dtypes, strict=True)
         layers = tuple(tensors[spec.name].astype(dtype) for spec, dtype in named)

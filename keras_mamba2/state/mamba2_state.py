@@ -73,13 +73,16 @@ class Mamba2State:
 
     @staticmethod
     def concatenate(states: Sequence["Mamba2State"]) -> "Mamba2State":
-        """The rows of all `states` in one batch."""
-        several(STATE)("states", states)
+        """The rows of all `states` in one batch.
+
+        Raises:
+            ValueError: for states of different models.
+        """
+        states = several(STATE)("states", states)
         if not states:
             raise ValueError("There are no states to concatenate.")
-        return tree.map_structure(
-            lambda *leaves: ops.concatenate(with_equal_room(leaves), axis=0), *states
-        )
+        leaves = [ops.concatenate(leaves, axis=0) for leaves in with_equal_room(states)]
+        return tree.pack_sequence_as(states[0], leaves)
 
     @property
     def nbytes(self) -> int:

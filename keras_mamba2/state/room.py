@@ -32,14 +32,32 @@ def with_room(state, backbone, room: int):
     return type(state)(layers, state.token, state.length, state.digest)
 
 
-def with_equal_room(leaves):
-    """Tensors of one kind, of several states, with the room of the largest."""
-    shapes = [tuple(leaf.shape) for leaf in leaves]
-    axes = [axis for axis, sizes in enumerate(zip(*shapes, strict=True)) if len(set(sizes)) > 1]
-    for axis in axes[-1:] if axes and axes[-1] > 0 else ():
-        room = max(shape[axis] for shape in shapes)
-        leaves = [_padded(leaf, axis - 1, room) for leaf in leaves]
-    return leaves
+def with_equal_room(states):
+    """The leaves of several states, each with the room of the largest.
+
+    Without a model, which would know it, room is what differs alone, and not in a last axis.
+
+    Raises:
+        ValueError: for states of different models.
+    """
+    rows = [tree.flatten(state) for state in states]
+    if len(set(map(len, rows))) > 1:
+        raise ValueError("The states to concatenate have different numbers of layers.")
+    found, rooms = [], set()
+    for leaves in zip(*rows, strict=True):
+        shapes = [tuple(leaf.shape[1:]) for leaf in leaves]
+        if len(set(shapes)) > 1:
+            sizes = list(zip(*shapes, strict=False))
+            axes = [axis for axis, among in enumerate(sizes) if len(set(among)) > 1]
+            rooms |= {sizes[axis] for axis in axes}
+            if len(axes) != 1 or axes[0] == len(sizes) - 1 or len(rooms) > 1:
+                raise ValueError(
+                    "The states to concatenate belong to different models. Received: tensors of "
+                    f"shapes {' and '.join(map(str, dict.fromkeys(shapes)))}, without their rows"
+                )
+            leaves = [_padded(leaf, axes[0], max(sizes[axes[0]])) for leaf in leaves]
+        found.append(leaves)
+    return found
 
 
 def _tensors(state, backbone) -> list[tuple[StateTensor, Any]]:

@@ -20,7 +20,7 @@ from keras_mamba2.generation import needs_history
 from keras_mamba2.generation import padded
 from keras_mamba2.generation import picks_tokens
 from keras_mamba2.generation import prompts_of
-from keras_mamba2.host.conversations import check_is_text
+from keras_mamba2.host.conversations import check_is_session
 from keras_mamba2.host.inputs import standard_names
 from keras_mamba2.host.options import row_limits
 from keras_mamba2.host.prompts import after_tokens
@@ -342,8 +342,9 @@ class TextGeneration:
                 a conversation.
         """
         *parts, text = state_files.load(file, self.backbone)
-        check_is_text(file, text)
-        return Mamba2Session(self, text, Mamba2State(*parts))
+        state = Mamba2State(*parts)
+        check_is_session(file, text, state.batch_size)
+        return Mamba2Session(self, text, state)
 
     def _prompts(self, inputs, state: Mamba2State | None) -> list[np.ndarray]:
         if isinstance(inputs, Mapping):

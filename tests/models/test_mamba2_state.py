@@ -53,6 +53,33 @@ def test_rows_are_taken_repeated_and_put_together(state):
         Mamba2State.concatenate([])
 
 
+def test_states_of_different_models_are_not_put_together(state, lm):
+    def changed(**sizes):
+        def padded(name, leaf):
+            widths = [(0, 0)] * len(leaf.shape)
+            for axis, more in sizes.get(name, {}).items():
+                widths[axis] = (0, more)
+            return np.pad(leaf, widths)
+
+        layers = [
+            type(layer)(*(padded(*named) for named in zip(layer._fields, layer, strict=True)))
+            for layer in state.layers
+        ]
+        return Mamba2State(layers, state.token, state.length, state.digest)
+
+    for sizes in (
+        {"ssm": {3: 8}, "conv": {2: 16}},  # another state_dim
+        {"ssm": {2: 8}, "conv": {2: 16}},  # another head_dim
+        {"conv": {2: 8}},
+        {"ssm": {1: 1, 2: 1}},
+    ):
+        with pytest.raises(ValueError, match="belong to different models.* shapes .* and "):
+            Mamba2State.concatenate([state, changed(**sizes)])
+    fewer = Mamba2State(state.layers[1:], state.token, state.length, state.digest)
+    with pytest.raises(ValueError, match="different numbers of layers"):
+        Mamba2State.concatenate([state, fewer])
+
+
 def test_its_size_does_not_depend_on_the_text(lm):
     assert lm.prefill("a").nbytes == lm.prefill("a" * 700).nbytes
     assert lm.prefill(["a"] * 3).nbytes == 3 * lm.prefill("a").nbytes

@@ -20,6 +20,7 @@ from keras_mamba2.generation.decode import default_steps_a_write
 from keras_mamba2.host.conversations import KIND
 from keras_mamba2.ops.chunk_size import default_chunk_size
 from keras_mamba2.ops.platform import compiling_for
+from keras_mamba2.portable.manifest import own_sha256
 from tests import reference
 
 HERE = pathlib.Path(__file__).parent
@@ -293,9 +294,12 @@ def test_what_is_not_as_it_was_written_is_named(folder, tmp_path):
         data[len(data) // 2] ^= 1
         file.write_bytes(data)
 
-    def damaged_manifest(**changes):
+    def damaged_manifest(sealed=True, **changes):
         def change(file):
-            file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+            content = {**json.loads(file.read_text()), **changes}
+            if sealed:
+                content["sha256"][file.name] = own_sha256(content)
+            file.write_text(json.dumps(content))
 
         return copied("manifest.json", change)
 
@@ -316,10 +320,20 @@ def test_what_is_not_as_it_was_written_is_named(folder, tmp_path):
         run(copied("manifest.json", lambda file: file.unlink()))
     with pytest.raises(ValueError, match="manifest.json is truncated or not JSON"):
         run(copied("manifest.json", lambda file: file.write_text('{"a":')))
-    with pytest.raises(ValueError, match="format_version=1. Received: 99"):
+    with pytest.raises(ValueError, match="format_version=2. Received: 99"):
         run(damaged_manifest(format_version=99))
-    for changes in ({"batch_sizes": "many"}, {"batch_sizes": []}, {"state": [{}]}, {"more": 1}):
-        with pytest.raises(ValueError, match="manifest.json is damaged"):
+    with pytest.raises(ValueError, match="manifest.json is damaged: it is not as it was written"):
+        run(damaged_manifest(sealed=False, decode_capacity=756))
+    for changes in (
+        {"batch_sizes": "many"},
+        {"batch_sizes": []},
+        {"block_sizes": []},
+        {"block_sizes": [8, 512]},
+        {"state": [{}]},
+        {"tokens": ["start", "end", "special"]},
+        {"more": 1},
+    ):
+        with pytest.raises(ValueError, match="manifest.json is damaged: "):
             run(damaged_manifest(**changes))
     with pytest.raises(ValueError, match="calling convention.*Export it again"):
         run(damaged_manifest(calling_convention=99))
@@ -362,12 +376,26 @@ def test_bad_arguments_are_named(programs, arguments, message):
         programs.generate(**arguments)
 
 
+def test_a_state_in_the_middle_of_a_stream_stays_as_it_is(programs):
+    stream = programs.stream(["To be"], max_new_tokens=40, stop_token_ids=None, seed=1)
+    next(stream)
+    state, length = stream.state, int(stream.state.length[0])
+    assert len(list(stream)) > 1
+    assert int(state.length[0]) == length
+    programs.generate([""], state=state, max_new_tokens=2)
+
+
 def test_states_and_streams_that_do_not_fit_are_named(programs, tmp_path):
     state = programs.prefill(["a", "b"])
     with pytest.raises(ValueError, match="The state has 2 rows, but there are 1"):
         programs.generate("c", state=state)
     with pytest.raises(ValueError, match="at most 2 texts at once.*Received: 3 texts"):
         programs.stream(["a", "b", "c"])
+    programs.save_state(tmp_path / "two", state, "a")
+    with pytest.raises(ValueError, match="two holds a state of 2 rows"):
+        programs.resume(tmp_path / "two")
+    with pytest.raises(ValueError, match="does not take `temprature`. Did you mean 'temperature'"):
+        programs.start("a").generate("b", temprature=0.5)
     programs.save_state(tmp_path / "chat", state[:1], json.dumps({"kind": KIND}))
     with pytest.raises(ValueError, match="chat holds a conversation, not a text"):
         programs.resume(tmp_path / "chat")

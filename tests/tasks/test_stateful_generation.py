@@ -159,6 +159,20 @@ def test_a_stream_may_be_left(lm):
     assert lm.generate("hello", max_new_tokens=5).startswith("hello")
 
 
+@pytest.mark.parametrize("texts", [["hello"], ["hello", "you"]])
+def test_a_state_in_the_middle_of_a_stream_stays_as_it_is(letters, texts):
+    stream = letters.stream(texts, max_new_tokens=40, seed=1, stop_token_ids=None)
+    next(stream)
+    state = stream.state
+    before = int(ops.convert_to_numpy(state.length)[0])
+    for _ in stream:
+        pass
+    assert before < int(ops.convert_to_numpy(stream.state.length)[0])
+    assert int(ops.convert_to_numpy(state.length)[0]) == before
+    assert all(np.isfinite(ops.convert_to_numpy(leaf)).all() for leaf in state.layers[0])
+    letters.generate([""] * len(texts), state=state, max_new_tokens=2)
+
+
 def test_an_interrupted_call_leaves_the_model_usable(lm, monkeypatch):
     expected = lm.generate("hello", max_new_tokens=5)
     generator, calls = lm.make_generate_function(), []
@@ -277,6 +291,25 @@ class TestSession:
         np.testing.assert_array_equal(session.state.token, found.token)
         np.testing.assert_array_equal(session.state.digest, found.digest)
 
+    @pytest.mark.parametrize(
+        ("option", "message"),
+        [
+            ({"temprature": 0.5}, "does not take `temprature`. Did you mean 'temperature'"),
+            ({"num_return_sequences": 2}, "does not take `num_return_sequences`"),
+            ({"state": None}, "does not take `state`"),
+        ],
+    )
+    def test_what_it_does_not_take_is_named(self, lm, option, message):
+        session = lm.start("a")
+        with pytest.raises(ValueError, match=message):
+            session.generate("b", **option)
+        assert session.text == "a"
+
+    def test_it_is_one_text(self, lm, tmp_path):
+        lm.save_state(tmp_path / "two", lm.prefill(["a", "bcd"]), "a")
+        with pytest.raises(ValueError, match=r"two holds a state of 2 rows.*Mamba2State.load"):
+            lm.resume(tmp_path / "two")
+
     def test_nothing_can_be_forked_into_none(self, lm):
         with pytest.raises(ValueError, match="n=0"):
             lm.start("a").fork(0)
@@ -389,6 +422,18 @@ def test_bad_states_and_batches_are_named(lm):
         lm.prefill("")
     with pytest.raises(ValueError, match="Prompt 1 has token id 300"):
         lm.prefill({"token_ids": np.array([[1], [300]]), "padding_mask": np.ones((2, 1))})
+    for bad in (3.5, np.nan, -1.0, np.inf):
+        with pytest.raises(ValueError, match=f"`token_ids` must be whole numbers.*{bad} in row 0"):
+            lm.prefill({"token_ids": np.array([[bad, 2.0]]), "padding_mask": np.ones((1, 2))})
+
+
+def test_ids_may_be_whole_numbers_in_floating_point(lm):
+    ids = np.array([[3, 5, 7, 0]])
+    inputs = {"token_ids": ids, "padding_mask": ids > 0}
+    floats = {"token_ids": np.where(ids > 0, ids, np.nan), "padding_mask": ids > 0}
+    options = {"max_new_tokens": 5, "stop_token_ids": None, "repetition_penalty": 1.2, "seed": 1}
+    found = lm.generate(floats, **options)["token_ids"]
+    np.testing.assert_array_equal(found, lm.generate(inputs, **options)["token_ids"])
 
 
 def test_searches_do_not_stream(preset_folder):
