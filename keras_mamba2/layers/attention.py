@@ -233,13 +233,16 @@ class Attention(Sublayer):
         if keras.config.backend() == "jax" and not on_gpu():
             # In an eager call on a TPU, Keras 3.15 scales twice, and takes the first row's mask.
             options["flash_attention"] = False
+            if keras.backend.standardize_dtype(q.dtype) == "float16":
+                # JAX asks for products with sums in float32, which only a GPU has for it.
+                q, k, v = (ops.cast(a, "float32") for a in (q, k, v))
         if mask is None and segment_ids is None:
             y = ops.dot_product_attention(q, k, v, is_causal=True, **options)
         else:
             # A pad sees itself, or its softmax would have nothing to sum.
             seen = _sees(mask, segment_ids, t) | ops.eye(t, dtype="bool")
             y = ops.dot_product_attention(q, k, v, mask=seen[:, None], **options)
-        return self.output_projection(self._joined(y))
+        return self.output_projection(self._joined(ops.cast(y, self.compute_dtype)))
 
     def call_with_state(self, x, state: AttentionState | None = None, mask=None, segment_ids=None):
         b, t = ops.shape(x)[:2]
@@ -408,7 +411,7 @@ class Attention(Sublayer):
         """Keys or values `(b t g p)` as a state keeps them, `(b g t p)`."""
         x = ops.transpose(x, (0, 2, 1, 3))
         if self.key_value_dtype is None:
-            return x
+            return ops.cast(x, self.compute_dtype)  # a projection may have a policy of its own
         return rounded(ops.cast(x, "float32"), axis=-1)
 
     def _read(self, stored):

@@ -34,7 +34,8 @@ KINDS = {
     "shared_transformer": SharedTransformer,
 }
 JOINT, FEEDS = "+", ">"
-OWN_KEYS = ("kind", "input_multiplier", "output_multiplier")
+MULTIPLIERS = ("input_multiplier", "output_multiplier")
+OWN_KEYS = ("kind", *MULTIPLIERS)
 
 
 @keras.saving.register_keras_serializable(package="keras_mamba2")
@@ -212,6 +213,12 @@ def _check_blocks(blocks: Sequence[str], sublayers: Mapping[str, Mapping[str, An
             raise ValueError(
                 f"There is no sublayer of kind {arguments.get('kind', name)!r}. Known: "
                 f"{', '.join(map(repr, KINDS))}. Received: sublayers[{name!r}]={dict(arguments)}"
+            )
+        unused = [key for key in MULTIPLIERS if arguments.get(key, 1.0) != 1.0]
+        if unused and arguments.get("kind", name) == "shared_transformer":
+            raise ValueError(
+                f"A 'shared_transformer' has no {unused[0]!r}: what it gives goes into the block "
+                f"that it feeds. Received: sublayers[{name!r}]={dict(arguments)}"
             )
     for i, block in enumerate(blocks):
         for name in _names_in(block):

@@ -85,7 +85,9 @@ def ssd(
     check_ssd_arguments(x, dt, A, B, C, D, initial_state, segment_ids, chunk_size)
     b, t, h, p = ops.shape(x)
     g, n = B.shape[2:]
-    q = min(chunk_size, t) if isinstance(t, int) else chunk_size  # a tensor in a TensorFlow graph
+    is_known = isinstance(t, int)  # else a tensor, in a TensorFlow graph
+    q = min(chunk_size, t) if is_known else chunk_size
+    c = -(-t // q) if is_known else -1
     dtype, state_dtype = x.dtype, float32_at_least(x.dtype)
 
     dt = ops.cast(dt, state_dtype)
@@ -93,11 +95,11 @@ def ssd(
     xdt = ops.cast(ops.cast(x, state_dtype) * dt[..., None], dtype)
 
     log_decay = _chunk(log_decay, q)  # (b c q h)
-    xdt = ops.reshape(_chunk(xdt, q), (b, -1, q, g, h // g, p))  # (b c q g r p)
+    xdt = ops.reshape(_chunk(xdt, q), (b, c, q, g, h // g, p))  # (b c q g r p)
     B, C = _chunk(B, q), _chunk(C, q)  # (b c q g n)
     linked = None if segment_ids is None else links(segment_ids, q)
 
-    decay = chunk_decays(ops.reshape(log_decay, (b, -1, q, g, h // g)), linked)
+    decay = chunk_decays(ops.reshape(log_decay, (b, c, q, g, h // g)), linked)
     if initial_state is None:
         state = ops.zeros((b, g, h // g, p, n), state_dtype)
     else:
@@ -205,9 +207,11 @@ def _chunk(x, q):
     """Cuts `(b t ...)` into `(b c q ...)`; zeros fill the last chunk."""
     b, t = ops.shape(x)[:2]
     pad = -t % q
-    if not isinstance(pad, int) or pad:  # a tensor where TensorFlow traces an unknown length
+    is_known = isinstance(pad, int)  # else a tensor, where TensorFlow traces an unknown length
+    if not is_known or pad:
         x = ops.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (len(x.shape) - 2))
-    return ops.reshape(x, (b, -1, q, *x.shape[2:]))
+    # A known number of chunks stays known: so few are passed without a loop.
+    return ops.reshape(x, (b, (t + pad) // q if is_known else -1, q, *x.shape[2:]))
 
 
 def links(segment_ids, q):

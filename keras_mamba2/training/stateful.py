@@ -83,7 +83,7 @@ class StatefulTraining(KeptWeights, keras.Model):
     """Trains a language model on a stream of windows, each after the state of the one before.
 
     Gradients stop at the beginning of a window, its context does not. The model is trained in
-    place. The state is reset at the start of each epoch and of each evaluation.
+    place. The state is reset at the start of each epoch, and of each evaluation and prediction.
 
     Args:
         lm: a `keras_mamba2.Mamba2CausalLM`.
@@ -177,6 +177,12 @@ class StatefulTraining(KeptWeights, keras.Model):
         self._check_windows(x)
         self.reset_state()
         return super().evaluate(x, *args, **kwargs)
+
+    def predict(self, x=None, *args, **kwargs):
+        """As `keras.Model.predict`."""
+        self._check_windows(x)
+        self.reset_state()
+        return super().predict(x, *args, **kwargs)
 
     def _check_windows(self, x) -> None:
         """Refuses ids that are no tokens: JAX would take others for them."""

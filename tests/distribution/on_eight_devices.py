@@ -31,6 +31,7 @@ from keras.distribution import list_devices
 
 from keras_mamba2 import Mamba2Backbone
 from keras_mamba2 import Mamba2CausalLM
+from keras_mamba2 import Mamba2Forecaster
 from keras_mamba2 import Mamba2HybridBackbone
 from keras_mamba2 import load_programs
 from keras_mamba2.ops.ssd_jax import ssd
@@ -329,6 +330,26 @@ def check_what_devices_cannot_share_is_refused():
             with pytest.raises(ValueError, match="2 devices share the rows of a batch"):
                 use()
         lm.evaluate(odd, y[:15], batch_size=8, steps=1, verbose=0)  # none is left over
+
+
+def check_what_devices_cannot_share_of_a_series():
+    values, targets = np.random.default_rng(0).normal(size=(2, 15, 6, 1)).astype("float32")
+    targets, sizes = targets[:, :2], {"hidden_dim": 8, "head_dim": 4, "state_dim": 4}
+    with DataParallel(devices=list_devices()).scope():
+        forecaster = Mamba2Forecaster(horizon=2, num_layers=1, **sizes)
+        forecaster.compile("sgd", "mse")
+        both, options = (values, targets), {"batch_size": 8, "verbose": 0}
+        for use in (
+            lambda **steps: forecaster.fit(*both, **options, **steps),
+            lambda **steps: forecaster.evaluate(*both, **options, **steps),
+            lambda **steps: forecaster.predict(values, **options, **steps),
+        ):
+            with pytest.raises(ValueError, match="8 devices share the rows of a batch"):
+                use()
+        once = {"steps_per_epoch": 1, "validation_data": both, "validation_steps": 1}
+        forecaster.fit(*both, **options, **once)
+        forecaster.evaluate(*both, **options, steps=1)
+        assert forecaster.predict(values, **options, steps=1).shape == (8, 2, 1)
 
 
 def check_programs_for_one_device():

@@ -23,6 +23,7 @@ OF_MODELS = [
     "check_prefill_of_one_long_sequence",
     "check_hybrids",
     "check_what_devices_cannot_share_is_refused",
+    "check_what_devices_cannot_share_of_a_series",
     "check_programs_for_one_device",
 ]
 

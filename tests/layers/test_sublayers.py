@@ -407,21 +407,26 @@ def test_projections_are_all_the_matrices_that_lora_and_quantization_know(name):
     assert {projection.kernel.path for projection in layer.projections} == kernels
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16"])
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16", "mixed_float16"])
 @pytest.mark.parametrize("name", [n for n in CASES if n not in ("parallel",)])
 def test_low_precision_is_near_the_truth(name, policy):
     kind, arguments = CASES[name]
     layer = kind(D, **arguments, dtype=policy)
     layer.build((None, None, size_of(name)))
     reference.randomize(layer)
-    x = ops.cast(random_input(name), "bfloat16")
+    dtype = keras.DTypePolicy(policy).compute_dtype
+    x = ops.cast(random_input(name), dtype)
     y = jax.jit(layer.__call__)(x)
-    assert keras.backend.standardize_dtype(y.dtype) == "bfloat16"
+    assert keras.backend.standardize_dtype(y.dtype) == dtype
     truth = truth_of(layer, np.asarray(ops.cast(x, "float32")))
     error = np.abs(np.asarray(ops.cast(y, "float32"), np.float64) - truth).max(-1)
-    is_near = error <= 8 * 2.0**-8 * np.abs(truth).max()
+    eps = {"bfloat16": 2.0**-8, "float16": 2.0**-11}[dtype]
+    is_near = error <= 8 * eps * np.abs(truth).max()
     # An expert chosen by a rounding is another one.
     assert is_near.mean() > 0.8 if name.startswith("experts") else is_near.all()
+    if "attention" in name:  # which has another product for masks
+        masked = jax.jit(lambda x: layer(x, mask=np.ones(x.shape[:2], bool)))(x)
+        assert np.abs(np.asarray(masked - y, np.float64)).max() <= 8 * eps * np.abs(truth).max()
 
 
 class TestAttention:

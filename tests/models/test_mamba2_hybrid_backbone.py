@@ -165,6 +165,13 @@ def test_what_a_file_of_a_state_holds_does_not_depend_on_the_room(backbone, tmp_
         ({"blocks": ["shared>shared>mlp"]}, "'shared>shared>mlp'"),
         ({"blocks": ["mlp+mlp"]}, r"only once in a block.*another name.*blocks\[0\]='mlp\+mlp'"),
         ({"sublayers": {"x": {"kind": "lstm"}}, "blocks": ["x"]}, "no sublayer of kind 'lstm'"),
+        (
+            {
+                "sublayers": {"shared_transformer": {"output_multiplier": 2.0}, "mlp": {}},
+                "blocks": ["shared_transformer>mlp"],
+            },
+            "'shared_transformer' has no 'output_multiplier'",
+        ),
         ({"vocabulary_size": 0}, "vocabulary_size=0"),
         ({"dtype": "int8"}, "int8"),
     ],

@@ -94,6 +94,14 @@ def test_training_starts_each_epoch_and_evaluation_anew(training):
     assert training.evaluate(windows, verbose=0) < before
 
 
+def test_a_prediction_begins_with_the_text(training):
+    windows = ConsecutiveWindows(TOKEN_IDS, 3, 8)
+    found = training.predict(windows, verbose=0)
+    np.testing.assert_array_equal(found, training.predict(windows, verbose=0))
+    training.evaluate(windows, verbose=0)
+    np.testing.assert_array_equal(found, training.predict(windows, verbose=0))
+
+
 @pytest.mark.slow
 def test_dropout_and_remat_are_those_of_training():
     losses = []
