@@ -31,6 +31,18 @@ SUFFIX = ".unfinished"
 LOCK, NEW, OLD = "lock", "new", "old"
 
 
+def check_is_free(folder) -> pathlib.Path:
+    """The path of a folder that does not exist yet, or is empty.
+
+    Raises:
+        ValueError: if it has files in it, or as `replaced_folder`.
+    """
+    folder = _replaceable(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder} exists already and is not an empty folder.")
+    return folder
+
+
 @contextlib.contextmanager
 def atomic_folder(folder) -> Iterator[pathlib.Path]:
     """A temporary folder beside `folder`, which becomes it if nothing is raised.
@@ -38,9 +50,7 @@ def atomic_folder(folder) -> Iterator[pathlib.Path]:
     Raises:
         ValueError: if `folder` has files in it, or as `replaced_folder`.
     """
-    folder = _replaceable(folder)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{folder} exists already and is not an empty folder.")
+    folder = check_is_free(folder)
     with _beside(folder) as temporary:
         temporary.mkdir()
         yield temporary

@@ -428,10 +428,18 @@ def export_programs(
     """Writes programs that `keras_mamba2.load_programs` runs without Keras, on any machine."""
     from keras_mamba2 import FilterSampler
     from keras_mamba2 import Mamba2CausalLM
+    from keras_mamba2.arguments import choice
+    from keras_mamba2.arguments import several
+    from keras_mamba2.atomic_files import check_is_free
+    from keras_mamba2.portable.manifest import PLATFORMS
 
     with errors_on_one_line():
+        # Before weights are fetched.
+        several(choice(*PLATFORMS))("--platform", platform or ())
+        check_is_free(folder)
+        sampler = FilterSampler(temperature=temperature, top_p=top_p)
         lm = Mamba2CausalLM.from_preset(source, dtype=dtype)
-        lm.compile(sampler=FilterSampler(temperature=temperature, top_p=top_p))
+        lm.compile(sampler=sampler)
         given: dict[str, Any] = {"platforms": platform, "batch_sizes": batch_size}
         given = {name: values for name, values in given.items() if values}
         lm.export_programs(folder, weights=weights.value, **given)

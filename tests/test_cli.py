@@ -241,9 +241,23 @@ def test_export_programs_writes_what_is_loaded(preset_folder, tmp_path):
     text = programs.generate("To be", max_new_tokens=9)
     greedy = ("--preset", preset_folder, "--temperature", 0, "--max-new-tokens", 9)
     assert run("To be", *greedy).stdout == text + "\n"
-    again = run_app("export-programs", preset_folder, folder, *options)
-    assert again.exit_code == 2
-    assert "exists already and is not an empty folder" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "exists already and is not an empty folder"),
+        (("--platform", "gpu"), "`--platform` must be a sequence of values, each one of 'cpu'"),
+        (("--top-p", 0), "`top_p` must be"),
+    ],
+)
+def test_bad_options_of_an_export_are_named_before_weights_are_fetched(tmp_path, options, message):
+    if not options:
+        (tmp_path / "programs").mkdir()
+        (tmp_path / "programs" / "mine").touch()
+    result = run_app("export-programs", "no_such_preset", tmp_path / "programs", *options)
+    assert result.exit_code == 2
+    assert message in result.stderr
 
 
 @pytest.fixture(scope="module")

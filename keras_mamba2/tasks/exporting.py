@@ -131,14 +131,14 @@ class ProgramExport:
             file.write_bytes(serialized(self, program, platform, manifest.weights))
 
     def _manifest(self, platforms, batch_sizes, weights: str) -> Manifest:
-        from jax import export
+        import jax
 
         preprocessor = self.preprocessor
         specs = state_files.named_specs(self.backbone)
         return Manifest(
             keras_mamba2=metadata.version("keras-mamba2"),
             jax=metadata.version("jax"),
-            calling_convention=export.maximum_supported_calling_convention_version,
+            calling_convention=jax.config.jax_export_calling_convention_version,  # type: ignore[attr-defined]
             platforms=platforms,
             batch_sizes=batch_sizes,
             block_sizes=BLOCK_SIZES,
