@@ -106,7 +106,8 @@ def ours(folder: str):
     generator = lm.make_generate_function()
 
     def prefill(prompt):
-        jax.block_until_ready(generator.prefill([prompt]).layers)
+        rows, *_ = generator.advance(generator.start([prompt], np.array([2])), 1)
+        jax.block_until_ready(rows.remaining)
 
     def decode(prompt, count):
         start = time.perf_counter()

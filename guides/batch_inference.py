@@ -91,7 +91,8 @@ def run(
 
     results.mkdir(parents=True, exist_ok=True)
     done = set(read(results))
-    todo = ray.data.read_json(str(prompts), lines=True).filter(lambda row: row["id"] not in done)
+    todo = ray.data.read_json(str(prompts), lines=True)
+    todo = todo.filter(lambda row: str(row["id"]) not in done)
     batches = todo.map_batches(
         replica,
         fn_constructor_args=(str(programs.absolute()), str(results.absolute()), arguments),

@@ -155,13 +155,13 @@ class Conversation:
         `seen` is called with the replica of each piece of text.
         """
         prompt = self.text + text
-        for broken in range(self.client.max_retries):
+        for broken in range(self.client.max_retries + 1):
             # An answer that has begun is not asked for again by `openai`.
             with contextlib.suppress(openai.APIConnectionError):
                 turn = self._answer(prompt, seen, options)
                 self.text = prompt + turn.text
                 return dataclasses.replace(turn, retries=turn.retries + broken)
-        raise ConnectionError(f"{self.client.max_retries} answers in a row broke off.")
+        raise ConnectionError(f"{self.client.max_retries + 1} answers in a row broke off.")
 
     def _answer(self, prompt: str, seen: Seen | None, options: dict[str, Any]) -> Turn:
         response = self.client.completions.with_raw_response.create(

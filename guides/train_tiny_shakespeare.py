@@ -37,6 +37,7 @@ SPLIT = 0.9  # the rest is for the one final measurement
 HELD_OUT = (0.82, 0.865)  # half of a play, whose other half is trained on
 EVALUATION_WINDOW = 1024
 PAGES, PAGE_LENGTH = 50, 1000
+PATIENCE = 3  # epochs without a better loss; from there on it learns the training text by heart
 BEST_WEIGHTS = "best.weights.h5"
 HISTORY = "history.csv"
 
@@ -194,7 +195,35 @@ def consecutive_windows(text_ids: np.ndarray, window: int):
     return inputs_and_targets(text_ids[starts + np.arange(window + 1)])
 
 
+def history_of(output: pathlib.Path) -> list[dict[str, str]]:
+    """What is known of the epochs so far, also of runs that were interrupted."""
+    file = output / HISTORY
+    return list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
+
+
+def losses_of(history: list[dict[str, str]]) -> list[float]:
+    return [float(row["val_loss"]) for row in history]
+
+
+def epochs_since_best(losses: list[float]) -> int:
+    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
+
+
+class EarlyStopping(keras.callbacks.EarlyStopping):
+    """Keras' own, which goes on counting where an interrupted run was."""
+
+    def __init__(self, losses: list[float]):
+        super().__init__(patience=PATIENCE)
+        self._losses = losses
+
+    def on_train_begin(self, logs=None):
+        super().on_train_begin(logs)
+        self.best = min(self._losses, default=None)
+        self.wait = epochs_since_best(self._losses)
+
+
 def callbacks(windows: RandomWindows, output: pathlib.Path) -> list[keras.callbacks.Callback]:
+    losses = losses_of(history_of(output))
     return [
         keras.callbacks.LambdaCallback(
             on_epoch_begin=lambda epoch, logs: setattr(windows, "epoch", epoch)
@@ -207,10 +236,10 @@ def callbacks(windows: RandomWindows, output: pathlib.Path) -> list[keras.callba
             monitor="val_loss",
             save_best_only=True,
             save_weights_only=True,
+            initial_value_threshold=min(losses, default=None),
         ),
         keras.callbacks.CSVLogger(output / HISTORY, append=True),
-        # From there on it learns the training text by heart.
-        keras.callbacks.EarlyStopping(patience=3),
+        EarlyStopping(losses),
     ]
 
 
@@ -283,8 +312,7 @@ def save_preset(lm, arguments, history, pages: list[str], **figures: float) -> N
     folder = arguments.output / PRESET
     lm.save_to_preset(folder)
     plot(history, folder / "loss.png")
-    losses = [float(row["val_loss"]) for row in history]
-    steps = STEPS_PER_EPOCH * (1 + losses.index(min(losses)))
+    steps = STEPS_PER_EPOCH * (len(history) - epochs_since_best(losses_of(history)))
     tokens = steps * arguments.batch_size * arguments.window
     card = CARD.format(
         **vars(arguments),
@@ -312,17 +340,17 @@ def main() -> None:
     windows = RandomWindows([text[:first], text[last:split]], arguments)
     lm = make_model(arguments)
     lm.summary()
-    lm.fit(
-        grain.MapDataset.range(STEPS_PER_EPOCH).map(windows),
-        epochs=arguments.epochs,
-        validation_data=consecutive_windows(bytes_of(held_out), EVALUATION_WINDOW),
-        validation_batch_size=12,
-        callbacks=callbacks(windows, arguments.output),
-    )
+    if epochs_since_best(losses_of(history_of(arguments.output))) < PATIENCE:
+        lm.fit(
+            grain.MapDataset.range(STEPS_PER_EPOCH).map(windows),
+            epochs=arguments.epochs,
+            validation_data=consecutive_windows(bytes_of(held_out), EVALUATION_WINDOW),
+            validation_batch_size=12,
+            callbacks=callbacks(windows, arguments.output),
+        )
 
     lm.load_weights(arguments.output / BEST_WEIGHTS)
-    with (arguments.output / HISTORY).open() as file:
-        history = list(csv.DictReader(file))
+    history = history_of(arguments.output)
     tokenizer = keras_mamba2.Mamba2Tokenizer(byte_vocabulary("<|endoftext|>"), [])
     lm = keras_mamba2.Mamba2CausalLM(
         lm.backbone, keras_mamba2.Mamba2CausalLMPreprocessor(tokenizer)
