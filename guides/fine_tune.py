@@ -290,12 +290,15 @@ for name, (num_trained, of_recipes, of_shakespeare) in results.items():
 # batches = grain.MapDataset.source(texts).seed(0).shuffle().repeat(3).batch(8)
 # backup = keras_mamba2.training.BackupAndRestore("backup")
 # done = keras_mamba2.training.restore(lm, backup)  # 0 in the first run
-# lm.fit(
-#     batches[done:],
-#     steps_per_epoch=100,
-#     epochs=len(batches) // 100,
-#     callbacks=[keras_mamba2.training.SeedByEpoch(), backup],
-# )
+# if done < len(batches):
+#     lm.fit(
+#         batches[done:],
+#         steps_per_epoch=100,
+#         epochs=len(batches) // 100,
+#         callbacks=[keras_mamba2.training.SeedByEpoch(), backup],
+#     )
+# else:  # it was killed when all was done, but for the removal of its backup
+#     backup.on_train_end()
 # ```
 #
 # Where the gradients of a batch take too much memory, `gradient_accumulation_steps=4` of

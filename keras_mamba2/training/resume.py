@@ -52,12 +52,15 @@ def restore(model: keras.Model, backup: keras.callbacks.BackupAndRestore) -> int
     batches = grain.MapDataset.source(texts).seed(0).shuffle().repeat(3).batch(8)
     backup = keras_mamba2.training.BackupAndRestore("backup")
     done = keras_mamba2.training.restore(lm, backup)
-    lm.fit(
-        batches[done:],
-        steps_per_epoch=100,  # and then a backup
-        epochs=len(batches) // 100,
-        callbacks=[keras_mamba2.training.SeedByEpoch(), backup],
-    )
+    if done < len(batches):
+        lm.fit(
+            batches[done:],
+            steps_per_epoch=100,  # and then a backup
+            epochs=len(batches) // 100,
+            callbacks=[keras_mamba2.training.SeedByEpoch(), backup],
+        )
+    else:  # it was killed when all was done, but for the removal of its backup
+        backup.on_train_end()
     ```
     """
     backup.set_model(model)

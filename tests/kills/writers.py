@@ -200,16 +200,16 @@ def fit(folder: pathlib.Path, pipe) -> None:
     backup = keras_mamba2.training.BackupAndRestore(folder / "backup")
     done = keras_mamba2.training.restore(lm, backup)
     pipe.send(done > 0)
-    lm.fit(
-        batches[done:],
-        epochs=EPOCHS,
-        steps_per_epoch=runs.STEPS_PER_EPOCH,
-        callbacks=[
-            keras_mamba2.training.SeedByEpoch(),
-            backup,
-            keras.callbacks.LambdaCallback(on_train_batch_end=lambda i, logs: time.sleep(0.02)),
-        ],
-        verbose=0,
-    )
+    slowly = keras.callbacks.LambdaCallback(on_train_batch_end=lambda i, logs: time.sleep(0.02))
+    if done < len(batches):
+        lm.fit(
+            batches[done:],
+            epochs=EPOCHS,
+            steps_per_epoch=runs.STEPS_PER_EPOCH,
+            callbacks=[keras_mamba2.training.SeedByEpoch(), backup, slowly],
+            verbose=0,
+        )
+    else:
+        backup.on_train_end()
     np.savez(folder.with_name(f"{folder.name}.npz"), *runs.weights_of(lm))
     pipe.send(None)

@@ -59,6 +59,16 @@ def test_training_goes_on_after_the_last_backup(lm, tmp_path):
     assert names(tmp_path) == ["00000004"]
 
 
+def test_who_was_killed_at_the_very_end_has_only_to_remove_its_backup(lm, tmp_path):
+    fit(lm, BackupAndRestore(tmp_path / "backup", delete_checkpoint=False), epochs=2)
+    weights = runs.weights_of(lm)
+    backup = BackupAndRestore(tmp_path / "backup")
+    assert keras_mamba2.training.restore(lm, backup) == 2 * runs.STEPS_PER_EPOCH
+    backup.on_train_end()
+    assert all(map(np.array_equal, runs.weights_of(lm), weights))
+    assert not (tmp_path / "backup").exists()
+
+
 def test_two_backups_are_kept_if_asked_for(lm, tmp_path):
     backup = BackupAndRestore(tmp_path, double_checkpoint=True, delete_checkpoint=False)
     fit(lm, backup, epochs=2)
