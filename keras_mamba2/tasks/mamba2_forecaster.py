@@ -207,49 +207,38 @@ class Mamba2Forecaster(AtomicPreset, AtomicSave, KeptWeights, ScalesLoss, ModelP
         if isinstance(validation_data, tuple):
             vx, vy, weights = keras.utils.unpack_x_y_sample_weight(validation_data)
             size = kwargs.get("validation_batch_size") or batch_size
-            rows = self._checked(vx, vy, weights, size, kwargs.get("validation_steps"))
+            rows = self._checked(vx, vy, weights)
+            _check_batches(vx, size, kwargs.get("validation_steps"))
             kwargs["validation_data"] = keras.utils.pack_x_y_sample_weight(*rows)
-        weights, steps = kwargs.get("sample_weight"), kwargs.get("steps_per_epoch")
-        is_whole = not kwargs.get("validation_split")
-        x, y, _ = self._checked(x, y, weights, batch_size, steps, is_whole)
+        x, y, _ = self._checked(x, y, kwargs.get("sample_weight"))
+        if not kwargs.get("validation_split"):  # else it is split before it is cut into batches
+            _check_batches(x, batch_size, kwargs.get("steps_per_epoch"))
         return super().fit(x, y, batch_size, *args, **kwargs)
 
     def evaluate(self, x=None, y=None, batch_size: int | None = None, *args, **kwargs):
         if not evaluates_within_fit(kwargs):  # else `fit` has checked them
-            weights, steps = kwargs.get("sample_weight"), kwargs.get("steps")
-            x, y, _ = self._checked(x, y, weights, batch_size, steps)
+            x, y, _ = self._checked(x, y, kwargs.get("sample_weight"))
+            _check_batches(x, batch_size, kwargs.get("steps"))
         return super().evaluate(x, y, batch_size, *args, **kwargs)
 
     def predict(self, x=None, batch_size: int | None = None, *args, **kwargs):
-        x = self._checked_inputs(x, batch_size, kwargs.get("steps"))
+        x = self._checked_inputs(x)
+        _check_batches(x, batch_size, kwargs.get("steps"))
         return super().predict(x, batch_size, *args, **kwargs)
 
-    def _checked(
-        self,
-        x,
-        y,
-        sample_weight,
-        batch_size: int | None,
-        steps: int | None,
-        is_whole: bool = True,
-    ):
-        """The data, whole numbers as floats, for which JAX has more room. Looks at arrays only.
-
-        What is not whole is split before it is cut into batches.
-        """
-        x = self._checked_inputs(x, batch_size, steps, is_whole)
+    def _checked(self, x, y, sample_weight):
+        """The data, whole numbers as floats, for which JAX has more room. Looks at arrays only."""
+        x = self._checked_inputs(x)
         if y is None and isinstance(x, (np.ndarray, dict)):
             raise ValueError("Targets are missing. Received: y=None")
         if sample_weight is not None:
             check_weights(ops.convert_to_numpy(sample_weight))
         return x, self._as_floats("Targets", y), sample_weight
 
-    def _checked_inputs(self, x, batch_size: int | None, steps: int | None, is_whole: bool = True):
+    def _checked_inputs(self, x):
         """Raises for a row that lacks all values of a feature to forecast."""
         if not _gives_batches(x):
             check_samples(x)
-            if is_whole:
-                check_batches_of(x, batch_size, steps)
         if not all(isinstance(part, np.ndarray) for part in parts_of(x)):
             return x
         values, mask = self._values_and_mask(x)
@@ -328,6 +317,11 @@ class Mamba2Forecaster(AtomicPreset, AtomicSave, KeptWeights, ScalesLoss, ModelP
             }
         )
         return config
+
+
+def _check_batches(x, batch_size: int | None, steps: int | None) -> None:
+    if not _gives_batches(x):
+        check_batches_of(x, batch_size, steps)
 
 
 def _gives_batches(x) -> bool:
