@@ -82,7 +82,8 @@ def main(
     found["models"] = {}
     for name in model:
         lm = load(name)
-        most, sizes = max(clients), (prompt_tokens, new_tokens, rounds)
+        # Two at least: a stream, and the long prompt beside it.
+        most, sizes = max(2, *clients), (prompt_tokens, new_tokens, rounds)
         longest = max(long_prompt, prefix_tokens) + 4 * new_tokens
         engine = Engine(lm, max_sequences=most, max_waiting=4 * most, max_tokens=longest)
         engine.start()

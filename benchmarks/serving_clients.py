@@ -30,6 +30,8 @@ async def ask(client: httpx.AsyncClient, body: dict) -> dict:
 
 async def ask_all(address: str, clients: list[list[dict]]) -> list[list[dict]]:
     async with httpx.AsyncClient(base_url=address, timeout=None, limits=httpx.Limits()) as client:
+        # The first request of a process imports half of httpx: no time of a server's.
+        await client.get("/health")
 
         async def one(bodies):
             found = []

@@ -63,11 +63,11 @@ def preset_folder(tmp_path_factory, byte_tokenizer, small_backbone_arguments):
 
 
 def pytest_configure(config):
-    """Most of the fast tier's time is LLVM's, which need not optimize programs that run once.
+    """Most of the time of tests is LLVM's, which need not optimize programs that run once.
 
-    The full tier compiles as users do.
+    `pytest -m ""` compiles as users do, and CI compiles some tests so (`.ci/run`).
     """
-    if config.option.markexpr == "not slow":
+    if config.option.markexpr in ("not slow", "slow"):
         os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 

@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 # A run of the loop takes about so long: text comes in small pieces, and yet what happens between
 # runs takes little time beside it. Where one token takes longer, a run is one token.
 RUN_SECONDS = 0.05
+# With more sequences it is longer in proportion: to hand out a piece of text over HTTP takes half a
+# millisecond of Python, whether the piece has one token or ten.
+SEQUENCES_A_RUN = 25
 # With a new sequence a run is short: its first text comes soon, and so do those behind it.
 FIRST_STEPS = 8
 # While sequences run, prompts are read between two runs for at most so many times a run, or one
@@ -300,7 +303,8 @@ class Scheduler:
         seconds = self._step_seconds.get(self.slots.num_rows, RUN_SECONDS)
         is_new = any(not sequence.token_ids for sequence in self.slots.owners)
         most = FIRST_STEPS if is_new else DECODE_CAPACITY
-        return int(min(max(RUN_SECONDS / seconds, 1), most))
+        run_seconds = RUN_SECONDS * max(1, self.slots.used / SEQUENCES_A_RUN)
+        return int(min(max(run_seconds / seconds, 1), most))
 
     def _delivery_of(self, result: Advanced) -> Delivery:
         """What a sequence has got from a run."""

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import threading
+import types
 
 import jax
 import numpy as np
@@ -318,6 +319,15 @@ class TestDeliveries:
         monkeypatch.setattr(of_engine, "_block_seconds", seconds)
         found = [of_engine._largest_block(most) for most in (0.0, 0.05, 0.1, 0.2, 0.59, 1.0)]
         assert found == [16, 16, 32, 128, 128, 512]
+
+    @pytest.mark.parametrize(("count", "steps"), [(1, 5), (25, 5), (50, 10), (100, 20)])
+    def test_runs_of_many_sequences_are_longer(self, count, steps):
+        """Or handing out their pieces would take as long as making them."""
+        owners = [types.SimpleNamespace(token_ids=[1])] * count
+        slots = types.SimpleNamespace(num_rows=128, used=count, owners=owners)
+        of_nobody = scheduler.Scheduler(generator=None, cache=None, slots=slots)
+        of_nobody._step_seconds[128] = 0.0099
+        assert of_nobody._num_steps() == steps
 
     def test_a_receiver_that_cancels_gets_nothing_more(self, engine):
         """One run later at the latest, and nothing is delivered of what that run found."""

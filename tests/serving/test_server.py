@@ -1,6 +1,7 @@
 """The command, as a process of its own; and the page, in a browser."""
 
 import contextlib
+import gc
 import re
 import shutil
 import signal
@@ -8,10 +9,13 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import httpx
 import pytest
+import uvicorn
 
+from keras_mamba2.serving import server
 from tests.serving.collected import wait_until
 from tests.serving.conftest import NAME
 from tests.serving.conftest import client_of
@@ -34,6 +38,18 @@ def served(*arguments):
         process.kill()
         process.wait()
         process.stderr.close()
+
+
+def test_nobody_waits_until_the_model_is_searched_for_garbage(monkeypatch):
+    frozen = []
+    runs = types.SimpleNamespace(run=lambda: frozen.append(gc.get_freeze_count()))
+    monkeypatch.setattr(uvicorn, "Server", lambda config: runs)
+    try:
+        server.run(None, "127.0.0.1", 0, drain_seconds=1, most_connections=1)
+    finally:
+        gc.unfreeze()
+    [count] = frozen
+    assert count > 100_000
 
 
 @pytest.mark.slow
