@@ -254,9 +254,8 @@ class Generator:
         """
         n = num_return_sequences
         b = len(prompts) * n
-        sampler = self.sampler
-        sampling = sampling_of(sampler, b, **parameters)
-        sampler = self._filters if sampling else sampler
+        sampling = sampling_of(self.sampler, b, **parameters)
+        sampler = self._filters if sampling else self.sampler
         penalizes = sampling and (sampling.repetition_penalty != 1).any()
         size = self.model.backbone.vocabulary_size
         size = size if penalizes or (not sampling and needs_history(sampler)) else 0
@@ -277,7 +276,10 @@ class Generator:
             stop_token_ids=stop_tokens(stop_token_ids, b),
             seen=np.repeat(seen, n, axis=0),
             keys=row_keys(
-                run_seed(sampler) if seed is None else seed,
+                # Of the sampler's own generator, if it has one, also where filters draw for it.
+                run_seed(self.sampler if self.sampler.variables else sampler)
+                if seed is None
+                else seed,
                 texts,
                 len(generators),
                 generators[0].dtype if generators else "int32",

@@ -116,6 +116,11 @@ def sampler_of(identifier) -> keras_hub.samplers.Sampler:
     for cls, kinds in KINDS.items():
         if isinstance(sampler, cls):
             check_attributes(sampler, **kinds)
+    if getattr(sampler, "return_all_beams", False):
+        raise ValueError(
+            "`return_all_beams` must be False: a prompt gets one text, of the best beam. "
+            "Received: return_all_beams=True"
+        )
     return sampler
 
 
@@ -134,16 +139,26 @@ def sampling_of(sampler: keras_hub.samplers.Sampler, batch_size: int, **override
         parameters = {**sampler.get_config(), **overrides}
     elif not overrides:
         return ()
-    elif type(sampler) in PARAMETERS:
+    elif is_filter(sampler):
         theirs = PARAMETERS[type(sampler)]
         parameters = {ours: getattr(sampler, name) for ours, name in theirs.items()}
         parameters = with_given({"temperature": 0.0, **parameters}, overrides)
     else:
+        own = " with `k`" if type(sampler) in PARAMETERS else ""
         raise ValueError(
-            f"{type(sampler).__name__} does not take {', '.join(overrides)}. Compile the model "
-            "with `keras_mamba2.FilterSampler`, or with a sampler of KerasHub that draws."
+            f"{type(sampler).__name__}{own} does not take {', '.join(overrides)}. Compile the "
+            "model with `keras_mamba2.FilterSampler`, or with another sampler of KerasHub that "
+            "draws."
         )
     return FilterSampler(**parameters).sampling(batch_size)
+
+
+def is_filter(sampler: keras_hub.samplers.Sampler) -> bool:
+    """Whether a `FilterSampler` with some parameters draws as `sampler` does."""
+    # Of the `k` likeliest tokens KerasHub keeps those that sum to `p` as they are; a filter sees
+    # them scaled to sum to 1.
+    sums_before = isinstance(sampler, keras_hub.samplers.TopPSampler) and sampler.k is not None
+    return type(sampler) in (FilterSampler, *PARAMETERS) and not sums_before
 
 
 def row_parameters(sampler: keras_hub.samplers.Sampler, **overrides) -> dict[str, float]:
@@ -185,7 +200,7 @@ PARAMETERS = {
     keras_hub.samplers.GreedySampler: {},
     keras_hub.samplers.RandomSampler: {"temperature": "temperature"},
     keras_hub.samplers.TopKSampler: {"temperature": "temperature", "top_k": "k"},
-    keras_hub.samplers.TopPSampler: {"temperature": "temperature", "top_p": "p", "top_k": "k"},
+    keras_hub.samplers.TopPSampler: {"temperature": "temperature", "top_p": "p"},
 }
 
 

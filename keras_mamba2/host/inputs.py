@@ -33,3 +33,18 @@ def standard_names(inputs: Mapping[str, Any]) -> dict[str, Any]:
         if name not in named:
             raise ValueError(f"The input `{name}` is missing. Received: {received}")
     return named
+
+
+def names_of_texts(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """As `standard_names`, of rows that are one text each.
+
+    Raises:
+        ValueError: as there, and for `segment_ids`.
+    """
+    named = standard_names(inputs)
+    if "segment_ids" in named:
+        raise ValueError(
+            "A row is one text here, and there are no `segment_ids`. Pass documents that share a "
+            "row as rows of their own."
+        )
+    return named

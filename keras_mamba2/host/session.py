@@ -3,6 +3,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from keras_mamba2.arguments import SIZE
+from keras_mamba2.arguments import STRING
 from keras_mamba2.host.options import check_session_options
 from keras_mamba2.host.text_stream import LastStream
 from keras_mamba2.host.text_stream import TextStreams
@@ -59,6 +60,7 @@ class Mamba2Session:
 
         It ends, if it is still open, where the text next grows in another way.
         """
+        text = STRING("text", text)
         check_session_options(kwargs)
         self._last.close()
         return self._last.hand_out(self._collect(text, self.lm.stream_on(self, text, **kwargs)))
@@ -83,6 +85,7 @@ class Mamba2Session:
 
     def append(self, text: str) -> None:
         """Appends `text` without generating any."""
+        text = STRING("text", text)
         self._last.close()
         self._state = self.lm.prefill(text, self.state)
         self.text += text

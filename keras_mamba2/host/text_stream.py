@@ -15,6 +15,7 @@ from keras_mamba2.host.decoding import Decoding
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for half a character
 NUM_BEFORE = 16  # so many tokens are enough to know that a text has begun
+MOST_OPEN = 256  # a character of more tokens than these is none
 
 
 # Not `tokenizers.decoders.DecodeStream`: it never returns an unfinished end of a text, and raises
@@ -65,7 +66,8 @@ class TextStream:
             return ""
         self._open += self._text_ids(token_ids)
         text = self._new_text()
-        if text.endswith(UNFINISHED):
+        # All that is open is decoded again with each token.
+        if text.endswith(UNFINISHED) and len(self._open) < MOST_OPEN:
             return ""
         self._context, self._open = self._open or self._context, []
         return self._give(text)

@@ -12,11 +12,13 @@ from jax import numpy as jnp
 
 from keras_mamba2.arguments import BOOLEAN
 from keras_mamba2.arguments import PATH
+from keras_mamba2.arguments import STRING
 from keras_mamba2.arguments import integer
 from keras_mamba2.arguments import optional
 from keras_mamba2.host import state_file
 from keras_mamba2.host.conversations import check_is_session
 from keras_mamba2.host.decoding import Decoding
+from keras_mamba2.host.inputs import names_of_texts
 from keras_mamba2.host.inputs import standard_names
 from keras_mamba2.host.keys import row_keys
 from keras_mamba2.host.keys import row_texts
@@ -287,6 +289,7 @@ class Programs:
 
     def start(self, text: str) -> Mamba2Session:
         """A session: one text that grows, and the state after it."""
+        text = STRING("text", text)
         return Mamba2Session(self, text, self.prefill(text))
 
     def resume(self, file) -> Mamba2Session:
@@ -340,7 +343,7 @@ class Programs:
             self._check_state(state)
             waiting = np.asarray(state.token)
         if isinstance(inputs, Mapping):
-            named = standard_names(inputs)
+            named = names_of_texts(inputs)
             prompts = rows_of(*(np.asarray(named[n]) for n in ("token_ids", "padding_mask")))
         else:
             prompts = self._codec.encode(texts_of(inputs), continued=state is not None)

@@ -87,6 +87,7 @@ class Answer:
         self._deliveries: asyncio.Queue[tuple[int, Delivery]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._deadline = None if timeout is None else self._loop.time() + timeout
+        self._told: dict[int, list[LikelyToken]] = {}  # of prompts, for all choices of each
         self._requests: list[Request] = []
         self._numbers: list[list[int]] = []  # of the choices that a request's sequences become
         self._make_requests(secrets.randbits(62) if seed is None else seed)
@@ -110,12 +111,12 @@ class Answer:
             while any(choice.finish_reason is None for choice in self.choices):
                 async with asyncio.timeout_at(self._deadline):
                     which, delivery = await self._deliveries.get()
-                if delivery.error is not None:
-                    raise RuntimeError(str(delivery.error)) from delivery.error
-                if (scores := delivery.prompt_likely) is None:
-                    piece = self._piece(which, delivery)
-                else:  # in another thread, since a long one takes a while
-                    piece = await asyncio.to_thread(self._prompt_piece, which, delivery, scores)
+                    if delivery.error is not None:
+                        raise RuntimeError(str(delivery.error)) from delivery.error
+                    if (scores := delivery.prompt_likely) is None:
+                        piece = self._piece(which, delivery)
+                    else:  # in another thread, since a long one takes a while
+                        piece = await asyncio.to_thread(self._prompt_piece, which, delivery, scores)
                 if piece.text or piece.likely or piece.finish_reason:
                     yield piece
         finally:
@@ -200,11 +201,13 @@ class Answer:
     def _prompt_piece(self, which: int, delivery: Delivery, scores: LikelyTokens) -> Piece:
         """The prompt, of which nothing else is said before."""
         number = self._numbers[which][delivery.sequence]
-        choice, asked = self.choices[number], self.asked[number // self.count]
-        likely = [] if self._num_likely is None else self._prompt_tokens(asked, scores)
+        of_prompt = number // self.count
+        choice, asked = self.choices[number], self.asked[of_prompt]
+        if self._num_likely is not None and of_prompt not in self._told:
+            self._told[of_prompt] = self._prompt_tokens(asked, scores)
         choice.num_characters = len(asked.text)
         choice.finish_reason = delivery.finish_reason
-        return Piece(number, asked.text, likely, delivery.finish_reason)
+        return Piece(number, asked.text, self._told.get(of_prompt, []), delivery.finish_reason)
 
     def _prompt_tokens(self, asked: Prompt, scores: LikelyTokens) -> list[LikelyToken]:
         offsets = self._prompts.offsets(asked)

@@ -17,12 +17,14 @@ class CompletionBodies:
     Args:
         model: string, the name of the model.
         before: list of strings, for each choice what its text begins with.
+        with_likely: bool, whether log probabilities are asked for.
     """
 
     prefix, whole_kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, model: str, before: Sequence[str]):
+    def __init__(self, model: str, before: Sequence[str], with_likely: bool = False):
         self.before = before
+        self.with_likely = with_likely
         self._head = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -73,7 +75,7 @@ class CompletionBodies:
     _delta = _choice
 
     def _logprobs(self, likely: list[LikelyToken]) -> Body | None:
-        if not likely:
+        if not self.with_likely:
             return None
         return {
             "tokens": [token.text for token in likely],
@@ -119,7 +121,7 @@ class ChatBodies(CompletionBodies):
         }
 
     def _logprobs(self, likely: list[LikelyToken]) -> Body | None:
-        if not likely:
+        if not self.with_likely:
             return None
         content = [
             {

@@ -18,6 +18,8 @@ from keras_mamba2.tasks.known_prefixes import common_length
 
 # OpenAI's.
 COMPLETION_DEFAULTS: dict[str, float | None] = {"temperature": 1.0, "top_p": 1.0}
+# Tokens of prompts that one answer tells with log probabilities, each in about a kilobyte.
+MOST_TOLD = 2**18
 
 
 @dataclasses.dataclass
@@ -68,8 +70,16 @@ class Prompts:
         """The prompts of a request, in its order.
 
         Raises:
-            ValueError: for text that is no UTF-8, and ids outside the vocabulary.
+            ValueError: for text that is no UTF-8, ids outside the vocabulary, and more log
+                probabilities of prompts than one answer should have.
         """
+        read = list(map(self._read, body.prompts))
+        told = sum(len(token_ids) for token_ids, _ in read) * body.count
+        if body.scores_prompt and body.num_likely is not None and told > MOST_TOLD:
+            raise ValueError(
+                f"An answer can have log probabilities of {MOST_TOLD} tokens of prompts. Received: "
+                f"{told}, with `n` counted. Ask for fewer prompts or choices at once."
+            )
         end = self._tokenizer.end_token_id
         stop_token_ids = () if end is None else (end,)
         return [
@@ -83,7 +93,7 @@ class Prompts:
                 skip=(*stop_token_ids, *self._tokenizer.special_token_ids),
                 stop_strings=tuple(body.stop_strings),
             )
-            for token_ids, text in map(self._read, body.prompts)
+            for token_ids, text in read
         ]
 
     def of_chat(self, body: ChatRequest) -> Prompt:

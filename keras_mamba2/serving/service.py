@@ -71,7 +71,8 @@ class Service:
         # A prompt that is scored comes with its scores, as the first piece of the answer.
         told = body.echo and not body.scores_prompt
         before = [p.text if told else "" for p in asked for _ in range(body.count)]
-        return await self._answer(body, http, asked, CompletionBodies(self.name, before))
+        bodies = CompletionBodies(self.name, before, body.num_likely is not None)
+        return await self._answer(body, http, asked, bodies)
 
     async def chat(self, body: ChatRequest, http: Request) -> Response:
         self._check_model(body)
@@ -84,7 +85,8 @@ class Service:
                 "no_chat_template",
             )
         asked = await self._read(self.prompts.of_chat, body)
-        return await self._answer(body, http, [asked], ChatBodies(self.name, [""] * body.count))
+        bodies = ChatBodies(self.name, [""] * body.count, body.num_likely is not None)
+        return await self._answer(body, http, [asked], bodies)
 
     def _check_model(self, body: Generation) -> None:
         if body.model != self.name:
@@ -120,7 +122,8 @@ class Service:
             events = self._events(answer, bodies, body.includes_usage)
             return EventSourceResponse(events, headers=STREAM_HEADERS)
         pieces = await _unless_gone(http, self._all_pieces(answer))
-        return JSONResponse(bodies.whole(pieces, answer.usage))
+        # Of many tokens with their probabilities it takes seconds.
+        return await run_in_threadpool(lambda: JSONResponse(bodies.whole(pieces, answer.usage)))
 
     async def _all_pieces(self, answer: Answer) -> list[Piece]:
         return [piece async for piece in self._timed(answer)]

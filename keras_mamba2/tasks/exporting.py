@@ -15,12 +15,11 @@ from keras_mamba2.conversion.export import StoredWeight
 from keras_mamba2.conversion.export import write_safetensors
 from keras_mamba2.conversion.names import Weight
 from keras_mamba2.devices import undistributed
-from keras_mamba2.generation import FilterSampler
 from keras_mamba2.generation import picks_tokens
 from keras_mamba2.generation import row_parameters
 from keras_mamba2.generation.exporting import programs
 from keras_mamba2.generation.exporting import serialized
-from keras_mamba2.generation.picking import PARAMETERS
+from keras_mamba2.generation.picking import is_filter
 from keras_mamba2.generation.picking import needs_history
 from keras_mamba2.host.blocks import BLOCK_SIZES
 from keras_mamba2.host.rows import DECODE_CAPACITY
@@ -161,7 +160,7 @@ class ProgramExport:
 
 def _sampler(sampler) -> Sampler:
     parameters = None
-    if type(sampler) in (FilterSampler, *PARAMETERS):
+    if is_filter(sampler):
         parameters = row_parameters(sampler)
     generators = sampler.variables
     return Sampler(

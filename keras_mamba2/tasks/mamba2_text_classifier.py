@@ -18,6 +18,7 @@ from keras_mamba2.conversion import WholeTaskWeights
 from keras_mamba2.conversion import load_preset
 from keras_mamba2.conversion import open_preset
 from keras_mamba2.host.inputs import NAMES
+from keras_mamba2.host.inputs import names_of_texts
 from keras_mamba2.host.inputs import standard_names
 from keras_mamba2.host.texts import texts_of
 from keras_mamba2.models import Mamba2Backbone
@@ -190,10 +191,7 @@ class Mamba2TextClassifier(
         return self.backbone.get_quantization_layer_structure(mode)
 
     def call(self, inputs, training=None):
-        inputs = standard_names(inputs)
-        if "segment_ids" in inputs:
-            raise ValueError("A classifier reads one text a row, and takes no `segment_ids`.")
-        return super().call(inputs, training=training)
+        return super().call(names_of_texts(inputs), training=training)
 
     def preprocess_samples(self, x, y=None, sample_weight=None):
         samples = super().preprocess_samples(x, y, sample_weight)

@@ -11,6 +11,7 @@ from keras import ops
 
 from keras_mamba2.arguments import BOOLEAN
 from keras_mamba2.arguments import SIZE
+from keras_mamba2.arguments import STRING
 from keras_mamba2.arguments import optional
 from keras_mamba2.arguments import several
 from keras_mamba2.generation import Decoding
@@ -21,6 +22,7 @@ from keras_mamba2.generation import padded
 from keras_mamba2.generation import picks_tokens
 from keras_mamba2.generation import prompts_of
 from keras_mamba2.host.conversations import check_is_session
+from keras_mamba2.host.inputs import names_of_texts
 from keras_mamba2.host.inputs import standard_names
 from keras_mamba2.host.options import row_limits
 from keras_mamba2.host.prompts import after_tokens
@@ -328,6 +330,7 @@ class TextGeneration:
 
     def start(self, text: str) -> Mamba2Session:
         """A session: one text that grows, and the state after it."""
+        text = STRING("text", text)
         return Mamba2Session(self, text, self.prefill(text))
 
     def save_state(self, file, state: Mamba2State, text: str = "") -> None:
@@ -348,7 +351,7 @@ class TextGeneration:
 
     def _prompts(self, inputs, state: Mamba2State | None) -> list[np.ndarray]:
         if isinstance(inputs, Mapping):
-            return prompts_of(standard_names(inputs))[0]
+            return prompts_of(names_of_texts(inputs))[0]
         if self.preprocessor is None:
             raise ValueError("Without a `preprocessor`, pass a dict of token ids and mask.")
         return self.preprocessor.prompts(texts_of(inputs), continued=state is not None)

@@ -1,6 +1,7 @@
 """Laws of generation, on a model with random weights. Token ids in, token ids out."""
 
 import contextlib
+import functools
 import re
 import subprocess
 import sys
@@ -178,6 +179,36 @@ def test_a_seed_makes_text_reproducible(preset_folder):
 
     assert text(1) == text(1)
     assert text(1) != text(2)
+
+
+@pytest.mark.parametrize(
+    "sampler_of",
+    [
+        keras_hub.samplers.RandomSampler,
+        functools.partial(keras_hub.samplers.TopKSampler, 9),
+        functools.partial(keras_hub.samplers.TopPSampler, 0.9),
+    ],
+    ids=["random", "top_k", "top_p"],
+)
+def test_a_seed_is_the_samplers_also_where_a_call_changes_it(preset_folder, sampler_of):
+    def text(seed):
+        lm = keras_mamba2.Mamba2CausalLM.from_preset(preset_folder, preprocessor=None)
+        lm.compile(sampler=sampler_of(seed=seed))
+        return rows(lm.generate(batch(prompts_of(3)), stop_token_ids=None, temperature=0.9))
+
+    assert text(1) == text(1)
+    assert text(1) != text(2)
+
+
+def test_top_p_of_the_whole_is_no_filter(lm):
+    """KerasHub keeps tokens that sum to `p` of all, also after `k`; a filter, of what `k` left."""
+    sampler = keras_hub.samplers.TopPSampler(p=0.5, k=2)
+    probabilities = ops.convert_to_tensor([[0.3, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1]])
+    assert {int(sampler.get_next_token(probabilities)[0]) for _ in range(50)} == {0, 1}
+    other = keras_mamba2.Mamba2CausalLM(lm.backbone)
+    other.compile(sampler=sampler)
+    with pytest.raises(ValueError, match="TopPSampler with `k` does not take repetition_penalty"):
+        other.generate(batch(prompts_of(3)), stop_token_ids=None, repetition_penalty=1.0)
 
 
 def test_eager_is_compiled(lm, preset_folder):

@@ -135,6 +135,30 @@ def test_sessions_go_from_programs_to_the_model_and_back(lm, programs, tmp_path)
     )
 
 
+@pytest.mark.parametrize("text", [b" you", [" you"], {"token_ids": [[1]]}, None, 3])
+def test_what_is_no_string_leaves_a_session_as_it_is(lm, programs, text):
+    for generator in (lm, programs):
+        session = generator.start("ROMEO: hello")
+        for call in (session.append, session.generate, session.stream, generator.start):
+            with pytest.raises(ValueError, match="`text` must be a string"):
+                call(text)
+        assert session.text == "ROMEO: hello"
+        options = {"max_new_tokens": 9, "seed": 1}
+        assert session.generate(" you", **options) == lm.start(session.text[:12]).generate(
+            " you", **options
+        )
+
+
+def test_documents_that_share_a_row_are_refused(lm, programs):
+    """They would be read as one."""
+    ids = np.array([[70, 71, 72, 73]])
+    packed = {"token_ids": ids, "padding_mask": ids > 0, "segment_ids": [[1, 1, 2, 2]]}
+    for generator in (lm, programs):
+        for call in (generator.generate, generator.prefill):
+            with pytest.raises(ValueError, match="no `segment_ids`"):
+                call(packed)
+
+
 def test_a_session_works_where_every_program_has_several_rows(lm, tmp_path):
     lm.export_programs(tmp_path / "programs", platforms=["cpu"], batch_sizes=[2])
     programs = keras_mamba2.load_programs(tmp_path / "programs")

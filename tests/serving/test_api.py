@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import threading
 from typing import ClassVar
 
 import fastapi
@@ -13,7 +14,9 @@ import pytest
 from keras import ops
 
 import keras_mamba2
+from keras_mamba2.serving import prompts
 from keras_mamba2.serving.app import create_app
+from keras_mamba2.serving.bodies import CompletionBodies
 from keras_mamba2.serving.openai_types import ChatRequest
 from keras_mamba2.serving.prompts import Prompts
 from tests.serving.collected import Collected
@@ -268,6 +271,47 @@ class TestScores:
         assert [(c.text, c.logprobs) for c in answer.choices] == [("ROMEO:", None)] * 2
         assert answer.usage.completion_tokens == 0
 
+    def test_choices_share_those_of_their_prompt(self, client, monkeypatch):
+        asked, offsets = [], Prompts.offsets
+        monkeypatch.setattr(
+            Prompts, "offsets", lambda self, prompt: asked.append(prompt) or offsets(self, prompt)
+        )
+        answer = client.completions.create(prompt="ROMEO:", n=4, max_tokens=0, **self.OPTIONS)
+        assert len({str(choice.logprobs) for choice in answer.choices}) == 1
+        assert len(answer.choices) == 4
+        assert len(asked) == 1
+
+    def test_more_than_an_answer_should_have_are_refused(self, client, monkeypatch):
+        monkeypatch.setattr(prompts, "MOST_TOLD", 23)
+        options = {**self.OPTIONS, "prompt": ["ROMEO:", "JULIET"], "max_tokens": 0}
+        with pytest.raises(openai.BadRequestError, match="23 tokens of prompts. Received: 24"):
+            client.completions.create(n=2, **options)
+        assert len(client.completions.create(n=1, **options).choices) == 2
+        client.completions.create(n=2, **{**options, "logprobs": None})
+
+    def test_many_do_not_stop_others(self, client, monkeypatch):
+        """The answer is written beside the loop of events, which has other streams."""
+        threads, whole = [], CompletionBodies.whole
+
+        def writing(self, *args):
+            threads.append(threading.current_thread())
+            return whole(self, *args)
+
+        monkeypatch.setattr(CompletionBodies, "whole", writing)
+        client.completions.create(prompt="x" * 90, max_tokens=1, **self.OPTIONS)
+        [thread] = threads
+        assert "worker" in thread.name.lower()
+
+    def test_of_nothing_they_are_empty(self, client, lm, monkeypatch):
+        """Not absent: who asked for them looks into each choice."""
+        [end, *_] = new_tokens(lm, "hello, you")
+        monkeypatch.setattr(lm.preprocessor.tokenizer, "end_token_id", end)
+        options = {"model": NAME, "prompt": "hello, you", "temperature": 0, "max_tokens": 5}
+        [choice] = client.completions.create(logprobs=1, **options).choices
+        assert (choice.text, choice.logprobs.tokens) == ("", [])
+        [choice] = client.completions.create(**options).choices
+        assert choice.logprobs is None
+
     def test_no_state_is_kept_for_them(self, client, engine):
         known = len(engine.prefix_cache)
         client.completions.create(prompt="x" * 90, max_tokens=1, **self.OPTIONS)
@@ -410,8 +454,8 @@ class TestConversations:
             ("greedy", {"temperature": 0.5}, {"temperature": 0.5}),
             ("random", {}, {"temperature": 1.0}),
             (
-                keras_hub.samplers.TopPSampler(p=0.5, k=7, temperature=0.25),
-                {"min_p": 0.125},
+                keras_hub.samplers.TopPSampler(p=0.5, temperature=0.25),
+                {"top_k": 7, "min_p": 0.125},
                 {"temperature": 0.25, "top_p": 0.5, "top_k": 7, "min_p": 0.125},
             ),
             (keras_mamba2.FilterSampler(min_p=0.25), {"top_k": 3}, {"min_p": 0.25, "top_k": 3}),

@@ -209,6 +209,33 @@ class TestPage:
         self.find("send").click()
         self.wait(lambda: "maximum context length" in self.find("output").text)
 
+    def test_what_failed_was_not_sent(self, lm):
+        """And can be sent again."""
+        self.set("temperature", 0)
+        self.set("max_tokens", 100_000)
+        self.find("prompt").send_keys("hello")
+        self.find("send").click()
+        self.wait(lambda: "maximum context length" in self.find("output").text)
+        assert self.browser.execute_script("return document.getElementById('prompt').value") == (
+            "hello"
+        )
+        self.set("max_tokens", 20)
+        self.find("send").click()
+        self.wait(lambda: "20 tokens" in self.find("status").text)
+        text = lm.generate("hello", max_new_tokens=20, temperature=0.0)
+        assert self.browser.execute_script("return text") == text
+
+    def test_clear_ends_what_runs(self, engine):
+        self.set("max_tokens", 4000)
+        self.find("prompt").send_keys("hello")
+        self.find("send").click()
+        self.wait(lambda: len(self.find("output").text) > 20)
+        self.find("clear").click()
+        self.wait(lambda: engine.num_running == 0)
+        assert self.find("output").text == ""
+        assert self.browser.execute_script("return [text, messages]") == ["", []]
+        assert self.find("send").is_enabled()
+
     def test_memory_beside_that_of_a_transformer(self, lm):
         from keras_mamba2.conversion.describe import state_bytes
 

@@ -109,7 +109,7 @@ def test_num_return_sequences_is_named(lm, value):
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=lambda prompt: ascii(prompt)[:30])
 def test_prompts_that_are_none(lm, prompt):
-    pattern = "[Pp]rompt|[Ii]nput|UTF-8|Text|dict"
+    pattern = "[Pp]rompt|[Ii]nput|UTF-8|[Tt]ext|dict"
     for call in (lm.generate, lm.prefill):
         with pytest.raises(ValueError, match=pattern):
             call(prompt)

@@ -185,7 +185,11 @@ SAMPLERS = keras_hub.samplers
                 "p": [0, NAN, 1.1, -0.5, "1", None],
                 "k": NO_OPTIONAL_SIZE,
             },
-            SAMPLERS.BeamSampler: {"num_beams": NO_SIZE, "temperature": [NAN]},
+            SAMPLERS.BeamSampler: {
+                "num_beams": NO_SIZE,
+                "temperature": [NAN],
+                "return_all_beams": [True],
+            },
             SAMPLERS.ContrastiveSampler: {"k": NO_SIZE, "alpha": [NAN, -0.1, 1.5, "1", None]},
         }.items()
         for name, values in names.items()

@@ -152,6 +152,29 @@ def test_half_a_character_waits_for_the_end(name):
     assert "".join([*pieces, last]) == decode(engine, ids)
 
 
+@pytest.mark.parametrize("name", ["bytes", "byte level", "byte fallback"])
+@pytest.mark.parametrize("value", [0xFF, 0xEF])
+def test_what_never_becomes_a_character_does_not_wait_for_ever(name, value):
+    """Or each token would have all before it decoded again."""
+    engine, decoded = ENGINES[name](), []
+    if name == "bytes":
+        one = value
+    else:
+        token = f"<0x{value:02X}>" if name == "byte fallback" else "\u00ff\u00ef"[value == 0xEF]
+        one = engine.token_to_id(token)
+    assert one is not None
+
+    def counted(ids):
+        decoded.append(len(ids))
+        return decode(engine, ids)
+
+    stream = TextStream(counted)
+    pieces = [stream.push([one]) for _ in range(5000)]
+    assert "".join([*pieces, stream.finish()]) == decode(engine, [one] * 5000)
+    assert sum(map(bool, pieces)) >= 5000 // 256 - 1
+    assert sum(decoded) < 5000 * 3 * 256
+
+
 def steps(engine, ids):
     stream = decoders.DecodeStream(skip_special_tokens=False)
     return "".join(stream.step(engine, id) or "" for id in ids)
