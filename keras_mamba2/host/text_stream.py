@@ -15,7 +15,9 @@ from keras_mamba2.host.decoding import Decoding
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for half a character
 NUM_BEFORE = 16  # so many tokens are enough to know that a text has begun
-MOST_OPEN = 256  # a character of more tokens than these is none
+# Of tokens that are open, among which a character is then cut. Pieces of random bytes end in half a
+# character three times in four, but not that often in a row.
+MOST_OPEN = 1024
 
 
 # Not `tokenizers.decoders.DecodeStream`: it never returns an unfinished end of a text, and raises
