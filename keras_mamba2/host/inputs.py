@@ -44,7 +44,7 @@ def names_of_texts(inputs: Mapping[str, Any]) -> dict[str, Any]:
     named = standard_names(inputs)
     if "segment_ids" in named:
         raise ValueError(
-            "A row is one text here, and there are no `segment_ids`. Pass documents that share a "
-            "row as rows of their own."
+            "A row is one text here, and takes no `segment_ids`. Pass documents that share a row "
+            "as rows of their own."
         )
     return named
