@@ -277,7 +277,7 @@ def check_ssd_sequence_parallel():
 
 def check_prefill_of_one_long_sequence():
     x, _ = data(rows=1, t=1024)
-    x = x | {"padding_mask": np.ones_like(x["token_ids"])}
+    x = {"token_ids": x["token_ids"], "padding_mask": np.ones_like(x["token_ids"])}
     expected = make_lm().prefill(x)
     for name in ("one sequence", "sequence"):  # the second has two devices for its one row
         with DISTRIBUTIONS[name]().scope():
