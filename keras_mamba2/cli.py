@@ -212,7 +212,10 @@ def chat(
         str | None, typer.Option(help="What the model is told before the first turn.")
     ] = None,
     load: Annotated[
-        pathlib.Path | None, typer.Option(help="A conversation that /save wrote, to go on with.")
+        pathlib.Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="A conversation that /save wrote, to go on with."
+        ),
     ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="How many tokens a reply has at most.")
@@ -267,8 +270,14 @@ def chat(
         preprocessor = Mamba2CausalLMPreprocessor.from_preset(preset)
         preprocessor.chat_template  # noqa: B018  raises, before the weights are read
         speculation = speculation_of(draft, prompt_lookup, dtype)
-        lm = Mamba2CausalLM.from_preset(preset, dtype=dtype, preprocessor=preprocessor)
-        lm.compile(speculation=speculation)
+
+        def prepare(lm: Mamba2CausalLM) -> None:
+            lm.compile(speculation=speculation)
+            lm.start_chat(**options)  # raises, before the weights are read
+
+        lm = Mamba2CausalLM.from_preset(
+            preset, dtype=dtype, preprocessor=preprocessor, on_built=prepare
+        )
         if load is None:
             conversation = lm.start_chat(system, **options)
         else:

@@ -8,6 +8,8 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # The tests compare with float64. GPUs and TPUs would round float32 factors to fewer bits.
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+# No test asks a host outside. Those that need a hub have one on loopback: `hub_server.py`.
+os.environ["HF_HUB_OFFLINE"] = "1"
 # Many tests compile the same small programs, in two workers and many processes.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     folder = tempfile.TemporaryDirectory(prefix="compiled_by_tests")

@@ -8,6 +8,9 @@ import json
 import threading
 import urllib.parse
 
+import huggingface_hub
+from huggingface_hub import constants
+
 TOKEN = "hf_token"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -51,6 +54,20 @@ def serving(hub: Hub):
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def point_client_to(address, cache, monkeypatch):
+    """What HF_ENDPOINT and HF_HUB_CACHE do when they are set before the client is imported.
+
+    And the client, which the tests keep offline, goes online.
+    """
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    huggingface_hub.close_session()
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

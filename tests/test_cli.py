@@ -433,8 +433,21 @@ def test_chat_errors_are_one_line(granite_folder, preset_folder):
     result = chat(preset_folder, "Hello?")
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.startswith("error: This model has no chat template")
-    result = chat(granite_folder, "Hello?", options=("--system", "a", "--load", "b"))
+    result = chat(granite_folder, "Hello?", options=("--system", "a", "--load", __file__))
     assert "--system or --load, not both" in result.stderr
+    result = chat(granite_folder, "Hello?", options=("--load", "missing"))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "'missing' does not exist" in result.stderr
+
+
+def test_chat_refuses_options_before_it_reads_weights(granite_folder, monkeypatch):
+    monkeypatch.delattr("keras_mamba2.conversion.preset_loader.CheckpointLoader._fill")
+    result = chat(granite_folder, options=("--top-p", 0))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "top_p=0" in result.stderr
+
+
+def test_chat_has_no_room_in_a_small_context(granite_folder):
     result = chat(granite_folder, "Hello?", options=("--max-context", 9))
     assert (result.exit_code, result.stdout) == (2, "")
     assert "max_context=9" in result.stderr

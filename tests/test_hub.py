@@ -13,6 +13,7 @@ from tests.conversion import hybrids
 from tests.hub_server import COMMIT
 from tests.hub_server import TOKEN
 from tests.hub_server import Hub
+from tests.hub_server import point_client_to
 from tests.hub_server import serving
 
 FILES = {
@@ -29,16 +30,6 @@ def server(monkeypatch, tmp_path):
     with serving(served) as address:
         point_client_to(address, tmp_path / "cache", monkeypatch)
         yield served
-
-
-def point_client_to(address, cache, monkeypatch):
-    """What HF_ENDPOINT and HF_HUB_CACHE do when they are set before the client is imported."""
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    template = address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    huggingface_hub.close_session()
 
 
 def needed(names):

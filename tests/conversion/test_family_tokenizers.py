@@ -19,9 +19,9 @@ from keras_mamba2.host.text_stream import text_after
 from tests.chat import templates
 from tests.conversion import family_tokenizers
 from tests.hub_server import Hub
+from tests.hub_server import point_client_to
 from tests.hub_server import serving
 from tests.tasks import tiny_granite
-from tests.test_hub import point_client_to
 
 PIECES = st.sampled_from(
     ["<|im_start|>", "<|start_of_role|>", "<|end_of_text|>", "<s>", "</s>", "<think>", "<0x41>",

@@ -25,8 +25,8 @@ from tests.conftest import SHARED_DATA
 from tests.conversion import checkpoints
 from tests.hub_server import COMMIT
 from tests.hub_server import Hub
+from tests.hub_server import point_client_to
 from tests.hub_server import serving
-from tests.test_hub import point_client_to
 
 PROMPTS = ["To be", "or not to be, that is", "?"]
 

@@ -32,11 +32,15 @@ def run(*arguments, **environment):
 @pytest.mark.slow
 def test_endpoint_cache_and_offline_mode(hub, tmp_path):
     with serving(hub) as address:
-        environment = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
+        environment = {
+            "HF_ENDPOINT": address,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_OFFLINE": "0",
+        }
         result = run("convert", "hf://user/model", tmp_path / "new", **environment)
         assert result.returncode == 0, result.stderr
         assert "model.safetensors" in " ".join(hub.downloads())
-        offline = run("inspect", "hf://user/model", **environment, HF_HUB_OFFLINE="1")
+        offline = run("inspect", "hf://user/model", **environment | {"HF_HUB_OFFLINE": "1"})
         assert offline.returncode == 0, offline.stderr
         assert "transformers" in offline.stdout
         missing = run("inspect", "hf://user/other", **environment)

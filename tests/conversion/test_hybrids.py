@@ -20,8 +20,8 @@ from tests import reference
 from tests.conversion import hybrids
 from tests.conversion.checkpoints import assert_same_weights
 from tests.hub_server import Hub
+from tests.hub_server import point_client_to
 from tests.hub_server import serving
-from tests.test_hub import point_client_to
 
 EPS = np.finfo("float32").eps
 cases = pytest.mark.parametrize(

@@ -2,13 +2,11 @@
 
 import json
 
-import huggingface_hub
 import keras
 import numpy as np
 import peft
 import pytest
 import torch
-from huggingface_hub import constants
 from keras import ops
 from safetensors.torch import load_file
 from safetensors.torch import save_file
@@ -17,6 +15,7 @@ import keras_mamba2
 from keras_mamba2.models import lora
 from tests.conversion import checkpoints
 from tests.hub_server import Hub
+from tests.hub_server import point_client_to
 from tests.hub_server import serving
 
 # `peft` asks transformers in a way of before.
@@ -173,13 +172,8 @@ def test_an_adapter_from_the_hub(lm, tmp_path, monkeypatch):
     lm.load_peft_adapter(files)
     expected = logits_of(lm)
     with serving(Hub({"user/adapter": content})) as address:
-        monkeypatch.setattr(constants, "ENDPOINT", address)
-        template = address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        huggingface_hub.close_session()
+        point_client_to(address, tmp_path / "cache", monkeypatch)
         lm.load_peft_adapter("hf://user/adapter")
-    huggingface_hub.close_session()
     assert np.array_equal(logits_of(lm), expected)
 
 
