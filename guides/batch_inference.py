@@ -13,7 +13,7 @@ Each batch of results is a file that appears when it is complete, and is named b
 
 - A worker that dies loses the batch it was at. Ray starts it again, and that batch too. If its
   file was there already, the same file takes its place: texts depend on their prompts and the
-  seed, and on nothing else.
+  seed, and on nothing else. Only equal prompts of one batch are told apart by their order.
 - A run that is stopped goes on when it is started again: prompts that have a text are left out.
 """
 
@@ -46,7 +46,7 @@ class Replica:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         from keras_mamba2.atomic_files import atomic_file
 
-        ids = [str(id) for id in batch["id"]]
+        ids = list(map(str, batch["id"]))
         texts = self.programs.generate(list(map(str, batch["prompt"])), **self.arguments)
         lines = [json.dumps({"id": id, "text": text}) for id, text in zip(ids, texts, strict=True)]
         name = hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:20]
@@ -55,16 +55,23 @@ class Replica:
         return {"id": batch["id"]}
 
 
-def read(folder: pathlib.Path) -> dict[str, str]:
-    """The texts of a folder of results, by the ids of their prompts."""
-    lines = [
-        line for file in folder.glob("*.jsonl") for line in file.read_text("utf-8").split("\n")
-    ]
-    rows = [json.loads(line) for line in lines if line]
-    texts = {row["id"]: row["text"] for row in rows}
-    if len(texts) < len(rows):
-        raise ValueError(f"{folder} holds more than one text of a prompt.")
-    return texts
+def read(folder: pathlib.Path, key: str) -> dict[str, str]:
+    """What the JSON Lines of a folder have under `key`, by their ids.
+
+    Not with `ray.data.read_json`, which makes numbers of the ids "007" and "1e5".
+
+    Raises:
+        ValueError: for an id that is there twice.
+    """
+    files = sorted(folder.glob("*.jsonl"))
+    lines = [line for file in files for line in file.read_text("utf-8").split("\n")]
+    found: dict[str, str] = {}
+    for row in (json.loads(line) for line in lines if line.strip()):
+        id = str(row["id"])
+        if id in found:
+            raise ValueError(f"The id {id!r} is in {folder} twice.")
+        found[id] = row[key]
+    return found
 
 
 def run(
@@ -80,7 +87,7 @@ def run(
 
     Args:
         programs: the path of a folder of `export_programs`.
-        prompts: the path of a folder of JSON Lines.
+        prompts: the path of a folder of JSON Lines, files that end with `.jsonl`.
         results: the path of a folder, which is made if it is not there.
         replicas: int, how many processes hold the model.
         batch_size: int, of the programs: prompts that a replica continues together.
@@ -90,10 +97,15 @@ def run(
     import ray
 
     results.mkdir(parents=True, exist_ok=True)
-    done = set(read(results))
-    todo = ray.data.read_json(str(prompts), lines=True)
-    todo = todo.filter(lambda row: str(row["id"]) not in done)
-    batches = todo.map_batches(
+    done = read(results, "text")
+    todo = [
+        {"id": id, "prompt": prompt}
+        for id, prompt in read(prompts, "prompt").items()
+        if id not in done
+    ]
+    if not todo:
+        return done
+    batches = ray.data.from_items(todo).map_batches(
         replica,
         fn_constructor_args=(str(programs.absolute()), str(results.absolute()), arguments),
         batch_size=batch_size,
@@ -103,7 +115,7 @@ def run(
     )
     for _ in batches.iter_batches():  # runs it; the texts themselves stay where they are written
         pass
-    return read(results)
+    return read(results, "text")
 
 
 def main(

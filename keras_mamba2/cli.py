@@ -2,6 +2,7 @@
 
 import contextlib
 import enum
+import io
 import os
 import pathlib
 import sys
@@ -77,6 +78,11 @@ def speculation_of(draft: str | None, prompt_lookup: bool, dtype: str):
 @app.callback()
 def main() -> None:
     """Mamba-2 language models in Keras."""
+    for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "replace")):
+        if isinstance(stream, io.TextIOWrapper):
+            # On Windows a pipe or a file has another encoding, which lacks most characters.
+            is_chosen = stream.isatty() or "PYTHONIOENCODING" in os.environ
+            stream.reconfigure(encoding=None if is_chosen else "utf-8", errors=errors)
 
 
 @contextlib.contextmanager

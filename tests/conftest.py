@@ -64,13 +64,18 @@ def preset_folder(tmp_path_factory, byte_tokenizer, small_backbone_arguments):
     return folder
 
 
-def pytest_configure(config):
-    """Most of the time of tests is LLVM's, which need not optimize programs that run once.
+# Programs of tests run once: most of their time is that of compiling them. Without LLVM's
+# optimizations, emitters by way of MLIR, and parts of a program in threads it is a quarter.
+COMPILE_SOON = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
 
-    `pytest -m ""` compiles as users do, and CI compiles some tests so (`.ci/run`).
-    """
+
+def pytest_configure(config):
+    """`pytest -m ""` compiles as users do, and CI compiles some tests so (`.ci/run`)."""
     if config.option.markexpr in ("not slow", "slow"):
-        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+        os.environ.setdefault("XLA_FLAGS", COMPILE_SOON)
 
 
 def pytest_collection_modifyitems(items):

@@ -1,4 +1,5 @@
 import errno
+import io
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 import keras_mamba2
 from keras_mamba2.cli import app
+from keras_mamba2.cli import main
 from keras_mamba2.host.session import Mamba2Session
 from keras_mamba2.serving import limits
 from keras_mamba2.untrusted import shown
@@ -303,6 +305,27 @@ assert not [name for name in ("keras", "keras_hub", "tensorflow") if sys.modules
     assert result.returncode == 0, result.stderr
     expected = run_app("run-programs", programs_folder, "to be", "--seed", 1)
     assert result.stdout == expected.stdout
+
+
+@pytest.mark.slow
+def test_a_stdout_that_lacks_a_character(programs_folder, tmp_path):
+    command = [sys.executable, "-m", "keras_mamba2.cli", "run-programs", programs_folder]
+    command += ["ROMEO \u2192", "--state", tmp_path / "session"]
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    result = subprocess.run(list(map(str, command)), capture_output=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(b"ROMEO ?")
+    assert (tmp_path / "session").exists()
+
+
+def test_pipes_are_utf_8_also_on_windows(monkeypatch):
+    monkeypatch.delenv("PYTHONIOENCODING", raising=False)
+    for name in ("stdin", "stdout"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
+    main()
+    assert (sys.stdin.encoding, sys.stdout.encoding) == ("utf-8", "utf-8")
+    print("\udcff", flush=True)
+    assert sys.stdout.buffer.getvalue() == b"?\n"
 
 
 @pytest.mark.parametrize(

@@ -326,6 +326,17 @@ def test_backup_paths(tmp_path):
     assert {pathlib.Path(path) for path in paths} == set(tmp_path.iterdir())
 
 
+def test_begin_at_initial_epoch(tmp_path):
+    model = Regression()
+    model.compile("sgd", loss="mse")
+    for epochs in (2, 3):
+        callback = keras.callbacks.BackupAndRestore(tmp_path, delete_checkpoint=False)
+        model.fit(*DATA, verbose=0, epochs=epochs, callbacks=[callback])
+    assert model.fit(*DATA, verbose=0, epochs=3).epoch == [2], "Keras leaves it"
+    part("keras_training").begin_at_initial_epoch(model)
+    assert model.fit(*DATA, verbose=0, epochs=3).epoch == [0, 1, 2]
+
+
 def test_backup_at(tmp_path):
     callback = keras.callbacks.BackupAndRestore(tmp_path / "first", delete_checkpoint=False)
     before = part("keras_training").backup_paths(callback)

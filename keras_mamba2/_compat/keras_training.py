@@ -35,6 +35,14 @@ def backup_paths(callback: keras.callbacks.BackupAndRestore) -> tuple[str, str]:
     return callback._weights_path, callback._training_metadata_path
 
 
+def begin_at_initial_epoch(model: keras.Model) -> None:
+    """Lets the next `fit` begin at its `initial_epoch`, also after one that was restored.
+
+    `_initial_epoch`, which a restored backup sets, and which stays. Written for Keras 3.15.
+    """
+    model._initial_epoch = None
+
+
 @contextlib.contextmanager
 def backup_at(
     callback: keras.callbacks.BackupAndRestore, weights: str, metadata: str

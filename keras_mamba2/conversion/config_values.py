@@ -15,6 +15,7 @@ from keras_mamba2.untrusted import shortened
 
 # More than any model has. What is built of so many layers without weights takes seconds.
 MOST_LAYERS = 1024
+MOST_EXPERTS = 4096  # eight times as many as any model has; each has tensors of its own
 LARGEST_SIZE = 2**31 - 1
 
 
@@ -68,6 +69,11 @@ KINDS = (
         "num_hidden_layers n_layer num_layers",
     ),
     Kind(
+        f"a whole number from 0 to {MOST_EXPERTS}",
+        lambda value: _is_count(value) and value <= MOST_EXPERTS,
+        "num_local_experts n_routed_experts num_experts",
+    ),
+    Kind(
         "a positive whole number",
         _is_size,
         """vocab_size unpadded_vocab_size hidden_size num_heads head_dim state_size n_groups
@@ -77,13 +83,13 @@ KINDS = (
         mamba_num_heads mamba_head_dim ssm_state_size
         d_model pad_vocab_size_multiple d_state headdim ngroups
         vocabulary_size unpadded_vocabulary_size hidden_dim state_dim num_groups input_dim
-        chunk_size num_query_heads intermediate_dim num_experts num_experts_per_token
+        chunk_size num_query_heads intermediate_dim num_experts_per_token
         num_expert_groups num_groups_per_token latent_dim""",
     ),
     Kind(
         "a whole number, not negative",
         _is_count,
-        """num_local_experts num_experts_per_tok n_routed_experts moe_intermediate_size
+        """num_experts_per_tok moe_intermediate_size
         moe_shared_expert_intermediate_size n_group topk_group moe_latent_size num_mem_blocks
         adapter_rank d_intermediate rotary_dim rotary_emb_dim mlp_dim
         d_conv conv_kernel_size""",

@@ -25,6 +25,7 @@ from keras_mamba2.conversion.soundness import non_finite
 from keras_mamba2.conversion.soundness import refuse_non_finite
 from keras_mamba2.conversion.stored_tensor import StoredTensor
 from keras_mamba2.conversion.stored_tensor import numpy_dtype
+from keras_mamba2.conversion.stored_tensor import same_bits
 from keras_mamba2.host.finite import is_finite
 from keras_mamba2.preset_files import CONFIG_FILE
 from keras_mamba2.preset_files import read_json
@@ -32,7 +33,6 @@ from keras_mamba2.untrusted import some
 
 # Embeddings are padded to a multiple of 8, 16, 64 or 128 rows. More than this is another model.
 MOST_PADDING_ROWS = 256
-ROWS_AT_ONCE = 1024
 STRIPE = 64  # numbers
 MOST_SHOWN = 20  # problems in an error
 
@@ -117,12 +117,12 @@ def _of_the_model(
     for copy, original in names.copies.items():
         for name in [name for name in tensors if name.startswith(copy) and copy != original]:
             first = original + name.removeprefix(copy)
-            if first in tensors and not _equal(tensors.pop(name), tensors[first]):
+            if first in tensors and not same_bits(tensors.pop(name), tensors[first]):
                 raise ValueError(f"{folder}: {name} differs from {first}, which the model shares.")
     embedding, has_head = tensors.get(names.embedding), names.head in _names(targets)
     if has_head or names.head not in tensors or embedding is None:
         return tensors
-    if not _equal(tensors.pop(names.head), embedding):
+    if not same_bits(tensors.pop(names.head), embedding):
         raise ValueError(
             f"{folder}: {names.head} differs from the embedding, but the model ties the two. Its "
             "configuration should say tie_word_embeddings=False."
@@ -133,17 +133,6 @@ def _of_the_model(
 def _names(targets: Sequence[Target]) -> set[str]:
     """The tensors that a model is filled from."""
     return {piece.name for target in targets for piece in target.pieces}
-
-
-def _equal(a: StoredTensor, b: StoredTensor) -> bool:
-    """Whether two tensors are the same bit for bit, NaN included."""
-    if a == b:
-        return True  # one tensor in one file
-    if (a.shape, a.dtype) != (b.shape, b.dtype):
-        return False
-    a, b = a.read(), b.read()
-    rows = range(0, len(a), ROWS_AT_ONCE)
-    return all(a[i : i + ROWS_AT_ONCE].tobytes() == b[i : i + ROWS_AT_ONCE].tobytes() for i in rows)
 
 
 def _check_names(folder, tensors: Mapping[str, StoredTensor], targets: Sequence[Target]) -> None:

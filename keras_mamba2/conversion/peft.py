@@ -35,6 +35,7 @@ from keras_mamba2.conversion.soundness import checksums_compared
 from keras_mamba2.conversion.soundness import non_finite
 from keras_mamba2.conversion.soundness import refuse_non_finite
 from keras_mamba2.conversion.stored_tensor import StoredTensor
+from keras_mamba2.conversion.stored_tensor import same_bits
 from keras_mamba2.host.finite import is_finite
 from keras_mamba2.host.tensor_file import save_tensors
 from keras_mamba2.preset_files import ADAPTER_CONFIG_FILE
@@ -114,13 +115,13 @@ def read_peft_adapter(
     """
     folder = adapter_folder(preset)
     config = read_json(folder / ADAPTER_CONFIG_FILE)
-    file = next(folder / name for name in ADAPTER_WEIGHTS if (folder / name).is_file())
+    file = next(folder / name for name in ADAPTER_WEIGHTS if (folder / name).exists())
     with errors_naming(folder):
         _check_config(config)
         tensors = read_file(file)
         _check_sound(file, tensors)
         names = exported_as(backbone_config)[0].names_for(backbone_config)
-        pairs = _pairs(tensors, names)
+        pairs = _without_copies(_pairs(tensors, names), names)
         modules = _modules(layers, names, config.get("target_parameters") or ())
         of_experts = _modules_of_experts(layers, names)
         _check_modules(pairs, [*modules, *of_experts])
@@ -139,15 +140,28 @@ def read_peft_adapter(
 
 def _check_sound(file, tensors: Mapping[str, StoredTensor]) -> None:
     check_floats(file, tensors)
+    bad = []
     with checksums_compared(tensors.values()), np.errstate(over="ignore", invalid="ignore"):
-        arrays = {name: tensor.read().astype("float32") for name, tensor in tensors.items()}
-    bad = [non_finite(name, array) for name, array in arrays.items() if not is_finite(array)]
+        for name, tensor in tensors.items():
+            array = tensor.read().astype("float32")
+            if not is_finite(array):
+                bad.append(non_finite(name, array))
     refuse_non_finite(file, bad)
 
 
 def module_name(layer, names: Names) -> str:
     """The name in transformers, such as `backbone.layers.0.mixer.in_proj`."""
     return names.in_memory(f"{layer.path}/kernel")
+
+
+def _places(module: str, names: Names) -> list[str]:
+    """`module`, and those that share its weights: a shared block is one at each of its places."""
+    copies = [
+        copy + module.removeprefix(original)
+        for copy, original in names.copies.items()
+        if copy != original and module.startswith(original)
+    ]
+    return [module, *copies]
 
 
 def _is_parameter(layer, names: Names) -> bool:
@@ -281,6 +295,25 @@ def _pairs(tensors: Mapping[str, StoredTensor], names: Names) -> dict[str, dict[
     return pairs
 
 
+def _without_copies(
+    pairs: Mapping[str, dict[str, StoredTensor]], names: Names
+) -> dict[str, dict[str, StoredTensor]]:
+    """`pairs` with one adapter for all the places of a block that they share."""
+    found = dict(pairs)
+    for module in pairs:
+        for copy in _places(module, names)[1:]:
+            if copy not in found:
+                continue
+            pair = found.pop(copy)
+            if not all(same_bits(pair[factor], pairs[module][factor]) for factor in "AB"):
+                raise ValueError(
+                    f"The adapter of {copy} differs from that of {module}. Both are places of one "
+                    "block, which has one adapter here: train with that, or merge the adapter "
+                    "with `peft`'s `merge_and_unload`, and load the whole model."
+                )
+    return found
+
+
 def _check_modules(pairs: Mapping[str, Any], modules: Sequence[str]) -> None:
     unknown = [module for module in pairs if module not in modules]
     if unknown:
@@ -292,7 +325,7 @@ def _check_modules(pairs: Mapping[str, Any], modules: Sequence[str]) -> None:
 
 def _adapter(pair: Mapping[str, StoredTensor], layer, config, names: Names) -> Adapter:
     module, weight = module_name(layer, names), _weight(layer, names)
-    rank, alpha = _rank_and_alpha(module, config)
+    rank, alpha = _rank_and_alpha(_spellings(module, names), config)
     factors = []
     for factor, layout, variable_shape in zip(
         "AB", _layouts(layer), layer.lora_shapes(rank), strict=True
@@ -309,7 +342,7 @@ def _adapter(pair: Mapping[str, StoredTensor], layer, config, names: Names) -> A
 def _adapter_of_experts(pairs, layer, of_experts: Mapping[str, OfExpert], config) -> Adapter:
     """One of all experts, from those of each. To experts without one nothing is added."""
     found = [m for m, of_expert in of_experts.items() if of_expert.layer is layer and m in pairs]
-    kinds = {_rank_and_alpha(of_experts[module].name, config) for module in found}
+    kinds = {_rank_and_alpha((module, of_experts[module].name), config) for module in found}
     if len(kinds) > 1:
         raise ValueError(
             f"The experts of {layer.path!r} must have one rank and one alpha. Received: "
@@ -334,18 +367,27 @@ def _check_shape(name: str, tensor: StoredTensor, shape: tuple[int, ...], rank: 
         )
 
 
-def _rank_and_alpha(module: str, config: Mapping[str, Any]) -> tuple[int, float]:
-    rank = _by_module(module, config.get("rank_pattern"), config.get("r", DEFAULT_RANK))
-    alpha = _by_module(module, config.get("alpha_pattern"), config.get("lora_alpha", DEFAULT_ALPHA))
+def _spellings(module: str, names: Names) -> tuple[str, str]:
+    """A module's name in transformers, and in models of a checkpoint's own code."""
+    in_file, in_memory = names.renamed
+    return module, in_file + module.removeprefix(in_memory)
+
+
+def _rank_and_alpha(spellings: Sequence[str], config: Mapping[str, Any]) -> tuple[int, float]:
+    def value_of(pattern: str, key: str, default: float) -> Any:
+        return _by_module(spellings, config.get(pattern), config.get(key, default))
+
+    rank = value_of("rank_pattern", "r", DEFAULT_RANK)
+    alpha = value_of("alpha_pattern", "lora_alpha", DEFAULT_ALPHA)
     if config.get("use_rslora"):
         alpha = alpha * math.sqrt(rank)  # alpha / sqrt(rank) is the scale
     return rank, alpha
 
 
-def _by_module(module: str, pattern: Mapping[str, Any] | None, default):
+def _by_module(spellings: Sequence[str], pattern: Mapping[str, Any] | None, default):
     """The value for the first key that is the end of a module's name, or a pattern for it."""
     for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if any(re.match(rf"(.*\.)?({key})$", module) for module in spellings):
             return value
     return default
 
@@ -385,12 +427,17 @@ def write_peft_adapter(
         for module, parts in modules.items()
         if any(layer.lora_enabled for layer in parts)
     }
-    of_modules = {module_name(modules[m][0], names): adapter for m, adapter in joined.items()}
+    of_modules = {
+        place: adapter
+        for module, adapter in joined.items()
+        for place in _places(module_name(modules[module][0], names), names)
+    }
     config = _config(of_modules, layers, names)
     config["base_model_name_or_path"] = base_model_name_or_path
     weights = {
-        f"{PREFIX}{module}.lora_{factor}.weight": np.ascontiguousarray(layout.to_file(value))
+        f"{PREFIX}{place}.lora_{factor}.weight": np.ascontiguousarray(layout.to_file(value))
         for module, adapter in joined.items()
+        for place in _places(module, names)
         for factor, layout, value in zip(
             "AB", _layouts(modules[module][0]), (adapter.a, adapter.b), strict=True
         )
@@ -470,5 +517,10 @@ def _targets(
 ) -> list[str]:
     """The last parts of the names in `adapted`, if they are those of no other projection."""
     ends = sorted({".".join(name.split(".")[-parts:]) for name in adapted})
-    meant = {name for layer in layers if _ends_with_one(name := module_name(layer, names), ends)}
+    meant = {
+        place
+        for layer in layers
+        if _ends_with_one(name := module_name(layer, names), ends)
+        for place in _places(name, names)
+    }
     return ends if meant == set(adapted) else list(adapted)

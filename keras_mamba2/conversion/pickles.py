@@ -9,6 +9,7 @@ reads them: `StoredTensor.storage`.
 
 import collections
 import io
+import math
 import pathlib
 import pickle
 import pickletools
@@ -185,6 +186,11 @@ class _Unpickler(pickle.Unpickler):
         tensor = StoredTensor(self.file, dtype, shape, strides, offset, storage)
         if len(shape) != len(strides) or first + tensor.extent > size:
             raise ValueError(f"a tensor of shape {shortened(shape)} reaches beyond its storage")
+        if math.prod(shape) > tensor.extent:  # read, it could take any amount of memory
+            raise ValueError(
+                f"elements of a tensor of shape {shortened(shape)} share a place. Save it after "
+                "`contiguous()`"
+            )
         return tensor
 
     def _parameter(self, tensor, requires_grad, hooks):

@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 
 MOST_AXES = 64  # of numpy
+ROWS_AT_ONCE = 1024
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -64,6 +65,17 @@ class StoredTensor(NamedTuple):
         data = np.memmap(self.file, np.uint8, "r", offset=self.offset, shape=(length,))
         strides = tuple(stride * self.dtype.itemsize for stride in self.strides)
         return np.ndarray(self.shape, self.dtype, buffer=data, strides=strides)
+
+
+def same_bits(a: StoredTensor, b: StoredTensor) -> bool:
+    """Whether two tensors are the same bit for bit, NaN included."""
+    if a == b:
+        return True  # one tensor in one file
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    x, y = (np.atleast_1d(tensor.read()) for tensor in (a, b))
+    parts = (slice(i, i + ROWS_AT_ONCE) for i in range(0, len(x), ROWS_AT_ONCE))
+    return all(x[part].tobytes() == y[part].tobytes() for part in parts)
 
 
 def numpy_dtype(name: str) -> np.dtype:

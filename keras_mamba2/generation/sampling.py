@@ -47,7 +47,9 @@ def least_kept(probabilities, top_k, top_p):
     def by_p():
         left = ops.where(probabilities >= by_k, probabilities, 0.0)
         most = top_p * ops.sum(left, axis=-1, keepdims=True)
-        return least_float(lambda p: likelier(left, p) < most, top_p)
+        least = least_float(lambda p: likelier(left, p) < most, top_p)
+        # The likeliest is left also by a `top_p` so small that float32 makes 0 of `most`.
+        return ops.minimum(least, ops.max(probabilities, axis=-1, keepdims=True))
 
     by_k = if_any(
         top_k < probabilities.shape[-1],

@@ -17,6 +17,7 @@ from keras_mamba2.layers.mlp import activation_named
 from keras_mamba2.layers.projection import Projection
 from keras_mamba2.ops.checks import float32_at_least
 from keras_mamba2.ops.experts import grouped_matmul
+from keras_mamba2.ops.matrix import unrounded_matmul
 
 SCORINGS = ("softmax", "sigmoid")
 
@@ -220,7 +221,7 @@ class MixtureOfExperts(Stateless):
 
     def _router_logits(self, x):
         dtype = float32_at_least(self.compute_dtype)
-        return ops.matmul(ops.cast(x, dtype), ops.cast(self.router, dtype))
+        return unrounded_matmul(ops.cast(x, dtype), ops.cast(self.router, dtype))
 
     def route(self, x):
         """The experts of each token `(n d)` and their weights: `(weights, experts)`, `(n k)`."""

@@ -50,6 +50,16 @@ def matmul(x, kernel, layout: str = "de"):
     return lax.platform_dependent(x, kernel, cpu=on_cpu, default=product)
 
 
+def unrounded_matmul(x, kernel):
+    """`x` `(... d)` times `kernel` `(d e)`. TPUs and GPUs round float32 factors unless told."""
+    if keras.config.backend() != "jax":
+        return ops.matmul(x, kernel)
+    import jax
+
+    with jax.default_matmul_precision("highest"):
+        return ops.matmul(x, kernel)
+
+
 def _matrix_first(x, kernel):
     """The product as `kernel x`, turned afterwards: for few rows XLA's is a fifth faster."""
     from jax import lax

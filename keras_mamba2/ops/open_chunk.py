@@ -12,6 +12,7 @@ from keras_mamba2.ops.ssd import chunk_decays
 from keras_mamba2.ops.ssd import chunk_states
 from keras_mamba2.ops.ssd import inter_chunk_output
 from keras_mamba2.ops.ssd import intra_chunk_output
+from keras_mamba2.ops.ssd import log_decays
 
 
 def open_chunk_output(x, dt, A, B, C, D=None, *, state, start):
@@ -77,7 +78,7 @@ def tokens_from(chunk, start, t: int, axis: int = 1):
 
 def _log_decay(dt, A, g):
     dtype = float32_at_least(dt.dtype)
-    log_decay = ops.cast(dt, dtype) * ops.cast(A, dtype)
+    log_decay = log_decays(ops.cast(dt, dtype), ops.cast(A, dtype))
     return ops.reshape(log_decay, (-1, 1, dt.shape[1], g, dt.shape[2] // g))  # (b 1 q g r)
 
 

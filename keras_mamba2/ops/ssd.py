@@ -91,7 +91,7 @@ def ssd(
     dtype, state_dtype = x.dtype, float32_at_least(x.dtype)
 
     dt = ops.cast(dt, state_dtype)
-    log_decay = dt * ops.cast(A, state_dtype)  # (b t h)
+    log_decay = log_decays(dt, ops.cast(A, state_dtype))  # (b t h)
     xdt = ops.cast(ops.cast(x, state_dtype) * dt[..., None], dtype)
 
     log_decay = _chunk(log_decay, q)  # (b c q h)
@@ -116,15 +116,21 @@ def ssd(
     return ops.cast(y, dtype), ops.reshape(final_state, (b, h, p, n))
 
 
+def log_decays(dt, A):
+    """`dt A`, but no less than where a decay is 0: sums with more would lose what follows."""
+    least = -104.0 if ops.dtype(dt) == "float32" else -746.0
+    return ops.maximum(dt * A, least)
+
+
 def split_log_decay(log_decay):
-    """Splits log decays into two summands whose sums over a chunk are exact, and small.
+    """Splits `log_decays` into two summands whose sums over a chunk are exact, and small.
 
     A decay between two positions is the exponential of a difference of cumulative sums.
     Differences of long float32 sums cancel: after a step of -60 a decay of 0.99 would keep
-    four digits. Multiples of 2^-10 add up exactly to 2^14, and the rests below 2^-11 stay
-    small.
+    four digits. Multiples of 2^-9 add up exactly to 2^15, which is more than 256 * 104, and the
+    rests below 2^-10 stay small.
     """
-    coarse = ops.stop_gradient(ops.round(log_decay * 1024.0) / 1024.0)
+    coarse = ops.stop_gradient(ops.round(log_decay * 512.0) / 512.0)
     return coarse, log_decay - coarse
 
 

@@ -29,6 +29,7 @@ from keras_mamba2.ops.checks import check_ssd_arguments
 from keras_mamba2.ops.checks import check_ssd_step_arguments
 from keras_mamba2.ops.checks import float32_at_least
 from keras_mamba2.ops.ssd import links
+from keras_mamba2.ops.ssd import log_decays
 from keras_mamba2.ops.ssd import split_log_decay
 
 
@@ -70,7 +71,7 @@ def ssd(x, dt, A, B, C, D=None, initial_state=None, segment_ids=None, chunk_size
         whole_chunks(dt, g, r),
         whole_chunks(B, g, n),
         whole_chunks(C, g, n),
-        whole_chunks(dt * A, g, r),
+        whole_chunks(log_decays(dt, A), g, r),
     )
     state, y = compiled_ssd_chunks(q, D, state, inputs, linked)
     return y.reshape(b, -1, h, p)[:, :t], jnp.moveaxis(state, 2, -1).reshape(b, h, p, n)
@@ -236,8 +237,12 @@ def decay_between(target, source):
 
 
 def product(equation, a, b):
-    """An einsum in the narrower dtype of the inputs, with float32 accumulation."""
-    dtype = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+    """An einsum in the narrower dtype of the inputs, with float32 accumulation.
+
+    But a float32 state beside float16 stays: it may be beyond what float16 holds.
+    """
+    choose = max if jnp.float16 in (a.dtype, b.dtype) else min
+    dtype = choose(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
     accumulate = float32_at_least(dtype)
     return jnp.einsum(equation, a.astype(dtype), b.astype(dtype), preferred_element_type=accumulate)
 

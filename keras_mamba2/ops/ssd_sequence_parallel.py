@@ -16,6 +16,7 @@ from keras import ops
 from keras_mamba2.ops.checks import check_ssd_arguments
 from keras_mamba2.ops.checks import float32_at_least
 from keras_mamba2.ops.segments import runs
+from keras_mamba2.ops.ssd import log_decays
 from keras_mamba2.ops.ssd import split_log_decay
 from keras_mamba2.ops.ssd_jax import product
 from keras_mamba2.ops.ssd_jax import scale
@@ -87,7 +88,7 @@ def ssd_part(x, dt, A, B, C, D, state, run, chunk_size, axis):
 
 def decay_from_start(dt, A, dtype):
     """How much of the state before is left at each position, `(b t h)`."""
-    coarse, fine = split_log_decay(dt.astype(dtype) * A.astype(dtype))
+    coarse, fine = split_log_decay(log_decays(dt.astype(dtype), A.astype(dtype)))
     return jnp.exp(jnp.minimum(jnp.cumsum(coarse, axis=1) + jnp.cumsum(fine, axis=1), 0.0))
 
 

@@ -108,6 +108,8 @@ def check_labels(
         return
     check_numeric("Labels", labels)
     if weights is not None:
+        more = labels.ndim - weights.ndim  # of labels (b 1) beside weights (b), or the other way
+        weights = np.reshape(weights, weights.shape[: labels.ndim] + (1,) * more)
         labels = np.where(weights != 0, labels, 0)
     _check_range(labels, num_classes, "Labels", name, getattr(loss, "ignore_class", None))
 

@@ -267,21 +267,19 @@ class Mamba2TextClassifier(
                 texts_of(segments)
         if with_labels and y is None:
             raise ValueError("Labels are missing. Received: y=None")
-        if y is not None:
-            self._check_labels(ops.convert_to_numpy(y))
-        if sample_weight is not None:
-            check_weights(ops.convert_to_numpy(sample_weight))
+        y, weights = (None if a is None else ops.convert_to_numpy(a) for a in (y, sample_weight))
+        self._check_labels(y, weights)
 
     def _check_batch(self, token_ids, padding_mask, labels=None, weights=None) -> None:
         check_inputs(token_ids, padding_mask, self.backbone.vocabulary_size)
         check_rows(padding_mask)
-        if labels is not None:
-            self._check_labels(labels)
+        self._check_labels(labels, weights)
+
+    def _check_labels(self, labels, weights) -> None:
         if weights is not None:
             check_weights(weights)
-
-    def _check_labels(self, labels) -> None:
-        check_labels(labels, self.loss, self.num_classes)
+        if labels is not None:
+            check_labels(labels, self.loss, self.num_classes, weights=weights)
 
     def get_compile_config(self) -> dict:
         return compile_config(super().get_compile_config(), self)

@@ -6,6 +6,7 @@ import keras
 
 from keras_mamba2._compat.keras_training import backup_at
 from keras_mamba2._compat.keras_training import backup_paths
+from keras_mamba2._compat.keras_training import begin_at_initial_epoch
 from keras_mamba2.atomic_files import atomic_folder
 from keras_mamba2.atomic_files import clean_up_in
 from keras_mamba2.atomic_files import remove_folder
@@ -52,6 +53,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
                 other adapters.
         """
         _check_whole(self.model)
+        begin_at_initial_epoch(self.model)  # whatever a `fit` that was restored, and failed, left
         backups = self._backups()
         while backups:
             folder = backups.pop()
@@ -85,6 +87,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
             remove_folder(backup)
 
     def on_train_end(self, logs=None):
+        begin_at_initial_epoch(self.model)
         if not _is_first_process():
             return
         if self.delete_checkpoint:

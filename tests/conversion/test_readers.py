@@ -120,6 +120,13 @@ def test_a_tensor_beyond_its_storage(tmp_path):
         read_tensors(tmp_path)
 
 
+def test_a_tensor_of_more_elements_than_are_there(tmp_path):
+    """It would take any amount of memory as soon as it is read."""
+    torch.save({"a": torch.ones(1).expand(10**12)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"shape \(1000000000000,\) share a place"):
+        read_tensors(tmp_path)
+
+
 def test_what_is_no_dict_of_tensors(tmp_path):
     torch.save({"a": 3}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="must hold tensors by name. Received: 'a': int"):

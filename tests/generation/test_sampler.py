@@ -47,6 +47,11 @@ def test_top_k_keeps_the_k_likeliest():
     np.testing.assert_allclose(probabilities(top_k=99), softmax(LOGITS), rtol=1e-5)
 
 
+@pytest.mark.parametrize("top_p", [1e-30, 1e-40, 1e-300])
+def test_the_least_top_p_keeps_the_likeliest(top_p):
+    np.testing.assert_array_equal(probabilities(top_p=top_p), LOGITS.max(-1)[:, None] == LOGITS)
+
+
 @settings(deadline=None, derandomize=True, max_examples=30)
 @given(p=st.floats(0.01, 1), seed=st.integers(0, 99))
 def test_top_p_keeps_the_fewest_that_sum_to_p(p, seed):

@@ -12,6 +12,7 @@ from keras import quantizers
 from keras_mamba2.ops.matrix import int8_matmul
 from keras_mamba2.ops.matrix import matmul
 from keras_mamba2.ops.matrix import take_rows
+from keras_mamba2.ops.matrix import unrounded_matmul
 from keras_mamba2.ops.one_row import is_fast
 from keras_mamba2.ops.one_row import row_product
 
@@ -146,3 +147,15 @@ def traced_int8_product(n):
     shapes = jax.ShapeDtypeStruct((n, 24), "float32"), jax.ShapeDtypeStruct((7, 24), "int8")
     scale = jax.ShapeDtypeStruct((7,), "float32")
     return jax.jit(lambda *args: int8_matmul(*args, quantizer)).trace(*shapes, scale)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_products_that_no_platform_rounds(platform):
+    a, b = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((4, 8), (8, 2)))
+    with jax.default_matmul_precision("default"):
+        plain, unrounded = (
+            jax.export.export(jax.jit(product), platforms=[platform])(a, b).mlir_module()
+            for product in (ops.matmul, unrounded_matmul)
+        )
+    assert "HIGHEST" not in plain
+    assert "HIGHEST" in unrounded

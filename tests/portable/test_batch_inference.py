@@ -12,7 +12,10 @@ import pytest
 import keras_mamba2
 
 HERE = pathlib.Path(__file__).parent
-PROMPTS = {i: f"To be {i}" for i in range(20)}
+PROMPTS = {
+    **{i: f"To be {i}" for i in range(15)},
+    **{"007": "007", "07": "1984", "1e5": "true", "100000": "\u2028", "9" * 20: "9" * 20},
+}
 
 
 @pytest.mark.slow
@@ -23,9 +26,14 @@ def test_nothing_is_lost_and_nothing_twice(preset_folder, tmp_path):
     expected = dict(zip(map(str, PROMPTS), texts, strict=True))
     lm.export_programs(tmp_path / "programs", platforms=["cpu"], batch_sizes=[4])
     (tmp_path / "prompts").mkdir()
-    lines = [json.dumps({"id": id, "prompt": prompt}) for id, prompt in PROMPTS.items()]
+    lines = [
+        json.dumps({"id": id, "prompt": prompt}, ensure_ascii=False)
+        for id, prompt in PROMPTS.items()
+    ]
     for i in range(2):
-        (tmp_path / "prompts" / f"{i}.jsonl").write_text("\n".join(lines[i * 10 : i * 10 + 10]))
+        (tmp_path / "prompts" / f"{i}.jsonl").write_text(
+            "\n".join(lines[i * 10 : i * 10 + 10]), "utf-8"
+        )
     command = [sys.executable, str(HERE / "kill_workers.py"), str(tmp_path)]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)

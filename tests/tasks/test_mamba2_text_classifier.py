@@ -190,6 +190,17 @@ def test_labels_are_those_of_the_loss(small):
         model.evaluate(TEXTS, ["one", "two", "two"])
 
 
+@pytest.mark.parametrize("shape", [(-1,), (-1, 1)])
+def test_rows_of_no_weight_need_no_label(small, shape):
+    labels, weights = np.array([0, -1, 2]), np.array([1.0, 0.0, 1.0])
+    for use in (small.evaluate, small.fit):
+        use(TEXTS, labels.reshape(shape), sample_weight=weights, verbose=0)
+    weights_too = {"sample_weight": weights.reshape(shape)}
+    assert np.isfinite(small.train_on_batch(TEXTS, labels, **weights_too)).all()
+    with pytest.raises(ValueError, match="Received: -1 in row 1"):
+        small.fit(TEXTS, labels.reshape(shape), sample_weight=weights[::-1] + 1)
+
+
 def test_the_loss_is_that_of_the_outputs(small):
     """Without `compile` too: the mean of `-log p` of the labels, for any activation."""
     y = np.array([0, 2, 1])

@@ -25,7 +25,6 @@ def lm(shared_lm):
     before = runs.snapshot(shared_lm)
     yield shared_lm
     runs.put_back(before)
-    shared_lm._initial_epoch = None  # what a backup sets stays, in Keras
 
 
 def names(folder):
@@ -46,6 +45,17 @@ def test_only_the_last_backup_is_kept_and_none_when_training_is_over(lm, tmp_pat
     fit(lm, BackupAndRestore(tmp_path / "backup"), record)
     assert seen == [[f"{number:08}"] for number in range(1, EPOCHS + 1)]
     assert names(tmp_path) == []
+
+
+def test_the_next_training_begins_at_its_own_first_epoch(lm, tmp_path):
+    fit(lm, BackupAndRestore(tmp_path / "first", delete_checkpoint=False), epochs=2)
+    assert fit(lm, BackupAndRestore(tmp_path / "first"), epochs=3) == [2]
+    assert fit(lm, BackupAndRestore(tmp_path / "second"), epochs=2) == [0, 1]
+    fit(lm, BackupAndRestore(tmp_path / "third", delete_checkpoint=False), epochs=2)
+    failing = keras.callbacks.LambdaCallback(on_epoch_begin=lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit(lm, BackupAndRestore(tmp_path / "third"), failing)
+    assert fit(lm, BackupAndRestore(tmp_path / "fourth"), epochs=1) == [0]
 
 
 def test_training_goes_on_after_the_last_backup(lm, tmp_path):

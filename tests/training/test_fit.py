@@ -43,7 +43,6 @@ def lm(shared_lm):
     yield shared_lm
     runs.put_back(before)
     shared_lm.preprocessor = preprocessor
-    shared_lm._initial_epoch = None  # what a backup sets stays, in Keras
 
 
 @pytest.fixture(scope="module")
