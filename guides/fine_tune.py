@@ -284,17 +284,21 @@ for name, (num_trained, of_recipes, of_shakespeare) in results.items():
 # Where an epoch takes hours, call a stretch of steps an epoch. `save_freq` of `BackupAndRestore`
 # would not do: it brings back the weights of the middle of an epoch, and then begins the epoch
 # again, so that some of the data are seen twice. A `grain` dataset knows every batch by its number,
-# shuffled as it may be, so that it can begin where the backup was made:
+# shuffled as it may be, so that it can begin where the backup was made. Its batches are those
+# of the rows that are packed already; of texts, `fit` would pack others:
 #
 # ```python
-# batches = grain.MapDataset.source(texts).seed(0).shuffle().repeat(3).batch(8)
+# arrays = (x, y, sample_weight)
+# rows = [keras.tree.map_structure(lambda array: array[i], arrays) for i in range(len(y))]
+# batches = grain.MapDataset.source(rows).seed(0).shuffle().repeat(3).batch(8)
+# steps = min(100, len(batches))  # and then a backup
 # backup = keras_mamba2.training.BackupAndRestore("backup")
 # done = keras_mamba2.training.restore(lm, backup)  # 0 in the first run
 # if done < len(batches):
 #     lm.fit(
 #         batches[done:],
-#         steps_per_epoch=100,
-#         epochs=len(batches) // 100,
+#         steps_per_epoch=steps,
+#         epochs=len(batches) // steps,
 #         callbacks=[keras_mamba2.training.SeedByEpoch(), backup],
 #     )
 # else:  # it was killed when all was done, but for the removal of its backup

@@ -308,8 +308,8 @@ def _without_copies(
             if not all(same_bits(pair[factor], pairs[module][factor]) for factor in "AB"):
                 raise ValueError(
                     f"The adapter of {copy} differs from that of {module}. Both are places of one "
-                    "block, which has one adapter here: train with that, or merge the adapter "
-                    "with `peft`'s `merge_and_unload`, and load the whole model."
+                    "block, which has one adapter here. Train one with `backbone.enable_lora`; "
+                    "`peft` itself cannot merge one of each place into the weights that they share."
                 )
     return found
 

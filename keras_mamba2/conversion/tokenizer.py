@@ -25,6 +25,7 @@ SPECIAL_TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 TOKENIZER_CONFIG_FILE = SPECIAL_TOKEN_FILES[0]
 # What transformers hands to templates.
 NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")  # how a token is matched
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 CHAT_TEMPLATE_FOLDER = "additional_chat_templates"
 
@@ -158,22 +159,41 @@ def _content(token: Mapping[str, Any] | str | None) -> str | None:
 
 def _with_added_tokens(folder: pathlib.Path) -> tokenizers.Tokenizer | str:
     """`tokenizer.json`, with the tokens that only other files have, as transformers adds them."""
-    file = folder / TOKENIZER_FILE
-    decoder = _config(folder).get("added_tokens_decoder") or {}
-    added = {_content(decoder[id]): decoder[id] for id in sorted(decoder, key=int)}
-    for token in filter(None, special_tokens(folder).values()):
-        added[token] = {**added.get(token, {}), "special": True}
-    known = {token["content"] for token in _added_tokens(folder)} if added else set()
-    missing = {content: token for content, token in added.items() if content not in known}
+    file, missing = folder / TOKENIZER_FILE, _missing_tokens(folder)
     if not missing:
         return str(file)
     with errors_naming(file):
         engine = tokenizers.Tokenizer.from_file(str(file))
-    flags = ("special", "lstrip", "rstrip", "single_word", "normalized")
-    for content, token in missing.items():
-        matched = {flag: token[flag] for flag in flags if flag in token}
-        engine.add_tokens([tokenizers.AddedToken(content, **matched)])
+    engine.add_tokens(missing)
     return engine
+
+
+def _missing_tokens(folder: pathlib.Path) -> list[tokenizers.AddedToken]:
+    """The tokens that only other files have, in the order in which transformers adds them."""
+    decoder = _config(folder).get("added_tokens_decoder") or {}
+    added = {_content(decoder[id]): decoder[id] for id in sorted(decoder, key=int)}
+    for token in _special_tokens(folder):
+        content = _content(token)
+        flags = token if isinstance(token, Mapping) else {}
+        added[content] = {**flags, **added.get(content, {}), "special": True}
+    known = {token["content"] for token in _added_tokens(folder)} if added else set()
+    return [
+        tokenizers.AddedToken(content, **{flag: token[flag] for flag in FLAGS if flag in token})
+        for content, token in added.items()
+        if content not in known
+    ]
+
+
+def _special_tokens(folder: pathlib.Path) -> list[Mapping[str, Any] | str]:
+    """All that the files name: those that every tokenizer may have, the model's own, and more."""
+    named = _named_tokens(folder)
+    keys = [f"{key}_token" for key in NAMED_TOKENS]
+    keys += [key for key in named if key.endswith("_token") and key not in keys]
+    more = named.get("extra_special_tokens") or named.get("additional_special_tokens")
+    more = more if isinstance(more, list | Mapping) else []
+    values = [named.get(key) for key in keys]
+    values += more.values() if isinstance(more, Mapping) else more
+    return [value for value in values if isinstance(value, str | Mapping)]
 
 
 def _added_tokens(folder: pathlib.Path) -> list[dict[str, Any]]:

@@ -49,14 +49,16 @@ def restore(model: keras.Model, backup: keras.callbacks.BackupAndRestore) -> int
 
     Example:
     ```python
+    # Texts, or the rows of a preprocessor that packs: of texts `fit` would pack others.
     batches = grain.MapDataset.source(texts).seed(0).shuffle().repeat(3).batch(8)
+    steps = min(100, len(batches))  # and then a backup
     backup = keras_mamba2.training.BackupAndRestore("backup")
     done = keras_mamba2.training.restore(lm, backup)
     if done < len(batches):
         lm.fit(
             batches[done:],
-            steps_per_epoch=100,  # and then a backup
-            epochs=len(batches) // 100,
+            steps_per_epoch=steps,
+            epochs=len(batches) // steps,
             callbacks=[keras_mamba2.training.SeedByEpoch(), backup],
         )
     else:  # it was killed when all was done, but for the removal of its backup

@@ -125,6 +125,25 @@ def test_tokens_of_the_configuration_are_added(tmp_path):
     assert ours.token_to_id("<new>") in ours.control_token_ids
 
 
+@pytest.mark.parametrize("family", ["granite", "nemotron", "zamba2"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"additional_special_tokens": ["<new>", "<video>"], "mask_token": "<hidden>"},
+        {"image_token": "<image>", "extra_special_tokens": {"video_token": "<video>"}},
+        {"extra_special_tokens": ["<video>"], "eos_token": "<the end>"},
+        {"add_bos_token": True, "add_eos_token": True},  # of a `tokenizer.json` they say nothing
+        {"add_bos_token": False},
+    ],
+)
+def test_special_tokens_however_they_are_named(tmp_path, family, config):
+    folder = family_tokenizers.save(family, tmp_path, **config)
+    ours = keras_mamba2.Mamba2Tokenizer(**tokenizer_arguments(folder))
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    for text in ("", "a b", "<new>user <hidden>  a<image>b <video><the end>"):
+        assert ours(text).tolist() == theirs(text)["input_ids"]
+
+
 def test_a_token_of_the_vocabulary_is_one_where_the_configuration_names_it(tmp_path):
     """Though `tokenizer.json` does not list it among those that are matched in texts."""
     engine = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1, "<end>": 2}, []))

@@ -199,6 +199,40 @@ def test_an_interrupted_run_on_texts_goes_on(lm, tmp_path):
     assert_same(run(), expected)
 
 
+def test_an_interrupted_run_on_packed_rows_goes_on(lm, tmp_path):
+    """As the guide to fine-tuning has it: batches of packed rows, each by its number."""
+    tokenizer = lm.preprocessor.tokenizer
+    lm.preprocessor = keras_mamba2.Mamba2CausalLMPreprocessor(tokenizer, 8, packing=True)
+    rows = runs.Rows(*lm.preprocessor(TEXTS))
+    batches = grain.MapDataset.source(rows).seed(0).shuffle().repeat(3).batch(BATCH_SIZE)
+    steps = len(batches) // 3
+
+    def interrupt(epoch, logs):
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+    def run(*callbacks):
+        backup = BackupAndRestore(tmp_path)
+        done = keras_mamba2.training.restore(lm, backup)
+        runs.use(
+            lm.fit,
+            batches[done:],
+            steps_per_epoch=steps,
+            epochs=len(batches) // steps,
+            callbacks=[keras_mamba2.training.SeedByEpoch(), backup, *callbacks],
+        )
+        return done, runs.weights_of(lm)
+
+    before = runs.snapshot(lm)
+    _, expected = run()
+    runs.put_back(before)
+    with pytest.raises(KeyboardInterrupt):
+        run(keras.callbacks.LambdaCallback(on_epoch_end=interrupt))
+    done, found = run()
+    assert done == steps * 2
+    assert_same(found, expected)
+
+
 def test_checkpoints_load_and_go_on(lm, tmp_path):
     """`.keras` files with the optimizer, presets without; logs for people beside them."""
     logs = tmp_path / "logs.csv"
