@@ -81,9 +81,10 @@ def _parameters(backbone, arguments: Mapping[str, Any]) -> str:
     total = used = backbone.count_params()
     for weight in backbone.weights:
         path = weight.path.split("/")
-        if len(path) > 2 and path[-2].startswith("experts_"):
-            owner = path[-3]
-            sizes = arguments["sublayers"][owner]
+        if len(path) > 2 and path[-2] in ("experts_gate", "experts_up", "experts_down"):
+            sizes = arguments["sublayers"].get(path[-3], {})
+            if "num_experts" not in sizes:  # of a sublayer that has the name of a part
+                continue
             left_out = sizes["num_experts"] - sizes["num_experts_per_token"]
             used -= left_out * math.prod(weight.shape[1:])
     return f"{total:,}" if used == total else f"{total:,}, of which a token uses {used:,}"

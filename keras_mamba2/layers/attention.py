@@ -378,9 +378,9 @@ class Attention(Sublayer):
 
     def _projected(self, x):
         qkv = [layer(x) for layer in (self.query, self.key, self.value)]
-        if not self.adapters:
-            return qkv
-        return [y + adapter(x) for y, adapter in zip(qkv, self.adapters, strict=True)]
+        if self.adapters:
+            qkv = [y + adapter(x) for y, adapter in zip(qkv, self.adapters, strict=True)]
+        return [ops.cast(y, self.compute_dtype) for y in qkv]  # policies may differ
 
     def _split(self, qkv):
         return ops.split(qkv, [self.query_dim, self.query_dim + self.key_dim], axis=-1)

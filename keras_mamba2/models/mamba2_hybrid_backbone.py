@@ -4,6 +4,7 @@ from typing import Any
 from typing import ClassVar
 
 import keras
+import numpy as np
 
 from keras_mamba2.arguments import STRING
 from keras_mamba2.arguments import instance
@@ -169,7 +170,7 @@ class Mamba2HybridBackbone(ResidualBackbone):
         return (
             f"{type(self).__name__}(vocabulary_size={self.vocabulary_size}, "
             f"hidden_dim={self.hidden_dim}, blocks={self.block_names}, "
-            f"sublayers={self.sublayer_arguments}, dtype={self.compute_dtype})"
+            f"sublayers={_plain(self.sublayer_arguments)}, dtype={self.compute_dtype})"
         )
 
     def get_config(self):
@@ -291,3 +292,15 @@ class _Maker:
         arguments = self.sublayers[name]
         own = {key: value for key, value in arguments.items() if key not in OWN_KEYS}
         return KINDS[arguments.get("kind", name)], own
+
+
+def _plain(value: Any) -> Any:
+    """`value` with tuples for lists and Python's numbers for numpy's.
+
+    A configuration that was written as JSON and read again is the same.
+    """
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(map(_plain, value))
+    return value.item() if isinstance(value, np.generic) else value

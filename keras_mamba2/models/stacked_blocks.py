@@ -12,6 +12,7 @@ from typing import NamedTuple
 import keras
 from keras import ops
 
+from keras_mamba2._compat.keras_layers import flatten_layers
 from keras_mamba2._compat.keras_variables import has_value
 from keras_mamba2._compat.keras_variables import initialize
 from keras_mamba2._compat.keras_variables import take_value
@@ -182,4 +183,13 @@ def _check(blocks: Sequence[ResidualBlock]) -> None:
 def _described(block: ResidualBlock) -> tuple[Any, ...]:
     config = {k: v for k, v in block.get_config().items() if k != "name"}
     adapters = [(layer.lora_rank, layer.lora_alpha) for layer in block.projections]
-    return type(block), config, adapters, [(v.shape, v.dtype) for v in block.variables]
+    computed = [  # policies of a map are found by names, and quantizers are in no configuration
+        (layer.compute_dtype, layer.quantization_mode, _quantizes_inputs(layer))
+        for layer in flatten_layers(block)
+    ]
+    variables = [(v.shape, v.dtype) for v in block.variables]
+    return type(block), config, adapters, computed, variables
+
+
+def _quantizes_inputs(layer: keras.Layer) -> bool:
+    return getattr(layer, "inputs_quantizer", None) is not None

@@ -55,11 +55,23 @@ def save(file, state, backbone, text: str = "", own: str | None = None) -> None:
     tensors = {}
     for i, (layer, specs) in enumerate(zip(state.layers, backbone.state_spec(), strict=True)):
         for (name, leaf), (_, spec) in zip(named_leaves(layer), named_leaves(specs), strict=True):
-            tensors[f"{name}.{i}"] = _array(filled(leaf, spec, longest), spec)
+            array = _array(filled(leaf, spec, longest), spec)
+            _check_room(array, spec, longest)
+            tensors[f"{name}.{i}"] = array
     for name in COUNTS:
         tensors[name] = np.asarray(ops.convert_to_numpy(getattr(state, name)))
     own = own or fingerprint(backbone)
     state_file.write(file, tensors, backbone.architecture, own, text)
+
+
+def _check_room(array: np.ndarray, spec: StateTensor, longest: int) -> None:
+    """Raises if attention has less than `longest` tokens, which no file could tell."""
+    if spec.room_axis is not None and array.shape[spec.room_axis + 1] < longest:
+        raise ValueError(
+            f"The state has keys and values of {array.shape[spec.room_axis + 1]} tokens, and a row "
+            f"of {longest}. Read documents that share a row as rows of their own, and a text with "
+            "`prefill`, which makes room."
+        )
 
 
 def _array(leaf, spec) -> np.ndarray:

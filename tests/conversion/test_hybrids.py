@@ -14,8 +14,10 @@ import transformers
 
 import keras_mamba2
 from keras_mamba2 import conversion
+from keras_mamba2._compat.keras_layers import flatten_layers
 from keras_mamba2.conversion import describe
 from keras_mamba2.conversion.architectures.sublayers import ELSEWHERE
+from keras_mamba2.layers import MixtureOfExperts
 from tests import reference
 from tests.conversion import hybrids
 from tests.conversion.checkpoints import assert_same_weights
@@ -440,6 +442,43 @@ def test_sizes_of_what_a_model_lacks_may_be_zero(tmp_path):
     config |= dict.fromkeys(("n_routed_experts", "moe_intermediate_size", "n_group"), 0)
     (tmp_path / "config.json").write_text(json.dumps(config))
     keras_mamba2.Mamba2HybridBackbone.from_preset(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["granite", "zamba, one block"])
+def test_a_state_belongs_also_to_the_model_that_was_saved_again(name, lm_of, tmp_path):
+    """In JSON, the pairs of a configuration are lists."""
+    lm, ids = lm_of(name), random_ids(t=9)
+    state = lm.prefill({"token_ids": ids, "padding_mask": np.ones_like(ids)})
+    state.save(tmp_path / "state", lm.backbone)
+    lm.backbone.save_to_preset(tmp_path / "preset")
+    again = keras_mamba2.Mamba2HybridBackbone.from_preset(tmp_path / "preset")
+    assert again.architecture == lm.backbone.architecture
+    found = keras_mamba2.Mamba2State.load(tmp_path / "state", again)
+    np.testing.assert_array_equal(found.digest, state.digest)
+
+
+def test_experts_of_any_name_are_described(tmp_path):
+    mixture = {"kind": "mixture_of_experts", "intermediate_dim": 6, "num_experts_per_token": 2}
+    backbone = keras_mamba2.Mamba2HybridBackbone(
+        vocabulary_size=64,
+        hidden_dim=8,
+        blocks=["experts_1", "experts_up"],
+        sublayers={
+            "experts_1": {**mixture, "num_experts": 3},
+            "experts_up": {**mixture, "num_experts": 5},
+        },
+    )
+    backbone.save_to_preset(tmp_path)
+    layers = [x for x in flatten_layers(backbone) if isinstance(x, MixtureOfExperts)]
+    left_out = sum(
+        (layer.num_experts - 2) / layer.num_experts * experts.count_params()
+        for layer in layers
+        for experts in (layer.experts_gate, layer.experts_up, layer.experts_down)
+        if experts is not None
+    )
+    total = backbone.count_params()
+    expected = f"{total:,}, of which a token uses {round(total - left_out):,}"
+    assert describe(tmp_path)["parameters"] == expected
 
 
 def test_more_experts_than_any_model_has_are_refused(tmp_path):

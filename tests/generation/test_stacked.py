@@ -264,6 +264,16 @@ def test_blocks_that_differ_are_refused():
     assert lm.backbone.stacked is None
 
 
+def test_policies_that_differ_are_refused():
+    """Weights and configurations are the same: the map's."""
+    policies = keras.dtype_policies.DTypePolicyMap(
+        "mixed_bfloat16", {"block_1/.*": keras.DTypePolicy("float32")}
+    )
+    lm = keras_mamba2.Mamba2CausalLM(mamba2(dtype=policies), preprocessor=None)
+    with pytest.raises(ValueError, match=r"Only blocks that .* Received: block_0 and block_1"):
+        lm.stack_blocks()
+
+
 def test_adapters_that_differ_are_refused():
     lm = keras_mamba2.Mamba2CausalLM(mamba2(), preprocessor=None)
     lm.backbone.enable_lora(2)

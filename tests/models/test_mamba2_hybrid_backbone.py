@@ -3,8 +3,10 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from keras import tree
 from keras_hub.src.tests.test_case import TestCase
 
+from keras_mamba2 import Mamba2CausalLM
 from keras_mamba2 import Mamba2HybridBackbone
 from tests import reference
 
@@ -211,3 +213,40 @@ def test_dtypes_under_low_precision():
     recurrent = {w.name for w in backbone.weights if w.dtype == "float32"}
     assert recurrent == {"A_log", "dt_bias", "D"}
     assert np.isfinite(ops.convert_to_numpy(ops.cast(x, "float32"))).all()
+
+
+def test_attention_with_policies_of_its_own_keeps_its_state_in_one_dtype():
+    policies = keras.dtype_policies.DTypePolicyMap(
+        "bfloat16", {".*/query": keras.DTypePolicy("float32")}
+    )
+    backbone = Mamba2HybridBackbone(
+        vocabulary_size=64,
+        hidden_dim=16,
+        blocks=["attention"],
+        sublayers={"attention": {**ATTENTION, "conv_kernel_size": 4}},
+        dtype=policies,
+    )
+    lm = Mamba2CausalLM(backbone, preprocessor=None)
+    ids = np.arange(1, 12)[None]
+    inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+    state = lm.prefill(inputs)
+    kinds = zip(tree.flatten(state.layers), tree.flatten(backbone.state_spec()), strict=True)
+    assert all(leaf.dtype == spec.dtype for leaf, spec in kinds)
+    found = lm.generate(inputs, max_new_tokens=3, stop_token_ids=None)
+    assert found["padding_mask"].sum() == 14
+
+
+def test_a_state_whose_room_no_file_could_tell_is_not_saved(tmp_path):
+    backbone = Mamba2HybridBackbone(
+        vocabulary_size=64,
+        hidden_dim=16,
+        blocks=["attention"],
+        sublayers={"attention": ATTENTION},
+    )
+    ids = np.ones((1, 200), "int32")
+    _, state = backbone.call_with_state(ids)
+    numbers = np.repeat([[0, 1]], [180, 20], axis=1)
+    _, state = backbone.call_with_state(ids, state, segment_ids=numbers)
+    with pytest.raises(ValueError, match="keys and values of 256 tokens, and a row of 400"):
+        state.save(tmp_path / "state", backbone)
+    assert not list(tmp_path.iterdir())
