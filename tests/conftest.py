@@ -72,6 +72,12 @@ COMPILE_SOON = (
 )
 
 
+@pytest.fixture(scope="session")
+def without_flags():
+    """The environment of a user. The compiler of TPUs ends a process with flags of a CPU's."""
+    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+
+
 def pytest_configure(config):
     """`pytest -m ""` compiles as users do, and CI compiles some tests so (`.ci/run`)."""
     if config.option.markexpr in ("not slow", "slow"):

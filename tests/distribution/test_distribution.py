@@ -48,11 +48,10 @@ def test_eight_devices_give_the_numbers_of_one(checks):
 
 
 @pytest.mark.slow
-def test_the_guide_to_several_devices_runs_on_eight():
+def test_the_guide_to_several_devices_runs_on_eight(without_flags):
     command = [sys.executable, str(ROOT / "guides" / "distribute.py")]
     # The guide asks for eight devices where nobody has set flags, as a reader has not.
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, env=without_flags, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "8 devices" in done.stdout
 

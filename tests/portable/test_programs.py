@@ -285,12 +285,12 @@ def test_nothing_of_keras_is_imported(programs, folder):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not find_spec("libtpu"), reason="libtpu is not installed")
-def test_the_compiler_of_tpus_takes_the_programs(folder):
+def test_the_compiler_of_tpus_takes_the_programs(folder, without_flags):
     """As they lie in the folder: it was exported here, where there is no TPU."""
     names = ("prefill_128_batch_2", "decode_batch_2", "decode_as_compiled_batch_1")
     files = [str(folder / "programs" / "tpu" / f"{name}.bin") for name in names]
     command = [sys.executable, str(HERE / "compile_for_tpu.py"), *files]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, env=without_flags, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     found = [line.split() for line in result.stdout.splitlines()]
     assert [name for name, *_ in found] == list(names)
