@@ -20,11 +20,11 @@ def recorded():
 
 
 @pytest.fixture(scope="module", params=[pytest.param("run", marks=pytest.mark.slow)])
-def found(tmp_path_factory):
+def found(tmp_path_factory, without_flags):
     """In a process of its own, where nothing has been compiled before."""
     file = tmp_path_factory.mktemp("counts") / "counts.json"
     command = [sys.executable, "-m", "benchmarks.counts", "--update", f"--file={file}"]
-    subprocess.run(command, cwd=RECORDED.parents[2], check=True)
+    subprocess.run(command, cwd=RECORDED.parents[2], env=without_flags, check=True)
     return json.loads(file.read_text())
 
 
