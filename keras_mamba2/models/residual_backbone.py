@@ -144,7 +144,8 @@ class ResidualBackbone(
     ):
         """Runs the model on `(b t)` token ids after `state`.
 
-        Differentiable in the state too. With `segment_ids`, `state` belongs to the first document
+        Differentiable in the state too, but through keys and values in int8: take that
+        `key_value_dtype` away to train. With `segment_ids`, `state` belongs to the first document
         of a row, and the returned one to the last.
 
         Returns:
