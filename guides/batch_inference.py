@@ -4,9 +4,9 @@
     keras-mamba2 export-programs mamba2_tiny_shakespeare programs --platform cpu --batch-size 8
     python guides/batch_inference.py programs prompts results --replicas 2
 
-`prompts` holds files of JSON Lines, each line with an `id` and a `prompt`; `results` gets such
-files with an `id` and a `text`. On a cluster, run it on the head node, with folders that all
-machines share.
+`prompts` holds files of JSON Lines, `*.jsonl`, each line with an `id` and a `prompt`; `results`
+gets such files with an `id` and a `text`. On a cluster, run it on the head node, with folders
+that all machines share.
 
 A replica is a process with the programs in memory. It needs no Keras, and is there in seconds.
 Each batch of results is a file that appears when it is complete, and is named by its prompts:
@@ -97,12 +97,10 @@ def run(
     import ray
 
     results.mkdir(parents=True, exist_ok=True)
-    done = read(results, "text")
-    todo = [
-        {"id": id, "prompt": prompt}
-        for id, prompt in read(prompts, "prompt").items()
-        if id not in done
-    ]
+    known, done = read(prompts, "prompt"), read(results, "text")
+    if not known:
+        raise ValueError(f"There are no prompts in files {prompts}/*.jsonl.")
+    todo = [{"id": id, "prompt": prompt} for id, prompt in known.items() if id not in done]
     if not todo:
         return done
     batches = ray.data.from_items(todo).map_batches(

@@ -144,9 +144,9 @@ class ResidualBackbone(
     ):
         """Runs the model on `(b t)` token ids after `state`.
 
-        Differentiable in the state too, but through keys and values in int8: take that
-        `key_value_dtype` away to train. With `segment_ids`, `state` belongs to the first document
-        of a row, and the returned one to the last.
+        Differentiable in the state too, but not through keys and values in int8. With
+        `segment_ids`, `state` belongs to the first document of a row, and the returned one to the
+        last.
 
         Returns:
             Tuple `(hidden_states, state)`: `(b t d)`, and the `Mamba2State` after each row's

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -16,6 +17,14 @@ PROMPTS = {
     **{i: f"To be {i}" for i in range(15)},
     **{"007": "007", "07": "1984", "1e5": "true", "100000": "\u2028", "9" * 20: "9" * 20},
 }
+
+
+@pytest.mark.skipif(not find_spec("ray"), reason="ray is not installed")
+def test_a_folder_without_prompts_is_named(tmp_path):
+    (tmp_path / "prompts.json").write_text('{"id": 1, "prompt": "To be"}')
+    run = runpy.run_path(str(HERE.parents[1] / "guides" / "batch_inference.py"))["run"]
+    with pytest.raises(ValueError, match=r"There are no prompts in files .*/\*\.jsonl"):
+        run(tmp_path, tmp_path, tmp_path / "results")
 
 
 @pytest.mark.slow
